@@ -1,0 +1,68 @@
+"""Import hook: when ``timm.models`` has been imported, ``timm_lm`` registers its networks.
+
+PyTorch calls ``autoload`` at the end of ``import torch``, through the entry point group ``torch.backends``. This module
+imports nothing heavy and never raises; ``TIMM_LM_AUTOLOAD=0`` turns it off.
+"""
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+
+TARGET = 'timm.models'
+
+
+def autoload() -> None:
+    """Register the networks when ``timm.models`` is there, unless turned off."""
+    if os.environ.get('TIMM_LM_AUTOLOAD', '1') == '0':
+        return
+    if TARGET in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _register() -> None:
+    try:
+        importlib.import_module('timm_lm')
+    except Exception as e:
+        warnings.warn(
+            f'timm-lm could not register its models ({type(e).__name__}: {e}). `import timm_lm` shows the whole error; '
+            'TIMM_LM_AUTOLOAD=0 turns this off.', stacklevel=2)
+
+
+class _Finder:
+    """Finds ``timm.models`` as the other finders do, under a loader that registers the networks afterwards."""
+
+    def __init__(self):
+        self.searching = False
+
+    def find_spec(self, name, path=None, target=None):
+        if name != TARGET or self.searching:
+            return None
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
+        if spec is not None and hasattr(spec.loader, 'exec_module'):
+            spec.loader = _Loader(spec.loader, self)
+        return spec
+
+
+class _Loader:
+    """Loads ``timm.models`` with its own loader, then registers the networks."""
+
+    def __init__(self, loader, finder):
+        self.loader = loader
+        self.finder = finder
+
+    def create_module(self, spec):
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module):
+        module.__loader__ = module.__spec__.loader = self.loader
+        self.loader.exec_module(module)  # an error of timm passes on; the finder stays for the next try
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
+        _register()

@@ -1,0 +1,10 @@
+"""LM-ResNet and LM-ResNeXt for timm: importing this package registers the networks.
+
+With the package installed, timm registers them by itself; see ``_timm_lm_autoload``.
+"""
+__version__ = '0.1.0'
+
+from .errors import UserError
+from .models import LMResNet
+
+__all__ = ['LMResNet', 'UserError', '__version__']

@@ -1,0 +1,92 @@
+"""Updates of the residual state: forward Euler and the linear two-step rule.
+
+Source: Lu, Zhong, Li, Dong, "Beyond Finite Layer Neural Networks: Bridging Deep Architectures and Numerical
+Differential Equations", ICML 2018, https://arxiv.org/abs/1710.10121.
+"""
+from typing import Tuple, Union
+
+import torch
+from torch import nn
+
+KInit = Union[float, Tuple[float, float]]
+
+
+def two_step(
+        f: torch.Tensor,
+        x: torch.Tensor,
+        x_prev: torch.Tensor,
+        k: torch.Tensor,
+) -> torch.Tensor:
+    """One linear two-step update, ``x[n+1] = f + (1 - k) x[n] + k x[n-1]``.
+
+    The two states are mixed by ``torch.lerp``: it reads both once, rounds once in low precision, and keeps nothing
+    for backward but the states, which the network holds anyway.
+
+    Args:
+        f: The residual branch ``f(x[n])``, shape (N, C, H, W).
+        x: The state ``x[n]`` (at a change of shape its projection), shape (N, C, H, W).
+        x_prev: The history ``x[n-1]``, shape (N, C, H, W).
+        k: The coefficient of the history, of a shape that broadcasts to the state: () or (C, 1, 1). It is cast to
+            the dtype of the state.
+
+    Returns:
+        The state ``x[n+1]``, shape (N, C, H, W).
+    """
+    return f + torch.lerp(x, x_prev.to(x.dtype), k.to(x.dtype))
+
+
+class TwoStep(nn.Module):
+    """The two-step update with its own ``k``, one scalar a block or one value a channel.
+
+    ``k`` is stored with shape (1,) or (C,), never (): sharded training refuses parameters without a dimension.
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            k_init: KInit = (-0.1, 0.),
+            per_channel: bool = False,
+            trainable: bool = True,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            channels: Channels C of the state.
+            k_init: Range ``(low, high)`` of the uniform distribution that ``k`` starts from, or one fixed number.
+            per_channel: One ``k`` for each channel instead of one for the block.
+            trainable: Learn ``k``. If False it is a buffer, under the same name in the state dict.
+        """
+        super().__init__()
+        self.k_init = k_init
+        self.per_channel = per_channel
+        k = torch.empty(channels if per_channel else 1, device=device, dtype=dtype)
+        if trainable:
+            self.k = nn.Parameter(k)
+        else:
+            self.register_buffer('k', k)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw ``k`` anew from ``k_init``."""
+        if isinstance(self.k_init, (tuple, list)):
+            self.k.uniform_(self.k_init[0], self.k_init[1])
+        else:
+            self.k.fill_(self.k_init)
+
+    def forward(self, f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor) -> torch.Tensor:
+        k = self.k.view(-1, 1, 1) if self.per_channel else self.k.view(())
+        return two_step(f, x, x_prev, k)
+
+    def extra_repr(self) -> str:
+        shape = 'per channel' if self.per_channel else 'scalar'
+        return f'{shape}, k_init={self.k_init}, trainable={isinstance(self.k, nn.Parameter)}'
+
+
+class EulerStep(nn.Module):
+    """The plain residual update, ``x[n+1] = x[n] + f(x[n])``: forward Euler, the two-step rule at ``k = 0``."""
+
+    def forward(self, f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor) -> torch.Tensor:
+        """Like ``TwoStep.forward``; the history is not read."""
+        return f + x
