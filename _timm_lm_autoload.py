@@ -4,7 +4,6 @@ PyTorch calls ``autoload`` at the end of ``import torch``, through the entry poi
 imports nothing heavy and never raises; ``TIMM_LM_AUTOLOAD=0`` turns it off.
 """
 import importlib
-import importlib.util
 import os
 import sys
 import warnings
@@ -23,6 +22,8 @@ def autoload() -> None:
 
 
 def _register() -> None:
+    if 'timm_lm' in sys.modules:  # it registers by itself, maybe in another thread, which is not to be waited for
+        return
     try:
         importlib.import_module('timm_lm')
     except Exception as e:
@@ -34,20 +35,18 @@ def _register() -> None:
 class _Finder:
     """Finds ``timm.models`` as the other finders do, under a loader that registers the networks afterwards."""
 
-    def __init__(self):
-        self.searching = False
-
     def find_spec(self, name, path=None, target=None):
-        if name != TARGET or self.searching:
+        if name != TARGET:
             return None
-        self.searching = True
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self.searching = False
-        if spec is not None and hasattr(spec.loader, 'exec_module'):
-            spec.loader = _Loader(spec.loader, self)
-        return spec
+        # importlib.util.find_spec would wait for all of timm, and two threads that import it for each other
+        for finder in sys.meta_path:
+            find_spec = None if isinstance(finder, _Finder) else getattr(finder, 'find_spec', None)
+            spec = find_spec(name, path, target) if find_spec else None
+            if spec is not None:
+                if hasattr(spec.loader, 'exec_module'):
+                    spec.loader = _Loader(spec.loader, self)
+                return spec
+        return None
 
 
 class _Loader:

@@ -4,6 +4,8 @@ With the package installed, timm registers them by itself; see ``_timm_lm_autolo
 """
 __version__ = '0.1.0'
 
+import timm  # noqa: F401  first, so that another thread in the middle of its import is waited for
+
 from .errors import UserError
 from .models import LMResNet
 

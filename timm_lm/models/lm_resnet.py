@@ -23,7 +23,7 @@ from timm.layers import (
     get_norm_act_layer,
 )
 from timm.models import build_model_with_cfg, generate_default_cfgs, named_apply, register_model, resolve_pretrained_cfg
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureDictNet, FeatureListNet, feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import nn
 
@@ -122,7 +122,8 @@ class ResidualBlock(nn.Module):
         else:
             self.step = EulerStep()
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
-        self.noise = StateNoise(noise_level, noise_type) if noise_level > 0 else nn.Identity()
+        noise = StateNoise(noise_level, noise_type)  # checks its settings even if the level is 0
+        self.noise = noise if noise_level > 0 else nn.Identity()
 
     def update(
             self,
@@ -501,7 +502,7 @@ class LMResNet(nn.Module):
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         intermediates: List[torch.Tensor] = []
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
 
         x = self.stem.conv(x)
         feat_idx = 0
@@ -541,7 +542,7 @@ class LMResNet(nn.Module):
         Returns:
             The indices, as non-negative numbers.
         """
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
         prune_end = max_index < len(self.stages)
         if prune_norm or prune_end:
             self.norm = nn.Identity()  # sized for the last stage
@@ -602,9 +603,12 @@ def _create_lm_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> 
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         check_shipped(cfg.file)
-    if kwargs.get('features_only') and str(kwargs.get('feature_cls', 'getter')) in ('list', 'dict'):
+    feature_cls = kwargs.get('feature_cls')
+    if isinstance(feature_cls, str):
+        feature_cls = feature_cls.lower()
+    if kwargs.get('features_only') and feature_cls in ('list', 'dict', FeatureListNet, FeatureDictNet):
         raise ValueError(
-            f"feature_cls='{kwargs['feature_cls']}' rebuilds a network as a chain of modules, but {variant} carries a "
+            f"feature_cls={kwargs['feature_cls']!r} rebuilds a network as a chain of modules, but {variant} carries a "
             "pair (state, history) from block to block; use feature_cls 'getter', 'hook' or 'fx'.")
     num_features = len(kwargs['layers']) + 1
     return build_model_with_cfg(

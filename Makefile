@@ -1,0 +1,29 @@
+# One environment for everything; `make demo` and `make test` make it on a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+.PHONY: demo test test-timm lint wheel
+
+demo: $(STAMP)  ## train, save, reload and evaluate on scikit-learn's digits
+	$(BIN)/timm-lm demo
+
+test: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest
+
+test-timm: $(STAMP)  ## timm's own tests of its models, on ours
+	$(BIN)/python tests/timm_suite.py
+
+lint: $(STAMP)  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+wheel: $(STAMP)  ## wheel and source distribution in dist/
+	$(BIN)/python -m hatchling build
+
+$(STAMP): requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@

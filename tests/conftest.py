@@ -1,0 +1,76 @@
+"""Fixtures that all tests share: real images as Parquet, a small trained network, and the command line."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ['HF_HUB_OFFLINE'] = '1'  # before huggingface_hub is imported; tests that speak to a server run in processes
+sys.path.insert(0, str(Path(__file__).parent))
+
+from timm_lm.cli import main  # noqa: E402
+from timm_lm.demo import write_digits  # noqa: E402
+from timm_lm.training.options import parse_options  # noqa: E402
+from timm_lm.training.train import train  # noqa: E402
+
+
+@pytest.fixture(scope='session', autouse=True)
+def own_caches(tmp_path_factory):
+    """Keep the decoded data of the tests out of the user's cache."""
+    from huggingface_hub import constants
+    cache = tmp_path_factory.mktemp('assets')
+    constants.HF_ASSETS_CACHE = str(cache)
+    os.environ['HF_ASSETS_CACHE'] = str(cache)  # for processes that tests start
+    return cache
+
+
+@pytest.fixture(scope='session')
+def digits(tmp_path_factory):
+    """Folder of scikit-learn's digits as Parquet: 1,438 images to train on and 359 to test on."""
+    return write_digits(tmp_path_factory.mktemp('data') / 'digits')
+
+
+@pytest.fixture(scope='session')
+def few_digits(tmp_path_factory):
+    """Folder of 320 digits: 256 to train on and 64 to test on."""
+    return write_digits(tmp_path_factory.mktemp('data') / 'few', limit=320)
+
+
+@pytest.fixture(scope='session')
+def run_folder(few_digits, tmp_path_factory):
+    """A finished run of two epochs of a small network on few digits; tests copy it before they change it."""
+    output = tmp_path_factory.mktemp('runs')
+    args = parse_options([
+        '-c', 'lm_resnet20_digits', '--data-dir', str(few_digits), '--epochs', '2', '--warmup-epochs', '0',
+        '--model-kwargs', 'layers=(2,2,2)', '--output', str(output), '--experiment', 'run',
+    ])
+    return train(args, 'timm-lm train -c lm_resnet20_digits')
+
+
+@pytest.fixture(scope='session')
+def weights(run_folder):
+    """Its weights folder."""
+    return run_folder / 'weights'
+
+
+@pytest.fixture
+def command(capsys):
+    """Run the command line in this process: returns (exit code, standard output, standard error)."""
+    def run(*argv):
+        code = main([str(word) for word in argv])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+    return run
+
+
+@pytest.fixture
+def fails(command):
+    """Run the command line on bad input: checks exit code 2 and one line of error, and returns the line."""
+    def run(*argv):
+        code, _, err = command(*argv)
+        lines = [line for line in err.splitlines() if line.startswith('timm-lm: error: ')]
+        assert code == 2, err
+        assert len(lines) == 1 and err.rstrip().endswith(lines[0]), err
+        assert 'Traceback' not in err
+        return lines[0]
+    return run

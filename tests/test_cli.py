@@ -1,0 +1,102 @@
+"""The command line: what it prints, and how it fails."""
+import subprocess
+import sys
+
+import pytest
+import timm
+
+from timm_lm.hub import our_models
+
+
+def test_list_shows_every_network_and_tag(command):
+    code, out, _ = command('list')
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].split()[:2] == ['model', 'classes']
+    names = [line.split()[0] for line in lines[1:]]
+    assert {name.partition('.')[0] for name in names} == set(our_models())
+    row = next(line for line in lines if line.startswith('lm_resnet56.paper_c10 ')).split()
+    assert row[1:4] == ['10', '0.86', 'M']
+
+
+def test_list_of_pretrained_names_only_weights_that_exist(command):
+    code, out, _ = command('list', '--pretrained')
+    names = [line.split()[0] for line in out.splitlines()[1:]]
+    assert code == 0 and sorted(names) == sorted(timm.list_pretrained(['lm_res*', 'preact_res*']))
+    row = next(line for line in out.splitlines() if line.startswith('lm_resnet20.demo_c10'))
+    assert 'shipped' in row and row.endswith('%')
+
+
+def test_info_tells_parameters_macs_tags_and_k(command):
+    code, out, _ = command('info', 'lm_resnet20')
+    assert code == 0
+    fields = {line.split()[0]: line for line in out.splitlines()}
+    assert fields['parameters'].endswith('272,384')
+    # stem 0.442 M, blocks 3 x 4.719 M + (3.539 + 2 x 4.719) M twice, shortcuts 2 x 0.131 M, head 0.001 M
+    assert fields['MACs'].endswith('40.8 M')
+    assert 'demo_c10' in fields['tags'] and '%' in out
+    ks = [line for line in out.splitlines() if line.startswith('  stages.')]
+    assert len(ks) == 6
+
+
+def test_info_of_a_folder_shows_its_k(command, weights):
+    from timm_lm.hub import load_folder
+    code, out, _ = command('info', weights)
+    assert code == 0
+    for name, k in load_folder(weights).k_values().items():
+        line = next(line for line in out.splitlines() if line.strip().startswith(name))
+        assert float(line.split()[-1]) == pytest.approx(k.item(), abs=5e-5)
+
+
+def test_info_of_a_plain_network_has_no_k(command):
+    code, out, _ = command('info', 'preact_resnet20')
+    assert code == 0 and 'stages.' not in out and '272,378' in out
+
+
+def test_info_of_hub_weights_needs_no_network(command):
+    code, out, _ = command('info', 'lm_resnet18')
+    assert code == 0 and 'hf-hub:timm/resnetv2_18.ra4_e3600_r224_in1k' in out and 'random' in out
+
+
+def test_recipe_lists_prints_and_locates(command):
+    code, out, _ = command('recipe')
+    assert code == 0 and 'lm_resnet20_c10' in out.splitlines()
+    code, out, _ = command('recipe', 'lm_resnet20_c10')
+    assert code == 0 and 'decay_milestones: [81, 121]' in out
+    code, path, _ = command('recipe', 'lm_resnet20_c10', '--path')
+    assert open(path.strip()).read() == out
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['nope'], "no command 'nope'"),
+    (['info', 'lm_resnet21'], "no model 'lm_resnet21'"),
+    (['info', 'lm_resnet20.nope'], "no tag 'nope'"),
+    (['list', 'resnet50'], "No network fits 'resnet50'"),
+    (['validate', 'lm_resnet20.demo_c10'], 'No data was named'),
+    (['validate'], 'MODEL_OR_FOLDER'),
+    (['validate', 'lm_resnet20.demo_c10', '--data-dir', 'no/such/folder'], 'no/such/folder does not exist'),
+    (['validate', 'lm_resnet20.demo_c10', '--batch-size', '0'], '--batch-size must be at least 1'),
+    (['train', '-c', 'nope'], "no recipe 'nope'"),
+    (['recipe', 'nope'], "no recipe 'nope'"),
+    (['verify', 'no/such/folder'], 'no/such/folder does not exist'),
+])
+def test_bad_arguments(fails, argv, message):
+    assert message in fails(*argv)
+
+
+def test_validate_refuses_data_of_other_classes(fails, weights, tmp_path):
+    from test_data import write_parquet
+    import numpy as np
+    write_parquet(tmp_path / 'test.parquet', [np.zeros((16, 16), np.uint8)], [50])
+    assert 'labels up to 50' in fails('validate', weights, '--data-dir', tmp_path)
+
+
+def test_usage_version_and_a_closed_pipe(command):
+    import timm_lm
+    assert command('--version')[:2] == (0, f'{timm_lm.__version__}\n')
+    code, out, _ = command()
+    assert code == 2 and 'commands:' in out
+    assert command('--help')[0] == 0
+    shell = f'{sys.executable} -m timm_lm.cli list | head -1'
+    result = subprocess.run(['bash', '-o', 'pipefail', '-c', shell], capture_output=True, text=True)
+    assert result.stdout.startswith('model') and 'Traceback' not in result.stderr and 'Exception' not in result.stderr

@@ -1,0 +1,241 @@
+"""Data in memory: finding and decoding splits, the cache, and what the loader's batches hold."""
+import io
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import timm.data
+import torch
+from PIL import Image
+
+from timm_lm import data as data_module
+from timm_lm.data import (
+    IGNORE_LABEL,
+    ImageSet,
+    MemoryLoader,
+    find_parquet,
+    load_images,
+    normalize,
+    pad_crop,
+    random_hflip,
+)
+from timm_lm.errors import UserError
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def png(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format='PNG')
+    return buffer.getvalue()
+
+
+def write_parquet(path, arrays, labels=None, column='image'):
+    cells = [dict(bytes=a if isinstance(a, bytes) else png(a), path=None) for a in arrays]
+    labels = range(len(cells)) if labels is None else labels
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({column: cells, 'label': list(labels)}), path)
+
+
+@pytest.fixture
+def images():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(6)]
+
+
+# Finding and decoding
+
+
+def test_pixels_labels_and_names_come_through(digits):
+    from sklearn.datasets import load_digits
+    train, test = (load_images(split, digits, input_size=(1, 8, 8)) for split in ('train', 'test'))
+    assert (len(train), len(test)) == (1438, 359)
+    assert train.class_names == tuple('0123456789')
+    source = load_digits()
+    ours = torch.cat([train.images, test.images]).flatten(1).sort(dim=0).values
+    theirs = torch.tensor(source.images * (255 / 16)).to(torch.uint8).flatten(1).sort(dim=0).values
+    assert torch.equal(ours, theirs)
+    assert torch.equal(torch.cat([train.labels, test.labels]).bincount(), torch.tensor(source.target).bincount())
+
+
+def test_shards_are_read_in_order_from_any_depth(tmp_path, images):
+    for i in (2, 0, 1):
+        write_parquet(tmp_path / 'plain_text' / f'train-0000{i}-of-00003.parquet', images[2 * i:2 * i + 2],
+                      [2 * i, 2 * i + 1], column='img')
+    loaded = load_images('train', tmp_path)
+    assert loaded.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert torch.equal(loaded.images, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+
+
+def test_other_sizes_are_resized_as_timm_does(tmp_path):
+    big = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    write_parquet(tmp_path / 'test.parquet', [big])
+    loaded = load_images('test', tmp_path, input_size=(3, 32, 32), crop_pct=0.875, interpolation='bicubic')
+    transform = timm.data.create_transform(
+        (3, 32, 32), crop_pct=0.875, interpolation='bicubic', mean=(0, 0, 0), std=(1, 1, 1))
+    expected = (transform(Image.fromarray(big)) * 255).round().to(torch.uint8)
+    assert torch.equal(loaded.images[0], expected)
+
+
+def test_image_folder_opens_through_timm(tmp_path, images):
+    for split in ('train', 'test'):
+        for i, name in enumerate(('cat', 'dog')):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            (folder / '0.png').write_bytes(png(images[i]))
+    loaded = load_images('test', tmp_path)
+    assert loaded.labels.tolist() == [0, 1]
+    assert torch.equal(loaded.images[1], torch.from_numpy(images[1]).permute(2, 0, 1))
+
+
+def test_missing_data_is_named(tmp_path, images):
+    with pytest.raises(UserError, match='does not exist'):
+        find_parquet(tmp_path / 'nowhere', 'train')
+    with pytest.raises(UserError, match='has no Parquet files'):
+        find_parquet(tmp_path, 'train')
+    write_parquet(tmp_path / 'train-00000-of-00002.parquet', images)
+    with pytest.raises(UserError, match=r"no split 'test' \(it has: train\)"):
+        find_parquet(tmp_path, 'test')
+    with pytest.raises(UserError, match='should have 2 shards but has 1'):
+        find_parquet(tmp_path, 'train')
+    write_parquet(tmp_path / 'a' / 'test.parquet', images)
+    write_parquet(tmp_path / 'b' / 'test.parquet', images)
+    with pytest.raises(UserError, match=r'several subfolders \(a, b\)'):
+        find_parquet(tmp_path, 'test')
+
+
+def test_broken_files_are_named(tmp_path, images):
+    write_parquet(tmp_path / 'row' / 'test.parquet', [images[0], b'no image'])
+    with pytest.raises(UserError, match='Row 1 of .* is not a readable image'):
+        load_images('test', tmp_path / 'row')
+    write_parquet(tmp_path / 'cut' / 'test.parquet', images)
+    path = tmp_path / 'cut' / 'test.parquet'
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match='not a readable Parquet file'):
+        load_images('test', tmp_path / 'cut')
+    write_parquet(tmp_path / 'text' / 'test.parquet', images, labels=list('abcdef'))
+    with pytest.raises(UserError, match='not one of class numbers'):
+        load_images('test', tmp_path / 'text')
+    write_parquet(tmp_path / 'column' / 'test.parquet', images, column='picture')
+    with pytest.raises(UserError, match='no input column .*--input-key'):
+        load_images('test', tmp_path / 'column')
+
+
+# The cache
+
+
+def test_second_time_comes_from_the_cache(tmp_path, images, monkeypatch):
+    write_parquet(tmp_path / 'test.parquet', images)
+    first = load_images('test', tmp_path)
+    monkeypatch.setattr(data_module, '_decode_parquet', None)  # a second decoding would fail
+    second = load_images('test', tmp_path)
+    assert torch.equal(first.images, second.images) and torch.equal(first.labels, second.labels)
+
+
+def test_changed_data_and_cut_caches_are_decoded_anew(tmp_path, images, own_caches):
+    write_parquet(tmp_path / 'test.parquet', images[:3])
+    before = set(own_caches.rglob('*.safetensors'))
+    assert len(load_images('test', tmp_path)) == 3
+    (cache,) = set(own_caches.rglob('*.safetensors')) - before
+    cache.write_bytes(cache.read_bytes()[:-100])
+    assert torch.equal(load_images('test', tmp_path).images[2], torch.from_numpy(images[2]).permute(2, 0, 1))
+    write_parquet(tmp_path / 'test.parquet', images[3:])
+    assert torch.equal(load_images('test', tmp_path).images[0], torch.from_numpy(images[3]).permute(2, 0, 1))
+
+
+def test_no_cache_folder_is_no_error(tmp_path, images, monkeypatch):
+    write_parquet(tmp_path / 'test.parquet', images)
+    monkeypatch.setattr(data_module, '_cache_path', lambda *_: tmp_path / 'missing' / 'cache.safetensors')
+    assert len(load_images('test', tmp_path)) == 6
+
+
+# Batches
+
+
+def test_pad_crop_takes_windows_of_the_padded_image():
+    images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
+    cropped = pad_crop(images, 2, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
+    places = set()
+    for i in range(64):
+        hits = [(y, x) for y in range(5) for x in range(5)
+                if torch.equal(padded[i, :, y:y + 8, x:x + 8], cropped[i])]
+        assert len(hits) == 1
+        places.add(hits[0])
+    assert len(places) > 15  # of 25 places, drawn 64 times
+
+
+def test_hflip_mirrors_each_image_by_itself():
+    images = torch.randint(0, 256, (200, 3, 4, 4), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    flipped = random_hflip(images, 0.5, generator)
+    same = (flipped == images).flatten(1).all(1)
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
+    assert (same | mirrored).all() and 60 < mirrored.sum() < 140
+    assert torch.equal(random_hflip(images, 0., generator), images)
+    assert torch.equal(random_hflip(images, 1., generator), images.flip(-1))
+
+
+def test_normalize_is_that_of_timm(images):
+    transform = timm.data.create_transform((3, 32, 32), crop_pct=1.0, mean=MEAN, std=STD)
+    expected = torch.stack([transform(Image.fromarray(image)) for image in images])
+    ours = normalize(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), MEAN, STD)
+    torch.testing.assert_close(ours, expected)
+
+
+def loader(n=20, **kwargs):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    return MemoryLoader(ImageSet(images, torch.arange(n)), 6, MEAN, STD, **kwargs)
+
+
+def test_evaluation_counts_every_image_once_in_batches_of_one_shape():
+    batches = list(loader())
+    assert [images.shape for images, _ in batches] == [(6, 3, 8, 8)] * 4
+    labels = torch.cat([labels for _, labels in batches])
+    assert labels[:20].tolist() == list(range(20))
+    assert (labels[20:] == IGNORE_LABEL).all()
+
+
+def test_training_batches_depend_on_seed_epoch_and_batch_alone():
+    def labels_and_sum(start=0, epoch=0, **kwargs):
+        one = loader(is_training=True, padding=2, hflip=0.5, **kwargs)
+        one.set_epoch(epoch)
+        return [(labels.tolist(), images.sum().item()) for images, labels in one.batches(start)]
+
+    whole = labels_and_sum()
+    assert len(whole) == 3 and len({label for labels, _ in whole for label in labels}) == 18
+    torch.rand(3)  # the global stream plays no part
+    assert labels_and_sum() == whole
+    assert labels_and_sum(start=1) == whole[1:]
+    assert labels_and_sum(epoch=1) != whole
+    assert labels_and_sum(seed=1) != whole
+
+
+@pytest.mark.parametrize('is_training', [True, False])
+def test_processes_share_the_data_without_overlap(is_training):
+    shards = []
+    for rank in range(3):
+        one = loader(n=20, is_training=is_training, rank=rank, world_size=3)
+        assert len(one) == (1 if is_training else 2)
+        shards.append([label for _, labels in one for label in labels.tolist() if label != IGNORE_LABEL])
+    seen = [label for shard in shards for label in shard]
+    assert len(set(seen)) == len(seen) == (18 if is_training else 20)
+
+
+def test_too_little_data_for_a_batch_is_named():
+    with pytest.raises(UserError, match='5 images, less than one batch of 6'):
+        loader(n=5, is_training=True)
+
+
+def test_memory_format():
+    images, _ = next(iter(loader(channels_last=True)))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_copied_folder_is_read_alike(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / 'copy')
+    again = load_images('test', dataset=f"hfds/{tmp_path / 'copy'}", input_size=(1, 8, 8))
+    assert torch.equal(again.images, load_images('test', digits, input_size=(1, 8, 8)).images)

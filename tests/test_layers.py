@@ -1,0 +1,185 @@
+"""The two-step update and the state noise, by themselves."""
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from timm_lm.layers import EulerStep, StateNoise, TwoStep, two_step
+
+SHAPE = (2, 3, 4, 5)
+# a scalar inside the initial range, one value a channel across the stable range -1 < k < 1
+KS = {
+    'scalar': torch.tensor(-0.07, dtype=torch.float64),
+    'per channel': torch.tensor([-0.9, 0.3, 0.8], dtype=torch.float64).view(3, 1, 1),
+}
+
+
+@pytest.fixture(params=KS)
+def k(request):
+    return KS[request.param].clone()
+
+
+@pytest.fixture
+def states():
+    """Branch, state and history in float64."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(3)]
+
+
+def test_update_is_the_formula(states, k):
+    f, x, x_prev = states
+    torch.testing.assert_close(two_step(f, x, x_prev, k), f + (1 - k) * x + k * x_prev, rtol=0, atol=1e-14)
+
+
+def test_k_zero_is_euler_and_k_one_takes_the_history_alone(states):
+    f, x, x_prev = states
+    assert torch.equal(two_step(f, x, x_prev, torch.tensor(0.)), EulerStep()(f, x, x_prev))
+    assert torch.equal(two_step(f, x, x_prev, torch.tensor(1.)), f + x_prev)
+
+
+def test_euler_does_not_read_the_history(states):
+    f, x, x_prev = states
+    assert torch.equal(EulerStep()(f, x, torch.full_like(x_prev, torch.nan)), f + x)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_constant_trajectory_is_kept(states, k, dtype):
+    """The roots of the recurrence are 1 and -k: without f, x[n] = x[n-1] stays, to the last bit in any precision."""
+    x = states[1].to(dtype)
+    assert torch.equal(two_step(torch.zeros_like(x), x, x.clone(), k), x)
+
+
+def test_parasitic_root_shrinks_by_k(states):
+    """Without f, the difference of two states is multiplied by -k at each step."""
+    _, x, x_prev = states
+    k = torch.tensor(-0.5, dtype=torch.float64)
+    difference = x - x_prev
+    for _ in range(3):
+        x, x_prev = two_step(torch.zeros_like(x), x, x_prev, k), x
+    torch.testing.assert_close(x - x_prev, -k ** 3 * difference, rtol=0, atol=1e-14)
+
+
+def test_derivatives(states, k):
+    inputs = [t.requires_grad_() for t in (*states, k)]
+    assert gradcheck(two_step, inputs, check_forward_ad=True)
+    assert gradgradcheck(two_step, inputs)
+
+
+def test_backward_keeps_nothing_but_the_states(states, k):
+    """A difference of states kept in each block would be one more activation in memory."""
+    inputs = [t.requires_grad_() for t in (*states, k)]
+    held = {t.data_ptr() for t in inputs}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        two_step(*inputs)
+    assert saved
+    assert all(t.data_ptr() in held for t in saved)
+
+
+def test_vmap_over_k(states):
+    ks = torch.linspace(-0.9, 0.9, 5, dtype=torch.float64)
+    batched = torch.func.vmap(two_step, in_dims=(None, None, None, 0))(*states, ks)
+    torch.testing.assert_close(batched, torch.stack([two_step(*states, k) for k in ks]))
+
+
+def test_jvp_and_vjp_by_k(states, k):
+    f, x, x_prev = states
+
+    def update(k):
+        return two_step(f, x, x_prev, k)
+
+    _, tangent = torch.func.jvp(update, (k,), (torch.ones_like(k),))
+    torch.testing.assert_close(tangent, x_prev - x)
+    _, vjp = torch.func.vjp(update, k)
+    cotangent = torch.ones_like(x)
+    torch.testing.assert_close(vjp(cotangent)[0], (x_prev - x).sum_to_size(k.shape))
+
+
+@pytest.mark.parametrize('per_channel', [False, True])
+def test_autocast_keeps_a_bf16_state(states, per_channel):
+    step = TwoStep(3, per_channel=per_channel)
+    f, x, x_prev = [t.bfloat16() for t in states]
+    with torch.autocast('cpu', torch.bfloat16):
+        out = step(f, x, x_prev)
+    assert step.k.dtype == torch.float32
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert step.k.grad.dtype == torch.float32
+
+
+def test_history_of_another_dtype_follows_the_state(states):
+    f, x, x_prev = states
+    out = two_step(f.float(), x.float(), x_prev, KS['scalar'])
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), two_step(*states, KS['scalar']), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('per_channel, shape', [(False, (1,)), (True, (3,))])
+def test_module_is_the_update_with_its_own_k(states, per_channel, shape):
+    step = TwoStep(3, per_channel=per_channel, dtype=torch.float64)
+    assert step.k.shape == shape
+    assert list(step.state_dict()) == ['k']
+    f, x, x_prev = states
+    k = step.k.detach().view(-1, 1, 1)
+    torch.testing.assert_close(step(f, x, x_prev), f + (1 - k) * x + k * x_prev, rtol=0, atol=1e-14)
+
+
+def test_k_starts_uniform_in_its_range():
+    k = TwoStep(100_000, per_channel=True).k.detach()
+    assert k.min() >= -0.1 and k.max() <= 0
+    # U(-0.1, 0): mean -0.05, standard deviation 0.1 / sqrt(12) = 0.0289
+    assert k.mean().item() == pytest.approx(-0.05, abs=1e-3)
+    assert k.std().item() == pytest.approx(0.0289, abs=1e-3)
+    other = TwoStep(1000, k_init=(0.2, 0.3), per_channel=True).k
+    assert other.min() >= 0.2 and other.max() <= 0.3
+
+
+def test_k_starts_from_a_number():
+    step = TwoStep(3, k_init=-0.25, per_channel=True)
+    assert step.k.tolist() == [-0.25] * 3
+    with torch.no_grad():
+        step.k.fill_(torch.nan)
+    step.reset_parameters()
+    assert step.k.tolist() == [-0.25] * 3
+
+
+def test_fixed_k_is_a_buffer_of_the_same_name():
+    step = TwoStep(3, trainable=False)
+    assert not list(step.parameters())
+    assert step.state_dict().keys() == TwoStep(3).state_dict().keys()
+
+
+def test_device_and_dtype_of_k():
+    assert TwoStep(3, dtype=torch.float64).k.dtype == torch.float64
+    assert TwoStep(3, device='meta').k.is_meta
+
+
+@pytest.mark.parametrize('noise_type', ['gaussian', 'uniform'])
+def test_noise_only_in_training(noise_type):
+    noise = StateNoise(0.1, noise_type)
+    x = torch.randn(SHAPE)
+    assert noise.eval()(x) is x
+    assert not torch.equal(noise.train()(x), x)
+
+
+@pytest.mark.parametrize('noise_type, mean, std', [
+    ('gaussian', 0., 0.001),
+    ('uniform', 0.0005, 0.000289),  # U(0, level): level / 2 and level / sqrt(12)
+])
+def test_noise_distribution(noise_type, mean, std):
+    torch.manual_seed(0)
+    added = StateNoise(0.001, noise_type)(torch.zeros(1_000_000, dtype=torch.float64))
+    assert added.mean().item() == pytest.approx(mean, abs=5e-6)
+    assert added.std().item() == pytest.approx(std, rel=0.01)
+    if noise_type == 'uniform':
+        assert added.min() >= 0 and added.max() <= 0.001
+
+
+def test_noise_keeps_the_dtype():
+    assert StateNoise(0.1)(torch.zeros(4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_noise_refuses_bad_settings():
+    with pytest.raises(ValueError, match="'laplace'.*gaussian, uniform"):
+        StateNoise(0.1, 'laplace')
+    with pytest.raises(ValueError, match='-0.1'):
+        StateNoise(-0.1)

@@ -1,0 +1,303 @@
+"""Weights folders: what is saved comes back bit for bit, in timm and in transformers, and damage is named."""
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from timm_lm.errors import UserError
+from timm_lm.hub import (
+    CHECK_NAME,
+    atomic_folder,
+    load_folder,
+    load_model,
+    recorded_error,
+    save_folder,
+    verify_folder,
+)
+from timm_lm.models import _weights
+
+
+@pytest.fixture
+def folder(weights, tmp_path):
+    return shutil.copytree(weights, tmp_path / 'weights')
+
+
+def flip_a_bit(path, offset=-1000):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(bytes(data))
+
+
+# Saving and loading
+
+
+def test_timm_gives_back_the_network_that_was_trained(weights):
+    model = timm.create_model(f'local-dir:{weights}', pretrained=True).eval()
+    check = load_file(weights / CHECK_NAME)
+    with torch.inference_mode():
+        assert torch.equal(model(check['input']), check['output'])
+    assert model.pretrained_cfg['label_names'] == [str(i) for i in range(10)]
+    assert model.pretrained_cfg['mean'] == [0.3053] and model.in_chans == 1
+
+
+def test_a_user_can_change_classes_and_channels(weights):
+    model = timm.create_model(f'local-dir:{weights}', pretrained=True, num_classes=3, in_chans=3)
+    assert model(torch.randn(1, 3, 16, 16)).shape == (1, 3)
+    assert torch.equal(model.norm.weight, load_folder(weights).norm.weight)
+
+
+def test_transformers_gives_the_same_logits(weights):
+    from transformers import AutoModelForImageClassification
+    theirs = AutoModelForImageClassification.from_pretrained(weights).eval()
+    check = load_file(weights / CHECK_NAME)
+    with torch.inference_mode():
+        assert torch.equal(theirs(check['input']).logits, check['output'])
+    assert theirs.config.id2label[3] == '3'
+
+
+def test_class_count_stands_once_where_transformers_reads_it(weights):
+    config = json.loads((weights / 'config.json').read_text())
+    assert config['num_classes'] == 10
+    assert 'num_classes' not in config.get('model_args', {})
+
+
+def test_half_precision_is_checked_as_saved(tmp_path):
+    model = timm.create_model('lm_resnet20', layers=(1, 1, 1)).eval()
+    folder = save_folder(model, tmp_path / 'half', '# card', dict(layers=(1, 1, 1)), dtype=torch.float16)
+    assert load_file(folder / 'model.safetensors')['stem.conv.weight'].dtype == torch.float16
+    assert verify_folder(folder)['output'] < 1e-5
+    check = load_file(folder / CHECK_NAME)
+    with torch.inference_mode():
+        assert not torch.equal(model(check['input']), check['output'])
+
+
+def test_card_records_the_error_and_comes_back(weights, run_folder):
+    result = json.loads((run_folder / 'result.json').read_text())
+    assert recorded_error(weights) == pytest.approx(100 - result['top1'], abs=0.005)
+    card = ModelCard.load(weights / 'README.md')
+    assert card.data.library_name == 'timm' and card.data.license == 'apache-2.0'
+    assert f"{result['errors']} of {result['images']} images" in card.text
+    assert 'timm-lm train -c lm_resnet20_digits' in card.text
+    assert '{{' not in str(card) and '{%' not in str(card)
+
+
+def test_folder_of_a_killed_writer_is_the_old_one(weights, tmp_path):
+    """A process killed while it writes leaves the earlier folder whole."""
+    folder = shutil.copytree(weights, tmp_path / 'weights')
+    code = (
+        'import os, signal, sys\n'
+        'from timm_lm.hub import atomic_folder\n'
+        'with atomic_folder(sys.argv[1]) as new:\n'
+        '    (new / "model.safetensors").write_bytes(b"half")\n'
+        '    os.kill(os.getpid(), signal.SIGKILL)\n'
+    )
+    assert subprocess.run([sys.executable, '-c', code, str(folder)]).returncode == -9
+    verify_folder(folder)
+
+
+def test_failed_writing_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError), atomic_folder(tmp_path / 'new') as new:
+        (new / 'file').write_text('half')
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+# Damage
+
+
+def test_whole_folder_verifies(folder, command):
+    assert max(verify_folder(folder).values()) < 1e-5
+    code, out, _ = command('verify', folder)
+    assert code == 0 and 'whole' in out
+
+
+def missing_folder(folder):
+    shutil.rmtree(folder)
+
+
+def missing_weights(folder):
+    (folder / 'model.safetensors').unlink()
+
+
+def missing_config(folder):
+    (folder / 'config.json').unlink()
+
+
+def cut_weights(folder):
+    path = folder / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flipped_weights(folder):
+    flip_a_bit(folder / 'model.safetensors')
+
+
+def other_network(folder):
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(dict(config, architecture='lm_resnet32')))
+    del config['model_args']['layers']
+    (folder / 'config.json').write_text(json.dumps(dict(config, architecture='lm_resnet32')))
+
+
+def unknown_network(folder):
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(dict(config, architecture='lm_resnet21')))
+
+
+def pickled_weights(folder):
+    (folder / 'model.safetensors').write_bytes(pickle.dumps({'stem.conv.weight': [1.0]}))
+
+
+def torch_weights(folder):
+    torch.save({'stem.conv.weight': torch.ones(1)}, folder / 'model.safetensors')
+
+
+def broken_config(folder):
+    (folder / 'config.json').write_text('{')
+
+
+@pytest.mark.parametrize('damage, message', [
+    (missing_folder, 'does not exist'),
+    (missing_weights, 'has no model.safetensors'),
+    (missing_config, 'has no config.json'),
+    (broken_config, 'not a readable timm config'),
+    (cut_weights, 'not a whole safetensors file'),
+    (flipped_weights, 'damaged or was changed'),
+    (other_network, "another network than the 'lm_resnet32'"),
+    (unknown_network, "architecture 'lm_resnet21', which timm does not know"),
+    (pickled_weights, 'not a whole safetensors file'),
+    (torch_weights, 'not a whole safetensors file'),
+])
+def test_damage_is_named_by_verify_and_validate(folder, few_digits, fails, damage, message):
+    damage(folder)
+    before = sorted(folder.parent.rglob('*'))
+    for line in (fails('verify', folder), fails('validate', folder, '--data-dir', few_digits)):
+        assert message in line and str(folder) in line
+    assert sorted(folder.parent.rglob('*')) == before
+
+
+def test_changed_weights_with_a_new_digest_fail_the_check_batch(folder, fails):
+    path = folder / 'model.safetensors'
+    state = load_file(path)
+    state['head.fc.weight'] += 0.1
+    save_file(state, path, metadata=dict(format='pt'))
+    save_file(load_file(folder / CHECK_NAME), folder / CHECK_NAME, metadata=dict(model_sha256=_weights.sha256(path)))
+    assert "computes other 'output' than recorded" in fails('verify', folder)
+
+
+# Weights that ship
+
+
+def shipped():
+    return sorted(path.parent.name for path in _weights.weights_dir().glob('*/model.safetensors'))
+
+
+def test_the_first_weights_ship():
+    assert 'lm_resnet20.demo_c10' in shipped()
+
+
+@pytest.mark.parametrize('name', shipped())
+def test_shipped_weights_load_by_name_and_are_whole(name):
+    folder = _weights.weights_dir() / name
+    assert max(verify_folder(folder).values()) < 1e-4
+    check = load_file(folder / CHECK_NAME)
+    model = timm.create_model(name, pretrained=True).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(check['input']), check['output'], rtol=1e-4, atol=1e-4)
+    assert recorded_error(folder) is not None
+    assert name in timm.list_pretrained()
+
+
+def test_every_listed_source_exists():
+    digests = _weights.read_digests(_weights.weights_dir())
+    assert sorted(digests) == [f'{name}/model.safetensors' for name in shipped()]
+    for name in timm.list_pretrained(['lm_res*', 'preact_res*']):
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg.file is None or os.path.isfile(cfg.file)
+
+
+@pytest.fixture
+def copied_package(tmp_path):
+    """A copy of the package with its shipped weights, as an install has them; returns a function that runs code."""
+    import timm_lm
+    package = os.path.dirname(timm_lm.__file__)
+    shutil.copytree(package, tmp_path / 'timm_lm', ignore=shutil.ignore_patterns('__pycache__', 'weights'))
+    shutil.copytree(_weights.weights_dir(), tmp_path / 'timm_lm' / 'weights')
+
+    def run(code):
+        env = dict(os.environ, PYTHONPATH=str(tmp_path), TIMM_LM_AUTOLOAD='0')
+        return subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    return tmp_path / 'timm_lm' / 'weights' / 'lm_resnet20.demo_c10' / 'model.safetensors', run
+
+
+@pytest.mark.parametrize('offset', [100, -1])
+def test_flipped_bit_in_shipped_weights_is_named(copied_package, offset):
+    file, run = copied_package
+    load = 'import timm, timm_lm; timm.create_model("lm_resnet20.demo_c10", pretrained=True); print("loaded")'
+    assert run(load).stdout == 'loaded\n'
+    flip_a_bit(file, offset)
+    result = run(load)
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert 'UserError' in last and str(file) in last and 'install timm-lm again' in last
+    # without weights nothing is in the way
+    assert run('import timm, timm_lm; timm.create_model("lm_resnet20"); print("made")').stdout == 'made\n'
+
+
+def test_lost_shipped_weights_are_not_listed(copied_package):
+    file, run = copied_package
+    file.unlink()
+    code = 'import timm, timm_lm; print("lm_resnet20.demo_c10" in timm.list_pretrained("lm_resnet20*"))'
+    assert run(code).stdout == 'False\n'
+
+
+def test_published_weights_are_found_by_their_record(copied_package):
+    file, run = copied_package
+    file.unlink()
+    record = {'lm_resnet20.demo_c10': dict(repo_id='owner/lm_resnet20.demo_c10', revision='abc')}
+    (file.parents[1] / 'published.json').write_text(json.dumps(record))
+    code = 'import timm, timm_lm; print(timm.get_pretrained_cfg("lm_resnet20.demo_c10").hf_hub_id)'
+    assert run(code).stdout == 'owner/lm_resnet20.demo_c10@abc\n'
+
+
+# Names
+
+
+@pytest.mark.parametrize('name, message', [
+    ('lm_resnet21', 'no model .*Did you mean lm_resnet'),
+    ('lm_resnet20.nope', "has no tag 'nope'; its tags are: .*demo_c10"),
+    ('lm_resnet32', 'There are no weights of lm_resnet32'),
+    ('lm_resnet20.paper_c100', 'no weights of lm_resnet20.paper_c100; these tags have: lm_resnet20.demo_c10'),
+])
+def test_names_without_weights(name, message):
+    with pytest.raises(UserError, match=message):
+        load_model(name)
+
+
+def test_hub_without_network_is_one_line(fails):
+    line = fails('validate', 'hf-hub:owner/name')
+    assert 'hf-hub:owner/name could not be loaded' in line
+
+
+def test_hub_repo_loads_through_a_server(weights, tmp_path):
+    from hub_server import hub_server
+    with hub_server({'owner/digits': weights}) as endpoint:
+        code = (
+            'import timm, torch\n'
+            'from safetensors.torch import load_file\n'
+            'model = timm.create_model("hf-hub:owner/digits", pretrained=True).eval()\n'
+            f'check = load_file({str(weights / CHECK_NAME)!r})\n'
+            'with torch.inference_mode():\n'
+            '    print(torch.equal(model(check["input"]), check["output"]))\n'
+        )
+        env = dict(os.environ, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE='0', HF_HOME=str(tmp_path), HF_HUB_DISABLE_XET='1')
+        result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout == 'True\n', result.stderr

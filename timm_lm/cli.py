@@ -1,0 +1,294 @@
+"""The ``timm-lm`` command: each subcommand reads its options, calls the package, and prints."""
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence
+
+from .errors import UserError
+
+EXIT_USER_ERROR = 2
+
+
+def _train(argv: List[str]) -> None:
+    """train a network by a recipe"""
+    from .training.options import parse_options
+    from .training.train import command_line, train
+
+    train(parse_options(argv), command_line(['train', *argv]))
+
+
+def _recipe(argv: List[str]) -> None:
+    """list the shipped recipes, print one, or give its path"""
+    from .training.options import find_recipe, list_recipes
+
+    parser = _parser('recipe', _recipe)
+    parser.add_argument('name', nargs='?', help='a recipe to print')
+    parser.add_argument('--path', action='store_true', help='print its path only')
+    args = parser.parse_args(argv)
+    if args.name is None:
+        print('\n'.join(list_recipes()))
+    elif args.path:
+        print(find_recipe(args.name))
+    else:
+        print(find_recipe(args.name).read_text(encoding='utf-8'), end='')
+
+
+def _validate(argv: List[str]) -> None:
+    """count the errors of a network on a data set"""
+    from .training.options import add_data_options
+
+    parser = _parser('validate', _validate)
+    parser.add_argument('model', metavar='MODEL_OR_FOLDER',
+                        help='a model name with or without tag, a weights folder, or hf-hub:OWNER/NAME')
+    add_data_options(parser)
+    parser.set_defaults(val_split='test')
+    parser.add_argument('-b', '--batch-size', type=int, default=250, metavar='N', help='(default: 250)')
+    parser.add_argument('--amp', action='store_true', help='bfloat16 autocast instead of float32')
+    parser.add_argument('--channels-last', action='store_true', help='channels_last memory layout')
+    parser.add_argument('--torchcompile', action='store_true', help='compile the network')
+    parser.add_argument('--device', metavar='NAME', default='cpu', help='(default: cpu)')
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        raise UserError(f'--batch-size must be at least 1, not {args.batch_size}.')
+
+    import torch
+    from timm.data import resolve_data_config
+    from tqdm import tqdm
+
+    from .data import ImageSet, MemoryLoader, load_images
+    from .hub import load_model
+    from .training.evaluate import evaluate
+
+    model = load_model(args.model)
+    config = resolve_data_config({}, model=model)
+    data = load_images(
+        args.val_split, data_dir=args.data_dir, dataset=args.dataset, input_size=config['input_size'],
+        crop_pct=config['crop_pct'], interpolation=config['interpolation'], input_key=args.input_key,
+        target_key=args.target_key, class_map=args.class_map, download=args.dataset_download, progress=True)
+    highest = int(data.labels.max())
+    if highest >= model.num_classes:
+        raise UserError(f'The data has labels up to {highest}, {args.model} has {model.num_classes} classes; give the '
+                        'data set it was trained on, or choose another label column with --target-key.')
+    device = torch.device(args.device)
+    model = model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    network: Callable[[torch.Tensor], torch.Tensor] = torch.compile(model, dynamic=False) if args.torchcompile else model
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.amp):
+            return network(images)
+
+    loader = MemoryLoader(
+        ImageSet(data.images.to(device), data.labels.to(device)), args.batch_size, config['mean'], config['std'],
+        channels_last=args.channels_last)
+    result = evaluate(forward, loader, progress=lambda batches: tqdm(batches, unit='batch', leave=False, disable=None))
+    print(f"{args.model}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}, "
+          f"{result['errors']} errors of {result['images']} images ({100 - result['top1']:.2f} %), "
+          f"{result['images_per_second']:.0f} images/s")
+
+
+def _list(argv: List[str]) -> None:
+    """list the networks and their tags"""
+    parser = _parser('list', _list)
+    parser.add_argument('filter', nargs='?', default='*', help='wildcard of names, such as "lm_resnet*"')
+    parser.add_argument('--pretrained', action='store_true', help='only tags that have weights')
+    args = parser.parse_args(argv)
+
+    import fnmatch
+
+    import timm
+
+    from .hub import model_tags, our_models
+
+    rows = []
+    for name in fnmatch.filter(our_models(), args.filter):
+        for tag in model_tags(name):
+            full = f'{name}.{tag}'
+            if not args.pretrained or timm.models.is_model_pretrained(full):
+                rows.append([full, *_facts(name, full)])
+    if not rows:
+        raise UserError(f"No network fits '{args.filter}'; `timm-lm list` shows all.")
+    _print_table(['model', 'classes', 'parameters', 'MACs', 'weights', 'test error'], rows)
+
+
+def _info(argv: List[str]) -> None:
+    """show one network: parameters, MACs, tags, recorded error, and its k"""
+    parser = _parser('info', _info)
+    parser.add_argument('model', metavar='MODEL_OR_FOLDER', help='as in validate')
+    args = parser.parse_args(argv)
+
+    import timm
+
+    from .hub import load_model, model_tags, recorded_error
+    from .models._weights import weights_dir
+
+    is_folder = Path(args.model).is_dir() or '/' in args.model
+    has_weights = is_folder or timm.models.is_model_pretrained(args.model)
+    file = None if is_folder else getattr(timm.get_pretrained_cfg(args.model), 'file', None) \
+        if timm.is_model(args.model) and _has_tag(args.model) else None
+    # weights of the Hub are not fetched to show a network
+    load = is_folder or file is not None
+    model = load_model(args.model, pretrained=load)
+    cfg = model.pretrained_cfg
+    architecture = cfg['architecture']
+    lines = {
+        'model': architecture,
+        'tags': ', '.join(model_tags(architecture)),
+        'weights': args.model if is_folder else _source(args.model) if has_weights else 'none',
+        'input': 'x'.join(map(str, cfg['input_size'])),
+        'mean, std': f"{_numbers(cfg['mean'])}, {_numbers(cfg['std'])}",
+        'classes': str(model.num_classes),
+        'parameters': f'{sum(p.numel() for p in model.parameters()):,}',
+        'MACs': f"{_macs(model, cfg['input_size']) / 1e6:,.1f} M",
+    }
+    folder = Path(args.model) if is_folder else weights_dir() / f"{architecture}.{cfg.get('tag')}"
+    error = recorded_error(folder)
+    lines['test error'] = f'{error:.2f} %' if error is not None else 'not recorded'
+    for name, value in lines.items():
+        print(f'{name:<11} {value}')
+    k = model.k_values() if hasattr(model, 'k_values') else {}
+    if k:
+        print('k' if load else 'k (random, no weights were loaded)')
+        for name, value in k.items():
+            text = f'{value.item(): .4f}' if value.numel() == 1 else (
+                f'{value.min().item(): .4f} to {value.max().item():.4f}, mean {value.mean().item():.4f}')
+            print(f'  {name:<20} {text}')
+
+
+def _verify(argv: List[str]) -> None:
+    """check a weights folder: config, weights, digest, check batch"""
+    parser = _parser('verify', _verify)
+    parser.add_argument('folder', metavar='FOLDER', nargs='+')
+    args = parser.parse_args(argv)
+
+    from .hub import verify_folder
+
+    for folder in args.folder:
+        differences = verify_folder(folder)
+        print(f"{folder}: whole; logits within {differences['output']:.1e} of those recorded")
+
+
+def _demo(argv: List[str]) -> None:
+    """train, save, reload and evaluate on scikit-learn's digits, in two minutes"""
+    parser = _parser('demo', _demo)
+    parser.add_argument('--output', default='output/demo', metavar='DIR', help='(default: output/demo)')
+    args = parser.parse_args(argv)
+
+    from .demo import demo
+
+    demo(Path(args.output))
+
+
+COMMANDS: Dict[str, Callable[[List[str]], None]] = {
+    'train': _train, 'validate': _validate, 'list': _list, 'info': _info, 'verify': _verify, 'recipe': _recipe,
+    'demo': _demo,
+}
+
+
+# What the commands show
+
+
+def _has_tag(name: str) -> bool:
+    import timm
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _source(name: str) -> str:
+    import timm
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        return 'none'
+    return 'shipped' if cfg.file else f'hf-hub:{cfg.hf_hub_id}'
+
+
+def _facts(architecture: str, full_name: str) -> List[str]:
+    import timm
+    import torch
+
+    from .hub import recorded_error
+    from .models._weights import weights_dir
+
+    cfg = timm.get_pretrained_cfg(full_name)
+    with torch.device('meta'):
+        model = timm.create_model(architecture, num_classes=cfg.num_classes, device='meta')
+    error = recorded_error(weights_dir() / full_name)
+    return [
+        str(cfg.num_classes),
+        f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M',
+        f'{_macs(model, cfg.input_size) / 1e6:,.1f} M',
+        _source(full_name),
+        f'{error:.2f} %' if error is not None else '',
+    ]
+
+
+def _macs(model: Any, input_size: Sequence[int]) -> float:
+    """Multiply-accumulate operations of one image, by PyTorch's counter."""
+    import copy
+
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = copy.deepcopy(model).to('meta').eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, *input_size, device='meta'))
+    return counter.get_total_flops() / 2
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ' '.join(f'{value:g}' for value in values)
+
+
+def _print_table(header: List[str], rows: List[List[str]]) -> None:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+class _ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f'{message[0].upper()}{message[1:]}; see `{self.prog} --help`.')
+
+
+def _parser(name: str, command: Callable[[List[str]], None]) -> argparse.ArgumentParser:
+    return _ArgumentParser(prog=f'timm-lm {name}', description=(command.__doc__ or '').capitalize() + '.',
+                           allow_abbrev=False)
+
+
+def _usage() -> str:
+    lines = [f'  {name:<10}{command.__doc__}' for name, command in COMMANDS.items()]
+    return '\n'.join(['usage: timm-lm COMMAND ...', '', 'commands:', *lines, '', '`timm-lm COMMAND --help` tells more.'])
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run a command.
+
+    Returns:
+        0, or 2 after one line on standard error that says what was wrong with the input and what to do.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ['--version']:
+        print(importlib.import_module('timm_lm').__version__)
+        return 0
+    if not argv or argv[0] in ('-h', '--help'):
+        print(_usage())
+        return 0 if argv else EXIT_USER_ERROR
+    command = COMMANDS.get(argv[0])
+    try:
+        if command is None:
+            raise UserError(f"There is no command '{argv[0]}'; the commands are {', '.join(COMMANDS)}.")
+        command(argv[1:])
+    except UserError as e:
+        print(f'timm-lm: error: {e}', file=sys.stderr)
+        return EXIT_USER_ERROR
+    except BrokenPipeError:  # the reader of the output went away, as `head` does
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,439 @@
+"""Images in memory: a data set decoded once into a uint8 tensor, and loaders that augment whole batches of it.
+
+The functions on batches take and return uint8 or float tensors of shape (N, C, H, W).
+"""
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.data import create_dataset, create_transform
+from tqdm import tqdm
+
+from .errors import UserError
+
+IGNORE_LABEL = -100  # of the rows that fill up the last batch of an evaluation; cross entropy leaves it out
+MEMORY_LIMIT = 4 << 30  # bytes of a decoded split
+_SHARD = re.compile(r'(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+))?$')
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A decoded split.
+
+    Attributes:
+        images: uint8, shape (N, C, H, W).
+        labels: int64, shape (N,).
+        class_names: Names in the order of the labels, if the data set tells them.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    class_names: Optional[Tuple[str, ...]] = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+# Finding the files of a split
+
+
+def _parquet_splits(folder: Path) -> Dict[Tuple[str, str], List[Tuple[Path, int, int]]]:
+    """(subfolder, split) -> (file, shard index, shard count), from the names that the Hub's layout gives files."""
+    splits = defaultdict(list)
+    for path in sorted(folder.rglob('*.parquet')):
+        match = _SHARD.match(path.stem)
+        assert match is not None
+        where = path.parent.relative_to(folder).as_posix()
+        splits[where, match['split']].append((path, int(match['index'] or 0), int(match['count'] or 1)))
+    return splits
+
+
+def find_parquet(folder: Union[str, Path], split: str) -> List[Path]:
+    """The Parquet files of a split in a folder of the Hub's layout (``[sub/]train-00000-of-00005.parquet``).
+
+    Raises:
+        UserError: If the folder is missing, has no Parquet files, no such split, several of them in subfolders, or not
+            all shards of it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f'The data folder {folder} does not exist; give a folder with Parquet files in the Hub\'s '
+                        'layout, such as train-00000-of-00001.parquet.')
+    splits = _parquet_splits(folder)
+    if not splits:
+        raise UserError(f'The data folder {folder} has no Parquet files; give a folder in the Hub\'s layout, with files '
+                        'such as train-00000-of-00001.parquet.')
+    found = [where for where, name in splits if name == split]
+    if not found:
+        names = ', '.join(sorted({name for _, name in splits}))
+        raise UserError(f"The data folder {folder} has no split '{split}' (it has: {names}); name one of these with "
+                        '--train-split or --val-split, or add the files.')
+    if len(found) > 1:
+        raise UserError(f"The data folder {folder} has the split '{split}' in several subfolders ({', '.join(found)}); "
+                        'give one of them as the data folder.')
+    shards = splits[found[0], split]
+    missing = set(range(shards[0][2])) - {index for _, index, _ in shards}
+    if missing or len(shards) != shards[0][2]:
+        raise UserError(f"The split '{split}' in {folder} should have {shards[0][2]} shards but has {len(shards)}; copy "
+                        'the folder again.')
+    return [path for path, _, _ in sorted(shards, key=lambda shard: shard[1])]
+
+
+def _download_parquet(repo_id: str, split: str) -> Path:
+    """The folder of a data set repo of the Hub, its Parquet files downloaded into the Hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    try:
+        return Path(snapshot_download(repo_id, repo_type='dataset', allow_patterns=[f'*{split}*.parquet']))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(f'The data set {repo_id} could not be downloaded from the Hub ({reason}); give a folder of its '
+                        'Parquet files with --data-dir.') from e
+
+
+# Decoding
+
+
+class _Decoder:
+    """Encoded image -> uint8 array (C, H, W) of the wanted size, by timm's evaluation transform where sizes differ."""
+
+    def __init__(self, input_size: Sequence[int], crop_pct: float, interpolation: str):
+        channels, height, width = input_size
+        if channels not in (1, 3):
+            raise UserError(f'Images are decoded to 1 or 3 channels, not {channels}; change in_chans or input_size.')
+        self.mode = 'RGB' if channels == 3 else 'L'
+        self.size = (width, height)
+        self.as_it_is = crop_pct == 1.0
+        self.transform = create_transform(
+            tuple(input_size), is_training=False, use_prefetcher=True, crop_pct=crop_pct, interpolation=interpolation)
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        image = image.convert(self.mode)
+        if not (self.as_it_is and image.size == self.size):
+            return np.asarray(self.transform(image))
+        array = np.asarray(image)
+        return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _class_names(schema: Any, target_key: str) -> Optional[Tuple[str, ...]]:
+    """Names of the labels, which the Hub's files carry in the schema's metadata."""
+    try:
+        info = json.loads((schema.metadata or {})[b'huggingface'])
+        return tuple(info['info']['features'][target_key]['names'])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _find_column(schema: Any, key: Optional[str], wanted: str, guesses: Sequence[str], path: Path) -> str:
+    names = schema.names
+    candidates = [key] if key else [name for name in guesses if name in names]
+    if len(candidates) != 1 or candidates[0] not in names:
+        option = f'--{wanted}-key'
+        raise UserError(f"{path} has no {wanted} column '{key or ' or '.join(guesses)}' (its columns: "
+                        f"{', '.join(names)}); name one with {option}.")
+    return candidates[0]
+
+
+def _decode_parquet(paths: List[Path], decode: _Decoder, input_key: Optional[str], target_key: Optional[str],
+                    progress: bool) -> ImageSet:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images, labels, class_names = [], [], None
+    for path in tqdm(paths, desc='decoding', unit='file', disable=not progress, leave=False):
+        try:
+            schema = pq.read_schema(path)
+            image_column = _find_column(schema, input_key, 'input', ('image', 'img'), path)
+            label_column = _find_column(schema, target_key, 'target', ('label', 'labels', 'fine_label'), path)
+            table = pq.read_table(path, columns=[image_column, label_column])
+        except (pa.ArrowException, OSError) as e:
+            raise UserError(f'{path} is not a readable Parquet file ({str(e).splitlines()[0]}); copy it again.') from e
+        class_names = class_names or _class_names(schema, label_column)
+        for row, cell in enumerate(table.column(image_column)):
+            cell = cell.as_py()
+            data = cell['bytes'] if isinstance(cell, dict) else cell
+            try:
+                images.append(decode(Image.open(io.BytesIO(data))))
+            except (UnidentifiedImageError, OSError, TypeError, ValueError) as e:
+                raise UserError(f'Row {row} of {path} is not a readable image ({e}); repair or remove it.') from e
+        column = table.column(label_column)
+        if not pa.types.is_integer(column.type) or column.null_count:
+            raise UserError(f"The column '{label_column}' of {path} is not one of class numbers; name another with "
+                            '--target-key.')
+        labels.append(column.to_numpy())
+    if not images:
+        raise UserError(f'{paths[0].parent} has no rows in the split; give a folder that has.')
+    return ImageSet(
+        torch.from_numpy(np.ascontiguousarray(np.stack(images))),
+        torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+        class_names,
+    )
+
+
+def _decode_dataset(dataset: Any, decode: _Decoder, progress: bool) -> ImageSet:
+    """Decode a data set of timm's factory, which gives (image, class number)."""
+    images, labels = [], []
+    for image, label in tqdm(dataset, desc='decoding', unit='image', disable=not progress, leave=False):
+        images.append(decode(image))
+        labels.append(int(label))
+    return ImageSet(torch.from_numpy(np.ascontiguousarray(np.stack(images))), torch.tensor(labels), None)
+
+
+# The cache of decoded splits
+
+
+def _cache_path(paths: List[Path], settings: Dict[str, Any]) -> Path:
+    from huggingface_hub import cached_assets_path
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    key = hashlib.sha256(json.dumps([1, files, settings], sort_keys=True).encode()).hexdigest()[:32]
+    return cached_assets_path('timm-lm', namespace='decoded') / f'{key}.safetensors'
+
+
+def _read_cache(path: Path) -> Optional[ImageSet]:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, 'pt') as f:
+            names = json.loads((f.metadata() or {})['class_names'])
+            return ImageSet(f.get_tensor('images'), f.get_tensor('labels'), tuple(names) if names else None)
+    except (SafetensorError, KeyError, ValueError, OSError):
+        return None  # cut short or of another kind: decoded anew and written over
+
+
+def _write_cache(path: Path, data: ImageSet) -> None:
+    """Write beside and rename; a cache that can not be written (full disk, no right) is done without."""
+    temporary = None
+    try:
+        fd, temporary = tempfile.mkstemp(dir=path.parent, suffix='.tmp')
+        os.close(fd)
+        save_file(dict(images=data.images, labels=data.labels), temporary,
+                  metadata=dict(class_names=json.dumps(data.class_names)))
+        os.replace(temporary, path)
+    except (OSError, SafetensorError):
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def load_images(
+        split: str,
+        data_dir: Optional[Union[str, Path]] = None,
+        dataset: str = '',
+        input_size: Sequence[int] = (3, 32, 32),
+        crop_pct: float = 1.0,
+        interpolation: str = 'bilinear',
+        input_key: Optional[str] = None,
+        target_key: Optional[str] = None,
+        class_map: str = '',
+        download: bool = False,
+        progress: bool = False,
+) -> ImageSet:
+    """Decode a split into memory.
+
+    Args:
+        split: Name of the split.
+        data_dir: Folder of the data. With Parquet files in the Hub's layout it is read directly.
+        dataset: timm's name of the data set. ``hfds/<folder>`` and ``hfds/<owner>/<name>`` name a Parquet folder and a
+            repo of the Hub; anything else is opened by ``timm.data.create_dataset``.
+        input_size: Size (C, H, W) that images get, by timm's evaluation transform where theirs is another.
+        crop_pct: Share of the resized image that the centre crop keeps.
+        interpolation: Of the resizing, in timm's names.
+        input_key: Column of the images; guessed if None.
+        target_key: Column of the class numbers; guessed if None.
+        class_map: As in ``timm.data.create_dataset``.
+        download: As in ``timm.data.create_dataset``.
+        progress: Show a progress bar while decoding.
+
+    Returns:
+        The decoded split; Parquet comes from a cache on disk when it was decoded before.
+
+    Raises:
+        UserError: If the data is missing, has no such split, or can not be read.
+    """
+    decode = _Decoder(input_size, crop_pct, interpolation)
+    folder = _parquet_folder(data_dir, dataset, split)
+    if folder is None:
+        return _load_timm_dataset(split, data_dir, dataset, decode, input_size, class_map, download, progress)
+    paths = find_parquet(folder, split)
+    settings = dict(input_size=list(input_size), crop_pct=crop_pct, interpolation=interpolation,
+                    input_key=input_key, target_key=target_key)
+    cache = _cache_path(paths, settings)
+    data = _read_cache(cache)
+    if data is None:
+        data = _decode_parquet(paths, decode, input_key, target_key, progress)
+        _write_cache(cache, data)
+    return data
+
+
+def _parquet_folder(data_dir: Optional[Union[str, Path]], dataset: str, split: str) -> Optional[Path]:
+    """The folder of Parquet files that the options name, or None if the data is of another kind."""
+    is_hub_name = dataset.startswith('hfds/')
+    if data_dir is None:
+        if is_hub_name:
+            name = dataset.removeprefix('hfds/')
+            return Path(name) if Path(name).is_dir() else _download_parquet(name, split)
+        if not dataset:
+            raise UserError('No data was named; give a folder with --data-dir or a data set with --dataset.')
+        return None
+    folder = Path(data_dir)
+    if is_hub_name:
+        return folder
+    is_image_folder = folder.is_dir() and any(folder.iterdir()) and not any(folder.rglob('*.parquet'))
+    return None if dataset or is_image_folder else folder
+
+
+def _load_timm_dataset(split: str, data_dir: Any, dataset: str, decode: _Decoder, input_size: Sequence[int],
+                       class_map: str, download: bool, progress: bool) -> ImageSet:
+    root = None if data_dir is None else str(data_dir)
+    try:
+        images = create_dataset(dataset, root=root, split=split, class_map=class_map, download=download)
+        count = len(images)
+    except (AssertionError, FileNotFoundError, ImportError, RuntimeError, ValueError) as e:
+        raise UserError(f"timm could not open the split '{split}' of the data set '{dataset or root}' ({e}).") from e
+    size = count * int(np.prod(input_size))
+    if size > MEMORY_LIMIT:
+        raise UserError(f"The split '{split}' takes {size / 2**30:.1f} GiB decoded, more than the "
+                        f'{MEMORY_LIMIT / 2**30:.0f} GiB held in memory; use a smaller --input-size.')
+    return _decode_dataset(images, decode, progress)
+
+
+# Augmentation of batches
+
+
+def pad_crop(images: torch.Tensor, padding: int, generator: torch.Generator) -> torch.Tensor:
+    """Pad by zeros and crop each image at a random place to its old size.
+
+    Args:
+        images: Shape (N, C, H, W).
+        padding: Pixels on each side.
+        generator: Source of the places, on the device of the images.
+    """
+    n, _, height, width = images.shape
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view, (N, C, places, places, H, W)
+    dy, dx = torch.randint(2 * padding + 1, (2, n), generator=generator, device=images.device)
+    return windows[torch.arange(n, device=images.device), :, dy, dx]
+
+
+def random_hflip(images: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
+    """Mirror each image (N, C, H, W) left to right with the given probability."""
+    flip = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < probability
+    return torch.where(flip, images.flip(-1), images)
+
+
+def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """uint8 images (N, C, H, W) to float32, less the mean and over the standard deviation, both for pixels in [0, 1]."""
+    mean_t = torch.tensor(mean, device=images.device).view(-1, 1, 1) * 255
+    std_t = torch.tensor(std, device=images.device).view(-1, 1, 1) * 255
+    return (images.float() - mean_t) / std_t
+
+
+def _seed(*parts: int) -> int:
+    """One seed of several numbers, so that each epoch and each batch has its own stream."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+class MemoryLoader:
+    """Batches of a decoded split, on its device; what they hold depends on (seed, epoch, batch) alone."""
+
+    def __init__(
+            self,
+            data: ImageSet,
+            batch_size: int,
+            mean: Sequence[float],
+            std: Sequence[float],
+            is_training: bool = False,
+            padding: int = 0,
+            hflip: float = 0.,
+            seed: int = 0,
+            rank: int = 0,
+            world_size: int = 1,
+            channels_last: bool = False,
+    ):
+        """
+        Args:
+            data: The split, on the device of the training.
+            batch_size: Images of one batch of one process.
+            mean: Mean of each channel, for pixels in [0, 1].
+            std: Standard deviation of each channel, for pixels in [0, 1].
+            is_training: Shuffle, augment and drop the last incomplete batch. Otherwise the last batch is filled up
+                with rows of label ``IGNORE_LABEL``, so that every batch has the same shape.
+            padding: Pixels of padding of the random crop, no crop if 0.
+            hflip: Probability of mirroring an image.
+            seed: Seed of order and augmentation.
+            rank: Which process this is.
+            world_size: Processes that share the data.
+            channels_last: Memory layout of the batches.
+
+        Raises:
+            UserError: If the training data is smaller than one batch.
+        """
+        self.data = data
+        self.batch_size = batch_size
+        self.mean = mean
+        self.std = std
+        self.is_training = is_training
+        self.padding = padding
+        self.hflip = hflip
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.epoch = 0
+        if is_training and len(self) == 0:
+            raise UserError(f'The training split has {len(data)} images, less than one batch of '
+                            f'{batch_size * world_size}; use a smaller --batch-size.')
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the augmentation of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        per_step = self.batch_size * self.world_size
+        return len(self.data) // per_step if self.is_training else -(-len(self.data) // per_step)
+
+    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        return self.batches()
+
+    def batches(self, start: int = 0) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        """The batches of this epoch from the given one on: images (N, C, H, W) float32 and labels (N,)."""
+        device = self.data.images.device
+        if self.is_training:
+            generator = torch.Generator().manual_seed(_seed(self.seed, self.epoch))
+            order = torch.randperm(len(self.data), generator=generator)[self.rank::self.world_size]
+        else:
+            order = torch.arange(len(self.data))[self.rank::self.world_size]
+        order = order.to(device)
+        generator = torch.Generator(device)
+        for step in range(start, len(self)):
+            index = order[step * self.batch_size:(step + 1) * self.batch_size]
+            images, labels = self.data.images[index], self.data.labels[index]
+            if self.is_training:
+                generator.manual_seed(_seed(self.seed, self.epoch, step, self.rank))
+                images = self._augment(images, generator)
+            elif len(index) < self.batch_size:
+                images, labels = self._fill(images, labels)
+            yield normalize(images, self.mean, self.std).contiguous(memory_format=self.memory_format), labels
+
+    def _augment(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        if self.padding:
+            images = pad_crop(images, self.padding, generator)
+        if self.hflip:
+            images = random_hflip(images, self.hflip, generator)
+        return images
+
+    def _fill(self, images: torch.Tensor, labels: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        missing = self.batch_size - len(labels)
+        images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+        return images, torch.cat([labels, labels.new_full((missing,), IGNORE_LABEL)])

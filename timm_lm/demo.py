@@ -1,0 +1,96 @@
+"""The whole job in two minutes: train on scikit-learn's digits, save, reload through timm, evaluate, draw."""
+import io
+import shutil
+import time
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+
+from .data import MemoryLoader, load_images
+from .errors import UserError
+from .training.evaluate import evaluate
+from .training.options import parse_options
+from .training.train import train
+
+
+def write_digits(folder: Path, test_share: float = 0.2, limit: int = 0) -> Path:
+    """Write scikit-learn's handwritten digits (1,797 images of 8x8 pixels) as Parquet in the Hub's layout.
+
+    Args:
+        folder: Where; made if missing.
+        test_share: Share of the images that the test split gets.
+        limit: Use so many images only, all if 0.
+
+    Raises:
+        UserError: If scikit-learn is missing.
+    """
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as e:
+        raise UserError("The digits come with scikit-learn; install it with `pip install 'timm-lm[demo]'`.") from e
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))[:limit or None]
+    test_size = int(len(order) * test_share)
+    features = {'image': {'_type': 'Image'}, 'label': {'_type': 'ClassLabel', 'names': [str(i) for i in range(10)]}}
+    metadata = {'huggingface': json.dumps({'info': {'features': features}})}
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in (('test', order[:test_size]), ('train', order[test_size:])):
+        cells = [dict(bytes=_png(digits.images[row]), path=f'{row}.png') for row in rows]
+        table = pa.table(dict(
+            image=pa.array(cells, pa.struct([('bytes', pa.binary()), ('path', pa.string())])),
+            label=pa.array(digits.target[rows], pa.int64()),
+        )).replace_schema_metadata(metadata)
+        pq.write_table(table, folder / f'{split}-00000-of-00001.parquet')
+    return folder
+
+
+def _png(digit: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray((digit * (255 / 16)).astype(np.uint8)).save(buffer, format='PNG')
+    return buffer.getvalue()
+
+
+def demo(output: Path, options: Sequence[str] = ()) -> Path:
+    """Run the demonstration.
+
+    Args:
+        output: Folder of data, run and pictures; what an earlier demonstration left there is replaced.
+        options: Further options of the training.
+
+    Returns:
+        The run folder.
+    """
+    if output.exists() and any(output.iterdir()) and not (output / 'digits').is_dir():
+        raise UserError(f'{output} holds something else than a demonstration; give another folder with --output.')
+    for part in ('digits', 'run'):
+        shutil.rmtree(output / part, ignore_errors=True)
+    data = write_digits(output / 'digits')
+    start = time.perf_counter()
+    run = train(
+        parse_options(['-c', 'lm_resnet20_digits', '--data-dir', str(data), '--output', str(output), '--experiment',
+                       'run', *options]),
+        command='timm-lm demo')
+    seconds = time.perf_counter() - start
+
+    # What a user of timm does with the result
+    model = timm.create_model(f"local-dir:{run / 'weights'}", pretrained=True).eval()
+    cfg = model.pretrained_cfg
+    images = load_images('test', data, input_size=cfg['input_size'], interpolation=cfg['interpolation'])
+    result = evaluate(model, MemoryLoader(images, 64, cfg['mean'], cfg['std']))
+    with torch.inference_mode():
+        first = next(iter(MemoryLoader(images, 1, cfg['mean'], cfg['std'])))
+        answer = cfg['label_names'][int(model(first[0]).argmax())]
+    print(f"Trained in {seconds:.0f} s. timm.create_model('local-dir:{run / 'weights'}', pretrained=True) makes "
+          f"{result['errors']} errors on {result['images']} test digits ({100 - result['top1']:.2f} %); it takes the first "
+          f'one, a {int(first[1])}, for a {answer}.')
+    print(f"Curves are in {run / 'curves.png'}, the path of k in {run / 'k.png'}.")
+    return run

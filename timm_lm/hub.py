@@ -1,0 +1,405 @@
+"""Weights folders in the layout of a Hub repo: written whole, checked anywhere, described by a card.
+
+A folder holds ``model.safetensors``, ``config.json`` (timm's, also read by transformers), ``README.md`` (the card) and
+``test/rand_tensors.safetensors``: one random batch and what the network computes from it, under timm's names (input,
+features, pre_logits, output), with the SHA-256 of the weights in its metadata.
+"""
+import difflib
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
+
+import timm
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from .errors import UserError
+from .models._weights import DIGESTS_NAME, WEIGHTS_NAME, check_shipped, read_digests, sha256, weights_dir
+
+CONFIG_NAME = 'config.json'
+CARD_NAME = 'README.md'
+CHECK_NAME = 'test/rand_tensors.safetensors'
+CHECK_BATCH = 2
+CHECK_TOLERANCE = 1e-4  # of the largest value: float32 convolutions differ that much from one machine to another
+
+
+# Writing
+
+
+@contextmanager
+def atomic_folder(folder: Union[str, Path]) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of ``folder`` when the block ends without an error."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        old = None
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.old.'))
+            os.replace(folder, old / folder.name)
+        os.replace(temporary, folder)
+        if old is not None:
+            shutil.rmtree(old)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+
+
+def describe(
+        model: nn.Module,
+        tag: Optional[str] = None,
+        class_names: Optional[Sequence[str]] = None,
+        input_size: Optional[Sequence[int]] = None,
+        **data_config: Any,
+) -> None:
+    """Write into ``model.pretrained_cfg`` what the weights were trained on, so that a saved config tells it.
+
+    Args:
+        model: A network of ``timm.create_model``.
+        tag: Tag of the weights.
+        class_names: Names of the classes.
+        input_size: Size (C, H, W) of the images.
+        **data_config: ``mean``, ``std``, ``crop_pct``, ``interpolation``.
+    """
+    cfg = model.pretrained_cfg
+    cfg.update({key: value for key, value in data_config.items() if value is not None})
+    cfg['tag'] = tag
+    cfg['num_classes'] = model.num_classes
+    for key in ('test_input_size', 'test_crop_pct', 'origin_url', 'description', 'label_descriptions'):
+        cfg.pop(key, None)
+    if class_names is not None and len(class_names) == model.num_classes:
+        cfg['label_names'] = tuple(class_names)
+    elif len(cfg.get('label_names') or ()) != model.num_classes:
+        cfg.pop('label_names', None)
+    if input_size is not None:
+        cfg['input_size'] = tuple(input_size)
+        cfg['pool_size'] = tuple(-(-side // model.feature_info[-1]['reduction']) for side in input_size[1:])
+
+
+def _write_config(model: nn.Module, path: Path, model_args: Dict[str, Any]) -> None:
+    label_names = model.pretrained_cfg.get('label_names')
+    save_config_for_hf(
+        model,
+        str(path),
+        model_config=dict(label_names=list(label_names)) if label_names else {},
+        model_args=dict(model_args),
+    )
+    config = json.loads(path.read_text())
+    config['pretrained_cfg'].pop('label_names', None)
+    # the class count stands at the top; a second one in the arguments is refused by transformers
+    config.get('model_args', {}).pop('num_classes', None)
+    if not config.get('model_args'):
+        config.pop('model_args', None)
+    path.write_text(json.dumps(config, indent=2) + '\n')
+
+
+@torch.inference_mode()
+def _check_tensors(model: nn.Module, images: torch.Tensor) -> Dict[str, torch.Tensor]:
+    features = model.forward_features(images)
+    return dict(
+        input=images,
+        features=features,
+        pre_logits=model.forward_head(features, pre_logits=True),
+        output=model.forward_head(features),
+    )
+
+
+def save_folder(
+        model: nn.Module,
+        folder: Union[str, Path],
+        card: str,
+        model_args: Optional[Dict[str, Any]] = None,
+        dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a weights folder, whole or not at all.
+
+    Args:
+        model: A network of ``timm.create_model``, described by ``describe``.
+        folder: Where; what stands there is replaced when the new folder is whole.
+        card: Text of the card.
+        model_args: Keywords beside the class count that the network was made with.
+        dtype: Precision of the saved floating-point tensors.
+
+    Returns:
+        The folder.
+    """
+    args = dict(model_args or {})
+    in_chans = model.in_chans
+    if in_chans != 3:
+        args['in_chans'] = in_chans
+    state = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    with atomic_folder(folder) as temporary:
+        weights = temporary / WEIGHTS_NAME
+        save_file(state, weights, metadata=dict(format='pt'))
+        _write_config(model, temporary / CONFIG_NAME, args)
+        (temporary / CARD_NAME).write_text(card, encoding='utf-8')
+        reloaded = timm.create_model(f'local-dir:{temporary}', pretrained=True).eval()
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(CHECK_BATCH, *model.pretrained_cfg['input_size'], generator=generator)
+        tensors = {name: tensor.contiguous() for name, tensor in _check_tensors(reloaded, images).items()}
+        (temporary / CHECK_NAME).parent.mkdir()
+        save_file(tensors, temporary / CHECK_NAME, metadata=dict(model_sha256=sha256(weights)))
+    return Path(folder)
+
+
+# The card
+
+
+def card_template() -> Path:
+    """The template of the card: in an installed package beside the modules, in a checkout at the top."""
+    package = Path(__file__).resolve().parent
+    installed = package / 'MODEL_CARD.md'
+    return installed if installed.is_file() else package.parent / 'MODEL_CARD.md'
+
+
+def render_card(
+        name: str,
+        dataset: str,
+        dataset_name: str,
+        error: Optional[float],
+        error_count: Optional[int] = None,
+        num_images: Optional[int] = None,
+        **fields: Any,
+) -> str:
+    """Fill the card's template.
+
+    Args:
+        name: Model name with tag.
+        dataset: Id of the data set on the Hub.
+        dataset_name: Its name for people.
+        error: Top-1 test error in %, none if None.
+        error_count: Wrong images of the test split.
+        num_images: Images of the test split.
+        **fields: The other fields of the template.
+    """
+    results = None
+    if error is not None:
+        common: Dict[str, Any] = dict(
+            task_type='image-classification', task_name='Image Classification',
+            dataset_type=dataset, dataset_name=dataset_name, dataset_split='test')
+        results = [
+            EvalResult(metric_type='accuracy', metric_name='Top-1 accuracy (%)',
+                       metric_value=round(100 - error, 2), **common),
+            EvalResult(metric_type='error', metric_name='Top-1 error (%)', metric_value=round(error, 2), **common),
+        ]
+    data = ModelCardData(
+        library_name='timm', license='apache-2.0', pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'timm-lm', 'transformers'],
+        datasets=[dataset] if dataset else None, metrics=['accuracy'], model_name=name, eval_results=results)
+    return str(ModelCard.from_template(
+        data, template_path=str(card_template()), name=name, architecture=name.partition('.')[0],
+        dataset=dataset, dataset_name=dataset_name, error=error, error_count=error_count, num_images=num_images,
+        **fields))
+
+
+def recorded_error(folder: Union[str, Path]) -> Optional[float]:
+    """The top-1 test error in % that a folder's card records, None if it records none."""
+    path = Path(folder) / CARD_NAME
+    if not path.is_file():
+        return None
+    results = ModelCard.load(path).data.eval_results or []
+    return next((float(r.metric_value) for r in results if r.metric_type == 'error'), None)
+
+
+# Reading
+
+
+def _read_config(folder: Path) -> Dict[str, Any]:
+    path = folder / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+        architecture = config['architecture']
+    except FileNotFoundError:
+        raise UserError(f'{folder} has no {CONFIG_NAME}; give a weights folder, as `timm-lm train` writes it.') from None
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        raise UserError(f'{path} is not a readable timm config ({type(e).__name__}: {e}); restore the file.') from e
+    if not timm.is_model(architecture):
+        raise UserError(f"{path} names the architecture '{architecture}', which timm does not know.")
+    return config
+
+
+def _compare_header(weights: Path, model: nn.Module, architecture: str) -> None:
+    """Names and shapes of a weights file against the network, from the file's header alone."""
+    try:
+        with safe_open(weights, 'pt') as f:
+            shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+    except SafetensorError as e:
+        raise UserError(f'{weights} is not a whole safetensors file ({e}); copy or download it again.') from e
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    differing = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+    if differing:
+        raise UserError(
+            f"{weights} holds another network than the '{architecture}' of its config: {len(differing)} tensors "
+            f'differ, the first is {differing[0]}; put the right file or config there.')
+
+
+def load_folder(folder: Union[str, Path], **kwargs: Any) -> nn.Module:
+    """Load the network of a weights folder, after checks that name what is wrong.
+
+    Args:
+        folder: A weights folder.
+        **kwargs: Further keywords of ``timm.create_model``.
+
+    Returns:
+        The network, in evaluation mode.
+
+    Raises:
+        UserError: If the folder is missing or incomplete, or its weights are damaged or of another network.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f'The weights folder {folder} does not exist; give a folder with {WEIGHTS_NAME} and '
+                        f'{CONFIG_NAME}.')
+    architecture = _read_config(folder)['architecture']
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        raise UserError(f'{folder} has no {WEIGHTS_NAME}; other formats are not read, convert them to safetensors.')
+    try:
+        model = timm.create_model(f'local-dir:{folder}', pretrained=False, **kwargs)
+    except (TypeError, ValueError) as e:
+        raise UserError(f'The config of {folder} does not fit the network {architecture} ({e}).') from e
+    if not kwargs:
+        _compare_header(weights, model, architecture)
+    _compare_digest(folder)
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+
+
+def _recorded_digest(folder: Path) -> Optional[str]:
+    path = folder / CHECK_NAME
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, 'pt') as f:
+            return (f.metadata() or {}).get('model_sha256')
+    except SafetensorError as e:
+        raise UserError(f'{path} is not a whole safetensors file ({e}); copy or download the folder again.') from e
+
+
+def _compare_digest(folder: Path) -> None:
+    weights = folder / WEIGHTS_NAME
+    check_shipped(str(weights.resolve()))
+    recorded = _recorded_digest(folder)
+    if recorded is not None and sha256(weights) != recorded:
+        raise UserError(f'{weights} is damaged or was changed: its SHA-256 is not the one recorded in {CHECK_NAME}; '
+                        'copy or download the folder again.')
+
+
+def verify_folder(folder: Union[str, Path]) -> Dict[str, float]:
+    """Check a weights folder: config, weights, digest, and what the network computes from the check batch.
+
+    Args:
+        folder: A weights folder.
+
+    Returns:
+        The largest difference of each check tensor, as a share of its largest value.
+
+    Raises:
+        UserError: If anything is missing, damaged, or computes something else.
+    """
+    folder = Path(folder)
+    model = load_folder(folder)
+    path = folder / CHECK_NAME
+    if not path.is_file():
+        raise UserError(f'{folder} has no {CHECK_NAME} to check the weights by; its weights load, no more is known.')
+    try:
+        expected = load_file(path)
+        actual = _check_tensors(model, expected['input'])
+    except (SafetensorError, KeyError, RuntimeError) as e:
+        raise UserError(f'{path} does not hold a check batch of this network ({e}); download the folder again.') from e
+    differences = {}
+    for name in ('features', 'pre_logits', 'output'):
+        scale = expected[name].abs().max().clamp_min(1e-12)
+        differences[name] = ((actual[name] - expected[name]).abs().max() / scale).item()
+        if not differences[name] <= CHECK_TOLERANCE:
+            raise UserError(f"{folder} computes other '{name}' than recorded (difference {differences[name]:.1e} of the "
+                            'largest value); the weights or the config were changed.')
+    return differences
+
+
+def write_digests(folder: Optional[Path] = None) -> Dict[str, str]:
+    """Write ``SHA256SUMS`` for all weights of a folder of weights folders, the shipped ones by default."""
+    folder = weights_dir() if folder is None else folder
+    digests = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.glob(f'*/{WEIGHTS_NAME}'))}
+    if digests != read_digests(folder):
+        temporary = folder / f'.{DIGESTS_NAME}'
+        temporary.write_text(''.join(f'{digest}  {path}\n' for path, digest in digests.items()))
+        os.replace(temporary, folder / DIGESTS_NAME)
+    return digests
+
+
+# Any way to name a network
+
+
+def our_models() -> List[str]:
+    """Names of the networks of this package."""
+    return timm.list_models(module='lm_resnet')
+
+
+def check_name(name: str) -> None:
+    """Check a name of timm's registry, with or without a tag.
+
+    Raises:
+        UserError: If the network or the tag is unknown.
+    """
+    architecture, _, tag = name.partition('.')
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=1)
+        hint = f' Did you mean {near[0]}?' if near else ''
+        raise UserError(f"There is no model '{architecture}'.{hint} `timm-lm list` shows the names.")
+    tags = model_tags(architecture)
+    if tag and tag not in tags:
+        raise UserError(f"{architecture} has no tag '{tag}'; its tags are: {', '.join(tags) or 'none'}.")
+
+
+def model_tags(architecture: str) -> List[str]:
+    """Tags of a network, the default first."""
+    names = timm.list_models(f'{architecture}.*', include_tags=True)
+    return [name.partition('.')[2] for name in names if name.startswith(f'{architecture}.')]
+
+
+def load_model(source: str, pretrained: bool = True, **kwargs: Any) -> nn.Module:
+    """Load a network by any of its names.
+
+    Args:
+        source: A weights folder, ``hf-hub:OWNER/NAME``, or a name of timm's registry with or without a tag.
+        pretrained: Load the weights; only a name of the registry can do without.
+        **kwargs: Further keywords of ``timm.create_model``.
+
+    Raises:
+        UserError: If there is no such network, or no weights of it.
+    """
+    if source.startswith('local-dir:') or os.sep in source and ':' not in source or Path(source).is_dir():
+        return load_folder(source.removeprefix('local-dir:'), **kwargs)
+    if not source.startswith('hf-hub:'):
+        check_name(source)
+        if pretrained and not timm.models.is_model_pretrained(source):
+            architecture = source.partition('.')[0]
+            others = timm.list_pretrained(f'{architecture}.*')
+            hint = f"these tags have: {', '.join(others)}" if others else 'train it, or give a weights folder'
+            raise UserError(f'There are no weights of {source}; {hint}.')
+    try:
+        return timm.create_model(source, pretrained=pretrained, **kwargs).eval()
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError, SafetensorError) as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(f'{source} could not be loaded ({reason}).') from e
+
+
+__all__ = [
+    'atomic_folder', 'check_name', 'describe', 'load_folder', 'load_model', 'model_tags',
+    'our_models', 'recorded_error', 'render_card', 'save_folder', 'verify_folder', 'write_digests',
+]

@@ -1,0 +1,52 @@
+"""Evaluation of a network on a decoded split."""
+import time
+from typing import Any, Callable, Dict, Optional
+
+import torch
+import torch.nn.functional as F
+
+from timm_lm.data import IGNORE_LABEL, MemoryLoader
+
+
+@torch.no_grad()
+def evaluate(
+        model: Callable[[torch.Tensor], torch.Tensor],
+        loader: MemoryLoader,
+        reduce: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
+        progress: Optional[Callable[[Any], Any]] = None,
+) -> Dict[str, float]:
+    """Count the errors of a network.
+
+    Args:
+        model: Network in evaluation mode, images (N, C, H, W) to logits (N, classes).
+        loader: Batches of the split; rows of label ``IGNORE_LABEL`` do not count.
+        reduce: Sums a tensor over processes, if there are several.
+        progress: Wraps the loader to show its progress.
+
+    Returns:
+        ``top1`` and ``top5`` accuracy in %, mean ``loss``, number of ``errors`` and ``images``, ``images_per_second``.
+    """
+    start = time.perf_counter()
+    totals = None  # images, correct at 1, correct at 5, summed loss
+    for images, labels in progress(loader) if progress else loader:
+        logits = model(images).float()
+        top = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        batch = torch.stack([
+            (labels != IGNORE_LABEL).sum().double(),
+            top[:, 0].sum().double(),
+            top.sum().double(),
+            F.cross_entropy(logits, labels, ignore_index=IGNORE_LABEL, reduction='sum').double(),
+        ])
+        totals = batch if totals is None else totals + batch
+    assert totals is not None
+    if reduce is not None:
+        totals = reduce(totals)
+    count, top1, top5, loss = totals.tolist()
+    return dict(
+        top1=100 * top1 / count,
+        top5=100 * top5 / count,
+        loss=loss / count,
+        errors=int(count - top1),
+        images=int(count),
+        images_per_second=count / (time.perf_counter() - start),
+    )
