@@ -38,13 +38,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, data, {'ETag': f'"{etag}"', 'X-Repo-Commit': COMMIT}, body)
 
     def _repo_info(self, path):
-        repo = path.partition('/revision/')[0]
+        repo = path.partition('/revision/')[0].partition('/tree/')[0]
         if repo not in self.repos:
             return self._send(404, b'{}', {'X-Error-Code': 'RepoNotFound'})
         folder = self.repos[repo]
         names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob('*')) if file.is_file()]
-        info = dict(id=repo.removeprefix('datasets/'), sha=COMMIT, private=False, tags=[], downloads=0, likes=0,
-                    siblings=[dict(rfilename=name) for name in names])
+        info: object = [dict(type='file', path=name, size=(folder / name).stat().st_size, oid=name) for name in names]
+        if '/tree/' not in path:
+            info = dict(id=repo.removeprefix('datasets/'), sha=COMMIT, private=False, tags=[], downloads=0, likes=0,
+                        siblings=[dict(rfilename=name) for name in names])
         self._send(200, json.dumps(info).encode(), {'Content-Type': 'application/json'})
 
     def _send(self, status, data, headers, body=True):

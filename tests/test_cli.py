@@ -1,6 +1,7 @@
 """The command line: what it prints, and how it fails."""
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -64,7 +65,7 @@ def test_recipe_lists_prints_and_locates(command):
     code, out, _ = command('recipe', 'lm_resnet20_c10')
     assert code == 0 and 'decay_milestones: [81, 121]' in out
     code, path, _ = command('recipe', 'lm_resnet20_c10', '--path')
-    assert open(path.strip()).read() == out
+    assert Path(path.strip()).read_text() == out
 
 
 @pytest.mark.parametrize('argv, message', [
@@ -85,8 +86,8 @@ def test_bad_arguments(fails, argv, message):
 
 
 def test_validate_refuses_data_of_other_classes(fails, weights, tmp_path):
-    from test_data import write_parquet
     import numpy as np
+    from test_data import write_parquet
     write_parquet(tmp_path / 'test.parquet', [np.zeros((16, 16), np.uint8)], [50])
     assert 'labels up to 50' in fails('validate', weights, '--data-dir', tmp_path)
 

@@ -504,14 +504,19 @@ def test_state_noise(noise_type):
         assert noise.mean().item() == pytest.approx(0, abs=2e-4)
 
 
-def test_noise_of_a_block_is_in_the_history_of_the_next():
-    """The noisy state is the state: the next but one block sees it as its history."""
-    model = create('basic', layers=(3, 1, 1), state_noise=0.1, zero_init_last=True, k_init=0.5).train()
+def test_noise_is_added_after_the_update_and_kept_in_the_history():
+    model = create(
+        'basic', layers=(3, 1, 1), state_noise=0.1, state_noise_type='uniform', zero_init_last=True, k_init=0.5).train()
     seen = []
     for block in blocks(model)[:3]:
         block.register_forward_hook(lambda module, args, out: seen.append((args, out)))
-    model(images('basic'))
-    assert not any(torch.equal(out[0], args[0]) for args, out in seen)
+    with torch.no_grad():
+        model(images('basic'))
+    for (x, x_prev), (x_next, _) in seen:
+        noise = x_next - (0.5 * x + 0.5 * x_prev)
+        assert noise.mean().item() == pytest.approx(0.05, abs=2e-3)
+        assert noise.min() > -1e-5 and noise.max() < 0.1 + 1e-5
+    # the noisy state is the state: the next block but one sees the same tensor as its history
     assert seen[2][0][1] is seen[1][0][0]
     assert seen[1][0][0] is seen[0][1][0]
 

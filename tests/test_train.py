@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import sys
 
-import pytest
 import timm
 import torch
 import yaml
 from safetensors.torch import load_file
+
+from timm_lm.hub import verify_folder
 
 SMALL = ['--model-kwargs', 'layers=(2,2,2)', '--epochs', '2', '--warmup-epochs', '0']
 
@@ -23,7 +24,7 @@ def test_run_folder_tells_the_run(run_folder):
     metrics = [json.loads(line) for line in (run_folder / 'metrics.jsonl').read_text().splitlines()]
     assert list(metrics[1]['k']) == ['stages.0.blocks.1', 'stages.1.blocks.1', 'stages.2.blocks.1']
     assert metrics[0]['k'] != metrics[1]['k']
-    assert yaml.safe_load((run_folder / 'args.yaml').read_text())['model_kwargs'] == {'layers': (2, 2, 2)}
+    assert yaml.safe_load((run_folder / 'args.yaml').read_text())['model_kwargs'] == {'layers': [2, 2, 2]}
     from PIL import Image
     for name in ('curves.png', 'k.png'):
         assert Image.open(run_folder / name).size[0] > 500
@@ -63,7 +64,7 @@ def test_compiled_training_in_a_fresh_process(few_digits, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert 'compiled by inductor' in result.stdout and 'precision bf16' in result.stdout
-    assert list(load_file(tmp_path / 'run' / 'weights' / 'model.safetensors'))[0].startswith('head.fc')
+    verify_folder(tmp_path / 'run' / 'weights')
 
 
 def test_same_seed_gives_the_same_weights(few_digits, tmp_path, command):
@@ -150,7 +151,7 @@ def test_bad_data_is_named_and_nothing_is_written(few_digits, tmp_path, fails):
             (['--model', 'lm_resnet21'], "no model 'lm_resnet21'"),
             (['--model', 'lm_resnet20.nope'], "no tag 'nope'"),
             (['--model-kwargs', 'depth=3'], 'can not be made with these options'),
-            (['--input-size', '3', '16', '16'], 'are for 1 channels, the images have 3'),
+            (['--mean', '0.1', '0.2'], '--mean and --std need one value, or one for each of the 1 channels'),
             (['--initial-checkpoint', str(tmp_path / 'no.safetensors')], 'could not be loaded'),
             (['--mixup', '0.2'], '--mixup is refused')):
         line = fails('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, '--output', output, *option)

@@ -2,8 +2,9 @@
 import argparse
 import importlib
 import sys
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from .errors import UserError
 
@@ -72,7 +73,7 @@ def _validate(argv: List[str]) -> None:
                         'data set it was trained on, or choose another label column with --target-key.')
     device = torch.device(args.device)
     model = model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-    network: Callable[[torch.Tensor], torch.Tensor] = torch.compile(model, dynamic=False) if args.torchcompile else model
+    network = torch.compile(model, dynamic=False) if args.torchcompile else model
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.amp):
@@ -105,7 +106,7 @@ def _list(argv: List[str]) -> None:
         for tag in model_tags(name):
             full = f'{name}.{tag}'
             if not args.pretrained or timm.models.is_model_pretrained(full):
-                rows.append([full, *_facts(name, full)])
+                rows.append([full, *_facts(full)])
     if not rows:
         raise UserError(f"No network fits '{args.filter}'; `timm-lm list` shows all.")
     _print_table(['model', 'classes', 'parameters', 'MACs', 'weights', 'test error'], rows)
@@ -205,24 +206,31 @@ def _source(name: str) -> str:
     return 'shipped' if cfg.file else f'hf-hub:{cfg.hf_hub_id}'
 
 
-def _facts(architecture: str, full_name: str) -> List[str]:
+def _facts(full_name: str) -> List[str]:
     import timm
-    import torch
 
     from .hub import recorded_error
     from .models._weights import weights_dir
 
-    cfg = timm.get_pretrained_cfg(full_name)
-    with torch.device('meta'):
-        model = timm.create_model(architecture, num_classes=cfg.num_classes, device='meta')
+    cfg: Any = timm.get_pretrained_cfg(full_name)
+    parameters, macs = _size(full_name.partition('.')[0], cfg.num_classes, cfg.input_size)
     error = recorded_error(weights_dir() / full_name)
     return [
         str(cfg.num_classes),
-        f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M',
-        f'{_macs(model, cfg.input_size) / 1e6:,.1f} M',
+        f'{parameters / 1e6:.2f} M',
+        f'{macs / 1e6:,.1f} M',
         _source(full_name),
         f'{error:.2f} %' if error is not None else '',
     ]
+
+
+@lru_cache(maxsize=None)
+def _size(architecture: str, num_classes: int, input_size: Tuple[int, int, int]) -> Tuple[int, float]:
+    """Parameters and MACs, counted without memory for either."""
+    import timm
+
+    model = timm.create_model(architecture, num_classes=num_classes, device='meta')
+    return sum(p.numel() for p in model.parameters()), _macs(model, input_size)
 
 
 def _macs(model: Any, input_size: Sequence[int]) -> float:
@@ -260,7 +268,7 @@ def _parser(name: str, command: Callable[[List[str]], None]) -> argparse.Argumen
 
 def _usage() -> str:
     lines = [f'  {name:<10}{command.__doc__}' for name, command in COMMANDS.items()]
-    return '\n'.join(['usage: timm-lm COMMAND ...', '', 'commands:', *lines, '', '`timm-lm COMMAND --help` tells more.'])
+    return '\n'.join(['usage: timm-lm COMMAND ...', '', 'commands:', *lines, '', '`timm-lm COMMAND --help` tells more'])
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -73,8 +73,8 @@ def find_parquet(folder: Union[str, Path], split: str) -> List[Path]:
                         'layout, such as train-00000-of-00001.parquet.')
     splits = _parquet_splits(folder)
     if not splits:
-        raise UserError(f'The data folder {folder} has no Parquet files; give a folder in the Hub\'s layout, with files '
-                        'such as train-00000-of-00001.parquet.')
+        raise UserError(f'The data folder {folder} has no Parquet files; give a folder in the Hub\'s layout, with '
+                        'files such as train-00000-of-00001.parquet.')
     found = [where for where, name in splits if name == split]
     if not found:
         names = ', '.join(sorted({name for _, name in splits}))
@@ -86,8 +86,8 @@ def find_parquet(folder: Union[str, Path], split: str) -> List[Path]:
     shards = splits[found[0], split]
     missing = set(range(shards[0][2])) - {index for _, index, _ in shards}
     if missing or len(shards) != shards[0][2]:
-        raise UserError(f"The split '{split}' in {folder} should have {shards[0][2]} shards but has {len(shards)}; copy "
-                        'the folder again.')
+        raise UserError(f"The split '{split}' in {folder} should have {shards[0][2]} shards but has {len(shards)}; "
+                        'copy the folder again.')
     return [path for path, _, _ in sorted(shards, key=lambda shard: shard[1])]
 
 
@@ -117,7 +117,8 @@ class _Decoder:
         self.size = (width, height)
         self.as_it_is = crop_pct == 1.0
         self.transform = create_transform(
-            tuple(input_size), is_training=False, use_prefetcher=True, crop_pct=crop_pct, interpolation=interpolation)
+            (channels, height, width), is_training=False, use_prefetcher=True, crop_pct=crop_pct,
+            interpolation=interpolation)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         image = image.convert(self.mode)
@@ -152,7 +153,7 @@ def _decode_parquet(paths: List[Path], decode: _Decoder, input_key: Optional[str
     import pyarrow.parquet as pq
 
     images, labels, class_names = [], [], None
-    for path in tqdm(paths, desc='decoding', unit='file', disable=not progress, leave=False):
+    for path in tqdm(paths, desc='decoding', unit='file', disable=None if progress else True, leave=False):
         try:
             schema = pq.read_schema(path)
             image_column = _find_column(schema, input_key, 'input', ('image', 'img'), path)
@@ -185,7 +186,7 @@ def _decode_parquet(paths: List[Path], decode: _Decoder, input_key: Optional[str
 def _decode_dataset(dataset: Any, decode: _Decoder, progress: bool) -> ImageSet:
     """Decode a data set of timm's factory, which gives (image, class number)."""
     images, labels = [], []
-    for image, label in tqdm(dataset, desc='decoding', unit='image', disable=not progress, leave=False):
+    for image, label in tqdm(dataset, desc='decoding', unit='image', disable=None if progress else True, leave=False):
         images.append(decode(image))
         labels.append(int(label))
     return ImageSet(torch.from_numpy(np.ascontiguousarray(np.stack(images))), torch.tensor(labels), None)
@@ -297,7 +298,8 @@ def _load_timm_dataset(split: str, data_dir: Any, dataset: str, decode: _Decoder
                        class_map: str, download: bool, progress: bool) -> ImageSet:
     root = None if data_dir is None else str(data_dir)
     try:
-        images = create_dataset(dataset, root=root, split=split, class_map=class_map, download=download)
+        images: Any = create_dataset(
+            dataset, root=root, split=split, class_map=class_map, download=download)  # type: ignore[arg-type]
         count = len(images)
     except (AssertionError, FileNotFoundError, ImportError, RuntimeError, ValueError) as e:
         raise UserError(f"timm could not open the split '{split}' of the data set '{dataset or root}' ({e}).") from e
@@ -333,7 +335,7 @@ def random_hflip(images: torch.Tensor, probability: float, generator: torch.Gene
 
 
 def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """uint8 images (N, C, H, W) to float32, less the mean and over the standard deviation, both for pixels in [0, 1]."""
+    """uint8 images (N, C, H, W) to float32, less the mean and over the deviation, both for pixels in [0, 1]."""
     mean_t = torch.tensor(mean, device=images.device).view(-1, 1, 1) * 255
     std_t = torch.tensor(std, device=images.device).view(-1, 1, 1) * 255
     return (images.float() - mean_t) / std_t

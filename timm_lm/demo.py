@@ -12,6 +12,7 @@ from PIL import Image
 
 from .data import MemoryLoader, load_images
 from .errors import UserError
+from .hub import TimmModel
 from .training.evaluate import evaluate
 from .training.options import parse_options
 from .training.train import train
@@ -82,7 +83,7 @@ def demo(output: Path, options: Sequence[str] = ()) -> Path:
     seconds = time.perf_counter() - start
 
     # What a user of timm does with the result
-    model = timm.create_model(f"local-dir:{run / 'weights'}", pretrained=True).eval()
+    model: TimmModel = timm.create_model(f"local-dir:{run / 'weights'}", pretrained=True).eval()
     cfg = model.pretrained_cfg
     images = load_images('test', data, input_size=cfg['input_size'], interpolation=cfg['interpolation'])
     result = evaluate(model, MemoryLoader(images, 64, cfg['mean'], cfg['std']))
@@ -90,7 +91,7 @@ def demo(output: Path, options: Sequence[str] = ()) -> Path:
         first = next(iter(MemoryLoader(images, 1, cfg['mean'], cfg['std'])))
         answer = cfg['label_names'][int(model(first[0]).argmax())]
     print(f"Trained in {seconds:.0f} s. timm.create_model('local-dir:{run / 'weights'}', pretrained=True) makes "
-          f"{result['errors']} errors on {result['images']} test digits ({100 - result['top1']:.2f} %); it takes the first "
-          f'one, a {int(first[1])}, for a {answer}.')
+          f"{result['errors']} errors on {result['images']} test digits ({100 - result['top1']:.2f} %); it takes the "
+          f'first one, a {int(first[1])}, for a {answer}.')
     print(f"Curves are in {run / 'curves.png'}, the path of k in {run / 'k.png'}.")
     return run

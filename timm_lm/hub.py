@@ -19,10 +19,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
-from torch import nn
 
 from .errors import UserError
 from .models._weights import DIGESTS_NAME, WEIGHTS_NAME, check_shipped, read_digests, sha256, weights_dir
+
+TimmModel = Any  # a torch.nn.Module with the attributes that timm gives it
 
 CONFIG_NAME = 'config.json'
 CARD_NAME = 'README.md'
@@ -56,7 +57,7 @@ def atomic_folder(folder: Union[str, Path]) -> Iterator[Path]:
 
 
 def describe(
-        model: nn.Module,
+        model: TimmModel,
         tag: Optional[str] = None,
         class_names: Optional[Sequence[str]] = None,
         input_size: Optional[Sequence[int]] = None,
@@ -86,7 +87,7 @@ def describe(
         cfg['pool_size'] = tuple(-(-side // model.feature_info[-1]['reduction']) for side in input_size[1:])
 
 
-def _write_config(model: nn.Module, path: Path, model_args: Dict[str, Any]) -> None:
+def _write_config(model: TimmModel, path: Path, model_args: Dict[str, Any]) -> None:
     label_names = model.pretrained_cfg.get('label_names')
     save_config_for_hf(
         model,
@@ -104,7 +105,7 @@ def _write_config(model: nn.Module, path: Path, model_args: Dict[str, Any]) -> N
 
 
 @torch.inference_mode()
-def _check_tensors(model: nn.Module, images: torch.Tensor) -> Dict[str, torch.Tensor]:
+def _check_tensors(model: TimmModel, images: torch.Tensor) -> Dict[str, torch.Tensor]:
     features = model.forward_features(images)
     return dict(
         input=images,
@@ -115,7 +116,7 @@ def _check_tensors(model: nn.Module, images: torch.Tensor) -> Dict[str, torch.Te
 
 
 def save_folder(
-        model: nn.Module,
+        model: TimmModel,
         folder: Union[str, Path],
         card: str,
         model_args: Optional[Dict[str, Any]] = None,
@@ -223,7 +224,7 @@ def _read_config(folder: Path) -> Dict[str, Any]:
         config = json.loads(path.read_text(encoding='utf-8'))
         architecture = config['architecture']
     except FileNotFoundError:
-        raise UserError(f'{folder} has no {CONFIG_NAME}; give a weights folder, as `timm-lm train` writes it.') from None
+        raise UserError(f'{folder} has no {CONFIG_NAME}; give a weights folder as `timm-lm train` writes it.') from None
     except (ValueError, KeyError, TypeError, OSError) as e:
         raise UserError(f'{path} is not a readable timm config ({type(e).__name__}: {e}); restore the file.') from e
     if not timm.is_model(architecture):
@@ -231,11 +232,11 @@ def _read_config(folder: Path) -> Dict[str, Any]:
     return config
 
 
-def _compare_header(weights: Path, model: nn.Module, architecture: str) -> None:
+def _compare_header(weights: Path, model: TimmModel, architecture: str) -> None:
     """Names and shapes of a weights file against the network, from the file's header alone."""
     try:
         with safe_open(weights, 'pt') as f:
-            shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+            shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
     except SafetensorError as e:
         raise UserError(f'{weights} is not a whole safetensors file ({e}); copy or download it again.') from e
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -246,7 +247,7 @@ def _compare_header(weights: Path, model: nn.Module, architecture: str) -> None:
             f'differ, the first is {differing[0]}; put the right file or config there.')
 
 
-def load_folder(folder: Union[str, Path], **kwargs: Any) -> nn.Module:
+def load_folder(folder: Union[str, Path], **kwargs: Any) -> TimmModel:
     """Load the network of a weights folder, after checks that name what is wrong.
 
     Args:
@@ -324,8 +325,8 @@ def verify_folder(folder: Union[str, Path]) -> Dict[str, float]:
         scale = expected[name].abs().max().clamp_min(1e-12)
         differences[name] = ((actual[name] - expected[name]).abs().max() / scale).item()
         if not differences[name] <= CHECK_TOLERANCE:
-            raise UserError(f"{folder} computes other '{name}' than recorded (difference {differences[name]:.1e} of the "
-                            'largest value); the weights or the config were changed.')
+            raise UserError(f"{folder} computes other '{name}' than recorded (difference {differences[name]:.1e} of "
+                            'the largest value); the weights or the config were changed.')
     return differences
 
 
@@ -366,11 +367,10 @@ def check_name(name: str) -> None:
 
 def model_tags(architecture: str) -> List[str]:
     """Tags of a network, the default first."""
-    names = timm.list_models(f'{architecture}.*', include_tags=True)
-    return [name.partition('.')[2] for name in names if name.startswith(f'{architecture}.')]
+    return [name.partition('.')[2] for name in timm.models.get_arch_pretrained_cfgs(architecture) if '.' in name]
 
 
-def load_model(source: str, pretrained: bool = True, **kwargs: Any) -> nn.Module:
+def load_model(source: str, pretrained: bool = True, **kwargs: Any) -> TimmModel:
     """Load a network by any of its names.
 
     Args:

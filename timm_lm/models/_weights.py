@@ -1,7 +1,7 @@
 """Where pretrained weights come from: shipped with the package, published on the Hub, or nowhere."""
 import hashlib
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -39,7 +39,7 @@ def read_digests(folder: Path) -> Dict[str, str]:
     return {path: digest for digest, path in (line.split(maxsplit=1) for line in table.read_text().splitlines())}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _published(folder: Path) -> Dict[str, Dict[str, str]]:
     path = folder / PUBLISHED_NAME
     return json.loads(path.read_text()) if path.is_file() else {}

@@ -9,7 +9,7 @@ Differential Equations", ICML 2018, https://arxiv.org/abs/1710.10121.
 """
 from collections import OrderedDict
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 from timm.data.constants import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
@@ -118,7 +118,7 @@ class ResidualBlock(nn.Module):
         if two_step and has_history and (history_proj or not changes_shape):
             if changes_shape:
                 self.history = Projection(in_chs, out_chs, stride, norm_layer=norm_layer, **dd)
-            self.step = TwoStep(out_chs, **step_kwargs, **dd)
+            self.step: nn.Module = TwoStep(out_chs, **step_kwargs, **dd)
         else:
             self.step = EulerStep()
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
@@ -272,7 +272,8 @@ class Stage(nn.Module):
 
 def _create_stem(in_chans: int, out_chs: int, stem_type: str, **dd: Any) -> nn.Sequential:
     if stem_type == 'cifar':
-        conv, pool = create_conv2d(in_chans, out_chs, 3, **dd), nn.Identity()
+        conv = create_conv2d(in_chans, out_chs, 3, **dd)
+        pool: nn.Module = nn.Identity()
     elif stem_type == '':
         conv = create_conv2d(in_chans, out_chs, 7, stride=2, **dd)
         pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
@@ -362,13 +363,13 @@ class LMResNet(nn.Module):
 
         self.stem = _create_stem(in_chans, stem_chs, stem_type, **dd)
         stride = 1 if stem_type == 'cifar' else 2
-        self.feature_info = [dict(num_chs=stem_chs, reduction=stride, module='stem.conv')]
+        self.feature_info: List[Dict[str, Any]] = [dict(num_chs=stem_chs, reduction=stride, module='stem.conv')]
 
         prev_chs = stem_chs
         curr_stride = 1 if stem_type == 'cifar' else 4
         dilation = 1
         self.stages = nn.ModuleList()
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
+        drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
         for i, (stage_dprs, out_chs) in enumerate(zip(drop_path_rates, channels)):
             stride = 1 if i == 0 else 2
             if curr_stride >= output_stride:
@@ -449,8 +450,9 @@ class LMResNet(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in backward, from the state and the history that enter it."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -659,7 +661,7 @@ def _resnetv2_tag(tag: str, hf_hub_id: str, **kwargs: Any) -> Dict[str, Callable
         description='Weights of the plain ResNetV2 of timm with k = 0, a start for fine-tuning.', **kwargs)}
 
 
-_TAGS = {
+_TAGS: Mapping[str, Mapping[str, Callable[..., Dict[str, Any]]]] = {
     'lm_resnet20': _C10_DEMO_TAGS,
     'lm_resnet32': _C10_TAGS,
     'lm_resnet44': _C10_TAGS,

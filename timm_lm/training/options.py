@@ -6,7 +6,7 @@ import argparse
 import ast
 import difflib
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence
+from typing import Any, Dict, List, NoReturn, Optional, Sequence, Type
 
 import yaml
 
@@ -203,7 +203,7 @@ def _option(name: str) -> str:
     return '--' + name.replace('_', '-')
 
 
-def _refuse(reason: str) -> Callable[..., argparse.Action]:
+def _refuse(reason: str) -> Type[argparse.Action]:
     class Refuse(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None):
             raise UserError(f'{option_string} is refused: {reason}.')

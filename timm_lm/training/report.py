@@ -1,4 +1,4 @@
-"""What a run leaves for people: metrics in JSON lines, timm's summary table, and pictures of the curves and of ``k``."""
+"""What a run leaves for people: metrics in JSON lines, timm's summary table, pictures of curves and ``k``."""
 import json
 from pathlib import Path
 from typing import Any, Dict, List, Optional

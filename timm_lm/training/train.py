@@ -19,6 +19,7 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import TorchDynamoPlugin, set_seed
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
@@ -32,7 +33,16 @@ from tqdm import tqdm
 import timm_lm
 from timm_lm.data import ImageSet, MemoryLoader, load_images
 from timm_lm.errors import UserError
-from timm_lm.hub import atomic_folder, check_name, describe, load_folder, load_model, render_card, save_folder
+from timm_lm.hub import (
+    TimmModel,
+    atomic_folder,
+    check_name,
+    describe,
+    load_folder,
+    load_model,
+    render_card,
+    save_folder,
+)
 
 from .evaluate import evaluate
 from .report import RunLog
@@ -129,6 +139,7 @@ def _create_accelerator(args: argparse.Namespace) -> Accelerator:
         if on_cpu and args.torchcompile == 'inductor':
             _check_compiler()
         plugin = TorchDynamoPlugin(backend=args.torchcompile, mode=args.torchcompile_mode or 'default', dynamic=False)
+    AcceleratorState._reset_state()  # of an earlier training in this process, maybe in another precision
     precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else 'no'
     return Accelerator(mixed_precision=precision, cpu=args.device == 'cpu', dynamo_plugin=plugin)
 
@@ -140,7 +151,7 @@ def _check_compiler() -> None:
                         'with --no-torchcompile.')
 
 
-def _create_model(args: argparse.Namespace) -> nn.Module:
+def _create_model(args: argparse.Namespace) -> TimmModel:
     in_chans = args.in_chans
     if in_chans is None and args.input_size is not None:
         in_chans = args.input_size[0]
@@ -166,12 +177,12 @@ def _create_model(args: argparse.Namespace) -> nn.Module:
     return model
 
 
-def _create(name: str, kwargs: Dict[str, Any]) -> nn.Module:
+def _create(name: str, kwargs: Dict[str, Any]) -> TimmModel:
     check_name(name)
     return timm.create_model(name, **kwargs)
 
 
-def _resolve_data_config(args: argparse.Namespace, model: nn.Module) -> Dict[str, Any]:
+def _resolve_data_config(args: argparse.Namespace, model: TimmModel) -> Dict[str, Any]:
     try:
         config = resolve_data_config(dict(vars(args), in_chans=model.in_chans), model=model)
     except AssertionError as e:
@@ -238,7 +249,7 @@ def _set_learning_rate(args: argparse.Namespace, num_processes: int) -> None:
     args.lr = args.lr_base * (math.sqrt(ratio) if scale == 'sqrt' else ratio)
 
 
-def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+def create_optimizer(args: argparse.Namespace, model: TimmModel) -> torch.optim.Optimizer:
     """The optimizer of timm's factory. Weight decay spares ``model.no_weight_decay()`` whatever else it is put on.
 
     With ``filter_bias_and_bn: false`` older versions of timm decay that too, so the groups are made here.
@@ -247,7 +258,7 @@ def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.
     if not kwargs.get('filter_bias_and_bn', True) and args.layer_decay is None:
         exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else set()
 
-        def groups(model: nn.Module) -> List[Dict[str, Any]]:
+        def groups(model: TimmModel) -> List[Dict[str, Any]]:
             trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
             spared = [p for name, p in trained if name in exempt]
             decayed = dict(params=[p for name, p in trained if name not in exempt], weight_decay=args.weight_decay)
@@ -257,7 +268,7 @@ def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.
     return create_optimizer_v2(model, **kwargs)
 
 
-def _run_folder(args: argparse.Namespace, model: nn.Module) -> Path:
+def _run_folder(args: argparse.Namespace, model: TimmModel) -> Path:
     size = model.pretrained_cfg['input_size'][-1]
     name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}-{size}'
     return Path(args.output or 'output/train') / name
@@ -270,7 +281,7 @@ def _create_run_folder(folder: Path, args: argparse.Namespace) -> None:
     (folder / 'args.yaml').write_text(yaml.safe_dump(vars(args), sort_keys=True))
 
 
-def _announce(accelerator: Accelerator, args: argparse.Namespace, model: nn.Module, train_set: ImageSet,
+def _announce(accelerator: Accelerator, args: argparse.Namespace, model: TimmModel, train_set: ImageSet,
               eval_set: Optional[ImageSet], folder: Path) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     print(f'{args.model}: {parameters:,} parameters, {model.num_classes} classes, images '
@@ -343,7 +354,7 @@ def _print_epoch(epoch: int, num_epochs: int, train: Dict[str, float], evaluatio
                f"error {100 - train['top1']:6.2f} %{test} | {train['images_per_second']:.0f} images/s")
 
 
-def _save_weights(args: argparse.Namespace, model: nn.Module, folder: Path, eval_loader: Optional[MemoryLoader],
+def _save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_loader: Optional[MemoryLoader],
                   seen: Optional[Dict[str, float]], epochs: int, seconds: float, command: str) -> None:
     """Write the weights folder, then count the errors of what was written: in float32, eager, on the CPU."""
     architecture = args.model.partition('.')[0]
@@ -387,12 +398,14 @@ def _save_weights(args: argparse.Namespace, model: nn.Module, folder: Path, eval
         shutil.copytree(weights, temporary, dirs_exist_ok=True)
         (temporary / 'README.md').write_text(card(result), encoding='utf-8')
     (folder / 'result.json').write_text(json.dumps(dict(result, seen_in_training=seen), indent=2) + '\n')
-    tqdm.write(f"{weights}: error {100 - result['top1']:.2f} % ({result['errors']} of {result['images']} images, float32, "
-               'eager, on the CPU)')
+    tqdm.write(f"{weights}: error {100 - result['top1']:.2f} % ({result['errors']} of {result['images']} images, "
+               'float32, eager, on the CPU)')
 
 
-def _k_summary(model: nn.Module) -> str:
-    values: List[float] = [v for k in model.k_values().values() for v in k.tolist()] if hasattr(model, 'k_values') else []
+def _k_summary(model: TimmModel) -> str:
+    if not hasattr(model, 'k_values'):
+        return ''
+    values = [v for k in model.k_values().values() for v in k.tolist()]
     return f'{min(values):.3f} to {max(values):.3f}' if values else ''
 
 
