@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from timm_lm.hub import verify_folder
+from timm_lm.training.train import command_line
 
 SMALL = ['--model-kwargs', 'layers=(2,2,2)', '--epochs', '2', '--warmup-epochs', '0']
 
@@ -180,3 +181,9 @@ def test_no_compiler_is_named(few_digits, tmp_path, fails, monkeypatch):
     line = fails('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, '--torchcompile', '--device', 'cpu',
                  '--output', tmp_path / 'output')
     assert 'needs a C++ compiler' in line and '--no-torchcompile' in line
+
+
+def test_card_shows_the_command_without_places():
+    argv = ['train', '-c', 'lm_resnet20_c10', '--data-dir', '/home/me/data', '--output=runs', '--experiment', 'a', '--lr', '1']
+    assert command_line(argv) == 'timm-lm train -c lm_resnet20_c10 --data-dir DIR --lr 1'
+    assert command_line(['train', '--data-dir=/home/me']) == 'timm-lm train --data-dir DIR'

@@ -2,7 +2,7 @@
 import argparse
 import importlib
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -224,7 +224,7 @@ def _facts(full_name: str) -> List[str]:
     ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _size(architecture: str, num_classes: int, input_size: Tuple[int, int, int]) -> Tuple[int, float]:
     """Parameters and MACs, counted without memory for either."""
     import timm

@@ -153,6 +153,8 @@ def save_folder(
         tensors = {name: tensor.contiguous() for name, tensor in _check_tensors(reloaded, images).items()}
         (temporary / CHECK_NAME).parent.mkdir()
         save_file(tensors, temporary / CHECK_NAME, metadata=dict(model_sha256=sha256(weights)))
+        for path in (weights, temporary / CHECK_NAME):
+            path.chmod(0o644)  # safetensors writes for the owner alone
     return Path(folder)
 
 

@@ -417,20 +417,20 @@ def _hardware() -> str:
         name = next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
     except (OSError, StopIteration):
         name = 'CPU'
-    return f'{name}, {torch.get_num_threads()} threads'
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def command_line(argv: List[str]) -> str:
-    """The command as a user would type it again, without the place of the data."""
+    """The command as a user would type it again: with DIR for the data's folder, without the run's folder."""
     shown: List[str] = []
-    skip = False
-    for word in argv:
-        if skip:
-            shown.append('DIR')
-            skip = False
-        elif word.startswith('--data-dir='):
-            shown += ['--data-dir', 'DIR']
+    words = iter(argv)
+    for word in words:
+        option, _, value = word.partition('=')
+        if option in ('--data-dir', '--output', '--experiment'):
+            if not value:
+                next(words, None)
+            shown += [option, 'DIR'] if option == '--data-dir' else []
         else:
             shown.append(word)
-            skip = word == '--data-dir'
     return 'timm-lm ' + shlex.join(shown)
