@@ -184,6 +184,7 @@ def test_no_compiler_is_named(few_digits, tmp_path, fails, monkeypatch):
 
 
 def test_card_shows_the_command_without_places():
-    argv = ['train', '-c', 'lm_resnet20_c10', '--data-dir', '/home/me/data', '--output=runs', '--experiment', 'a', '--lr', '1']
+    argv = ['train', '-c', 'lm_resnet20_c10', '--data-dir', '/home/me/data', '--output=runs', '--experiment', 'a',
+            '--lr', '1']
     assert command_line(argv) == 'timm-lm train -c lm_resnet20_c10 --data-dir DIR --lr 1'
     assert command_line(['train', '--data-dir=/home/me']) == 'timm-lm train --data-dir DIR'

@@ -67,7 +67,7 @@ def weight_source(name: str, cfg: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def check_shipped(file: Optional[str]) -> None:
-    """Compare a file that ships with the table of digests. Files from elsewhere pass.
+    """Compare weights that ship, a file or its folder, with the table of digests. Those from elsewhere pass.
 
     Raises:
         UserError: If the file is gone, is not in the table, or differs from it.
@@ -75,12 +75,12 @@ def check_shipped(file: Optional[str]) -> None:
     folder = weights_dir()
     if file is None or folder not in Path(file).parents:
         return
-    name = Path(file).relative_to(folder).as_posix()
-    expected = read_digests(folder).get(name)
+    path = Path(file) / WEIGHTS_NAME if Path(file).is_dir() else Path(file)
+    expected = read_digests(folder).get(path.relative_to(folder).as_posix())
     remedy = 'install timm-lm again, or restore the file'
-    if not Path(file).is_file():
-        raise UserError(f'The shipped weights {file} are missing; {remedy}.')
+    if not path.is_file():
+        raise UserError(f'The shipped weights {path} are missing; {remedy}.')
     if expected is None:
-        raise UserError(f'The shipped weights {file} have no digest in {folder / DIGESTS_NAME}; {remedy}.')
-    if sha256(Path(file)) != expected:
-        raise UserError(f'The shipped weights {file} are damaged (SHA-256 differs from {DIGESTS_NAME}); {remedy}.')
+        raise UserError(f'The shipped weights {path} have no digest in {folder / DIGESTS_NAME}; {remedy}.')
+    if sha256(path) != expected:
+        raise UserError(f'The shipped weights {path} are damaged (SHA-256 differs from {DIGESTS_NAME}); {remedy}.')
