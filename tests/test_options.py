@@ -5,8 +5,8 @@ import yaml
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_lm.errors import UserError
+from timm_lm.training.factory import create_optimizer
 from timm_lm.training.options import REFUSED, build_parser, find_recipe, list_recipes, parse_options
-from timm_lm.training.train import create_optimizer
 
 
 def recipe(tmp_path, **values):
@@ -68,7 +68,7 @@ def test_booleans_can_be_taken_back():
     assert not args.amp and args.torchcompile is None and not args.channels_last
 
 
-@pytest.mark.parametrize('name', ['mixup', 'resume', 'workers', 'naflex_loader'])
+@pytest.mark.parametrize('name', ['mixup', 'start_epoch', 'workers', 'naflex_loader'])
 def test_refused_options_tell_the_reason(name, tmp_path):
     with pytest.raises(UserError, match=f'--{name.replace("_", "-")} is refused: .'):
         parse_options([f'--{name.replace("_", "-")}', '1'])

@@ -13,9 +13,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from timm_lm.errors import UserError
+from timm_lm.files import atomic_folder, sha256
 from timm_lm.hub import (
     CHECK_NAME,
-    atomic_folder,
     load_folder,
     load_model,
     recorded_error,
@@ -97,7 +97,7 @@ def test_folder_of_a_killed_writer_is_the_old_one(weights, tmp_path):
     folder = shutil.copytree(weights, tmp_path / 'weights')
     code = (
         'import os, signal, sys\n'
-        'from timm_lm.hub import atomic_folder\n'
+        'from timm_lm.files import atomic_folder\n'
         'with atomic_folder(sys.argv[1]) as new:\n'
         '    (new / "model.safetensors").write_bytes(b"half")\n'
         '    os.kill(os.getpid(), signal.SIGKILL)\n'
@@ -192,7 +192,7 @@ def test_changed_weights_with_a_new_digest_fail_the_check_batch(folder, fails):
     state = load_file(path)
     state['head.fc.weight'] += 0.1
     save_file(state, path, metadata=dict(format='pt'))
-    save_file(load_file(folder / CHECK_NAME), folder / CHECK_NAME, metadata=dict(model_sha256=_weights.sha256(path)))
+    save_file(load_file(folder / CHECK_NAME), folder / CHECK_NAME, metadata=dict(model_sha256=sha256(path)))
     assert "computes other 'output' than recorded" in fails('verify', folder)
 
 

@@ -14,9 +14,13 @@ EXIT_USER_ERROR = 2
 def _train(argv: List[str]) -> None:
     """train a network by a recipe"""
     from .training.options import parse_options
-    from .training.train import command_line, train
+    from .training.train import Interrupted, command_line, train
 
-    train(parse_options(argv), command_line(['train', *argv]))
+    try:
+        train(parse_options(argv), command_line(['train', *argv]))
+    except Interrupted as e:
+        print(f'timm-lm: {e}', file=sys.stderr)
+        sys.exit(e.exit_code)
 
 
 def _recipe(argv: List[str]) -> None:

@@ -7,11 +7,8 @@ features, pre_logits, output), with the SHA-256 of the weights in its metadata.
 import difflib
 import json
 import os
-import shutil
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import timm
 import torch
@@ -21,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 
 from .errors import UserError
-from .models._weights import DIGESTS_NAME, WEIGHTS_NAME, check_shipped, read_digests, sha256, weights_dir
+from .files import atomic_folder, sha256
+from .models._weights import DIGESTS_NAME, WEIGHTS_NAME, check_shipped, read_digests, weights_dir
 
 TimmModel = Any  # a torch.nn.Module with the attributes that timm gives it
 
@@ -33,27 +31,6 @@ CHECK_TOLERANCE = 1e-4  # of the largest value: float32 convolutions differ that
 
 
 # Writing
-
-
-@contextmanager
-def atomic_folder(folder: Union[str, Path]) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of ``folder`` when the block ends without an error."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        old = None
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.old.'))
-            os.replace(folder, old / folder.name)
-        os.replace(temporary, folder)
-        if old is not None:
-            shutil.rmtree(old)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
 
 
 def describe(
@@ -399,9 +376,3 @@ def load_model(source: str, pretrained: bool = True, **kwargs: Any) -> TimmModel
     except (OSError, RuntimeError, ValueError, SafetensorError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f'{source} could not be loaded ({reason}).') from e
-
-
-__all__ = [
-    'atomic_folder', 'check_name', 'describe', 'load_folder', 'load_model', 'model_tags',
-    'our_models', 'recorded_error', 'render_card', 'save_folder', 'verify_folder', 'write_digests',
-]

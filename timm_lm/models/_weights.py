@@ -1,11 +1,11 @@
 """Where pretrained weights come from: shipped with the package, published on the Hub, or nowhere."""
-import hashlib
 import json
 from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Optional
 
 from timm_lm.errors import UserError
+from timm_lm.files import sha256
 
 WEIGHTS_NAME = 'model.safetensors'
 DIGESTS_NAME = 'SHA256SUMS'
@@ -20,15 +20,6 @@ def weights_dir() -> Path:
     if (checkout / 'pyproject.toml').is_file() and (checkout / 'weights').is_dir():
         return checkout / 'weights'
     return _PACKAGE / 'weights'
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_digests(folder: Path) -> Dict[str, str]:

@@ -29,7 +29,7 @@ REFUSED: Dict[str, str] = {
         'workers', 'pin_mem', 'no_prefetcher', 'use_multi_epochs_loader', 'worker_seeding',
     ], 'images are in memory and no worker processes are used; leave it out'),
     **dict.fromkeys([
-        'resume', 'no_resume_opt', 'start_epoch', 'recovery_interval', 'checkpoint_hist', 'pretrained_path',
+        'no_resume_opt', 'start_epoch', 'pretrained_path',
         'bce_loss', 'bce_sum', 'bce_target_thresh', 'bce_pos_weight', 'model_ema', 'model_ema_force_cpu',
         'model_ema_decay', 'model_ema_warmup', 'sync_bn', 'dist_bn', 'head_init_scale', 'head_init_bias',
         'kd_model_name', 'kd_distill_type', 'kd_loss_type', 'distill_loss_weight', 'task_loss_weight', 'kd_temperature',
@@ -187,6 +187,11 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--seed', type=int, default=42, metavar='N', help='random seed')
     group.add_argument('--log-interval', type=int, default=50, metavar='N', help='batches between two log lines')
     group.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs between two validations')
+    group.add_argument('--resume', default='', metavar='WHAT',
+                       help='auto: the newest whole checkpoint of the run, or start it; or the folder of a checkpoint')
+    group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
+                       help='batches between two checkpoints inside an epoch, beside those after each (default: none)')
+    group.add_argument('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
     group.add_argument('--output', default='', metavar='DIR', help='folder of runs (default: output/train)')
     group.add_argument('--experiment', default='', metavar='NAME', help='folder of this run in it')
 
@@ -324,10 +329,10 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         UserError: At the first one.
     """
-    for name in ('epochs', 'batch_size', 'grad_accum_steps', 'log_interval', 'val_interval'):
+    for name in ('epochs', 'batch_size', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist'):
         if getattr(args, name) < 1:
             raise UserError(f'{_option(name)} must be at least 1, not {getattr(args, name)}.')
-    for name in ('pad_crop', 'weight_decay', 'warmup_epochs', 'min_lr', 'momentum'):
+    for name in ('pad_crop', 'recovery_interval', 'weight_decay', 'warmup_epochs', 'min_lr', 'momentum'):
         if getattr(args, name) < 0:
             raise UserError(f'{_option(name)} must not be negative, it is {getattr(args, name)}.')
     for name in ('hflip', 'smoothing', 'drop'):

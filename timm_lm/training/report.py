@@ -28,6 +28,16 @@ class RunLog:
         update_summary(epoch, train, evaluation, filename=str(self.folder / 'summary.csv'), lr=lr,
                        write_header=not (self.folder / 'summary.csv').exists())
 
+    def truncate(self, epochs: int) -> None:
+        """Forget all but the first epochs, which a resumed run repeats."""
+        rows = self.rows()
+        if len(rows) <= epochs:
+            return
+        for path in (self.path, self.folder / 'summary.csv'):
+            path.unlink(missing_ok=True)
+        for row in rows[:epochs]:
+            self.append(row['epoch'], row['train'], row['eval'], row['lr'], row['k'])
+
     def rows(self) -> List[Dict[str, Any]]:
         """All epochs so far."""
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []

@@ -1,53 +1,234 @@
-"""A training from options to a run folder: data, network, optimizer, loop, weights.
+"""A training from options to a run folder: data, network, optimizer, loop, checkpoints, weights.
 
 The loop is an ordinary one on Accelerate, which owns device, precision and processes.
 """
 import argparse
 import importlib
-import json
-import math
-import os
-import shlex
-import shutil
+import signal
+import threading
 import time
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-import timm
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import TorchDynamoPlugin, set_seed
-from safetensors import SafetensorError
-from timm.data import resolve_data_config
-from timm.models import load_checkpoint, safe_model_name
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from accelerate.utils import gather_object, set_seed
+from timm.models import safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import dispatch_clip_grad
 from torch import nn
 from tqdm import tqdm
 
-import timm_lm
-from timm_lm.data import ImageSet, MemoryLoader, load_images
+from timm_lm.data import ImageSet
 from timm_lm.errors import UserError
-from timm_lm.hub import (
-    TimmModel,
-    atomic_folder,
-    check_name,
-    describe,
-    load_folder,
-    load_model,
-    render_card,
-    save_folder,
-)
+from timm_lm.hub import TimmModel, describe
 
+from .checkpoint import Checkpoint, CheckpointStore, Progress, random_states, restore
 from .evaluate import evaluate
+from .factory import (
+    check_labels,
+    create_accelerator,
+    create_loader,
+    create_model,
+    create_optimizer,
+    load_split,
+    resolve_input_config,
+    set_learning_rate,
+)
 from .report import RunLog
+from .result import command_line, save_weights
 
-DATASET_NAMES = {'uoft-cs/cifar10': 'CIFAR-10', 'uoft-cs/cifar100': 'CIFAR-100'}
+__all__ = ['Interrupted', 'command_line', 'train']
+
+# Options that may differ between a run and its resumption.
+FREE_OPTIONS = ('resume', 'output', 'experiment', 'data_dir', 'log_interval', 'recovery_interval', 'checkpoint_hist')
+
+
+class Interrupted(Exception):
+    """A signal stopped the training; its state was saved.
+
+    Attributes:
+        exit_code: 128 + number of the signal: 130 for SIGINT, 143 for SIGTERM.
+    """
+
+    def __init__(self, number: int, folder: Path):
+        super().__init__(f'Stopped by {signal.Signals(number).name}; the state is in {folder}, go on with '
+                         '--resume auto.')
+        self.exit_code = 128 + number
+
+
+class StopSignals:
+    """Notes SIGTERM and SIGINT, so that the running step can end; the second one acts as ever."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.before: Dict[int, Any] = {}
+
+    def __enter__(self) -> 'StopSignals':
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._give_back()
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self.number = number
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+
+class Training:
+    """The parts of a training that move, and the steps that move them."""
+
+    def __init__(self, args: argparse.Namespace, accelerator: Any, model: TimmModel, loader: Any,
+                 store: CheckpointStore, signals: StopSignals):
+        self.args = args
+        self.accelerator = accelerator
+        self.model = model
+        self.loader = loader
+        self.store = store
+        self.signals = signals
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+        self.updates_per_epoch = -(-len(loader) // args.grad_accum_steps)
+        self.plain_optimizer = create_optimizer(args, model)
+        self.scheduler, self.num_epochs = create_scheduler_v2(
+            self.plain_optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch)
+        self.network, self.optimizer = accelerator.prepare(model, self.plain_optimizer)
+        # of the running epoch, on the device: summed loss, correct images, 1 + first batch of a loss that is not finite
+        self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.plain_optimizer.param_groups[0]['lr']
+
+    def save(self, progress: Progress) -> Path:
+        """Write a checkpoint from the main process; the others give their random states."""
+        self.check_finite(progress.epoch if progress.batch else progress.epoch - 1)
+        states = gather_object([random_states()]) if self.accelerator.num_processes > 1 else [random_states()]
+        updates = progress.epoch * self.updates_per_epoch + progress.batch // self.args.grad_accum_steps
+        if not self.accelerator.is_main_process:
+            return self.store.folder
+        return self.store.save(
+            updates, progress, self.model, self.plain_optimizer, self.sums, states,
+            scheduler=self.scheduler.state_dict() if self.scheduler else None,
+            scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None)
+
+    def resume(self, checkpoint: Checkpoint) -> Progress:
+        """Go back to a checkpoint."""
+        sums = restore(checkpoint, self.model, self.plain_optimizer, self.scheduler, self.accelerator.scaler,
+                       self.accelerator.process_index)
+        self.sums.copy_(sums if self.accelerator.is_main_process else torch.zeros_like(sums))
+        return checkpoint.progress
+
+    def check_finite(self, epoch: int) -> None:
+        """Read from the device whether every loss of the epoch was finite.
+
+        Raises:
+            UserError: If one was not; it names the first such batch, the rate and the last good checkpoint.
+        """
+        first_bad = int(self.sums[2].item())
+        if first_bad:
+            good = next(iter(self.store.newest_first()), None)
+            rest = f'the last good checkpoint is {good}' if good else 'there is no checkpoint yet'
+            raise UserError(f'The loss is not finite from batch {first_bad} of epoch {epoch + 1} on (learning rate '
+                            f'{self.learning_rate:g}); {rest}. Use a smaller rate.')
+
+    def train_epoch(self, epoch: int, first_batch: int = 0) -> Dict[str, float]:
+        """One pass over the data, or the rest of one. Sums are read from the device at the log interval only.
+
+        Returns:
+            Mean ``loss``, accuracy ``top1`` in %, and ``images_per_second`` of the pass.
+
+        Raises:
+            Interrupted: After a signal, with the state saved.
+            UserError: If the loss is not finite.
+        """
+        args, accelerator = self.args, self.accelerator
+        self.loader.set_epoch(epoch)
+        self.network.train()
+        if first_batch == 0:
+            self.sums.zero_()
+        steps = len(self.loader)
+        start = time.perf_counter()
+        bar = tqdm(total=steps, initial=first_batch, desc=f'epoch {epoch + 1}/{self.num_epochs}', unit='batch',
+                   leave=False, disable=None if accelerator.is_main_process else True)
+        for step, (images, labels) in enumerate(self.loader.batches(first_batch), start=first_batch):
+            is_update = (step + 1) % args.grad_accum_steps == 0 or step + 1 == steps
+            self.step(images, labels, epoch, step, is_update)
+            bar.update()
+            if (step + 1) % args.log_interval == 0:
+                self.check_finite(epoch)
+                bar.set_postfix_str(self._live_line(step + 1, (step + 1 - first_batch) / (time.perf_counter() - start)))
+            if is_update and step + 1 < steps:
+                self._save_or_stop(Progress(epoch, step + 1))
+        bar.close()
+        self.check_finite(epoch)
+        seconds = time.perf_counter() - start
+        images_per_step = args.batch_size * accelerator.num_processes
+        sums = accelerator.reduce(self.sums, 'sum') if accelerator.num_processes > 1 else self.sums
+        return dict(
+            loss=sums[0].item() / steps / accelerator.num_processes,
+            top1=100 * sums[1].item() / (steps * images_per_step),
+            images_per_second=(steps - first_batch) * images_per_step / seconds,
+        )
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor, epoch: int, step: int, is_update: bool) -> None:
+        """Forward and backward of one batch, and the update when its batches are complete."""
+        args = self.args
+        steps, accumulate = len(self.loader), args.grad_accum_steps
+        share = min(accumulate, steps - step // accumulate * accumulate)  # the last update may be of fewer batches
+        with nullcontext() if is_update else self.accelerator.no_sync(self.network):
+            logits = self.network(images).float()
+            loss = self.criterion(logits, labels)
+            self.accelerator.backward(loss / share)
+        if is_update:
+            if args.clip_grad is not None:
+                self.accelerator.unscale_gradients()
+                dispatch_clip_grad(self.network.parameters(), value=args.clip_grad, mode=args.clip_mode)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.scheduler is not None:
+                self.scheduler.step_update(epoch * self.updates_per_epoch + step // accumulate + 1)
+        loss = loss.detach().double()
+        bad = ~loss.isfinite() & (self.sums[2] == 0)
+        self.sums += torch.stack([loss, (logits.detach().argmax(1) == labels).sum().double(), bad * (step + 1.)])
+
+    def _live_line(self, steps: int, rate: float) -> str:
+        loss, correct, _ = self.sums.tolist()
+        images = self.args.batch_size * self.accelerator.num_processes
+        return (f'loss {loss / steps:.3f}, error {100 - 100 * correct / (steps * self.args.batch_size):.2f} %, '
+                f'lr {self.learning_rate:.2e}, {rate * images:.0f} images/s')
+
+    def _save_or_stop(self, progress: Progress) -> None:
+        """In the middle of an epoch, after an update: save at the interval, save and stop after a signal."""
+        interval = self.args.recovery_interval
+        signal_number = self._agreed_signal(progress.batch)
+        if signal_number or interval and progress.batch % interval == 0:
+            folder = self.save(progress)
+            if signal_number:
+                raise Interrupted(signal_number, folder)
+
+    def _agreed_signal(self, batch: int) -> int:
+        """Number of a signal, 0 if none. Several processes ask each other at the log interval, and stop at once."""
+        if self.accelerator.num_processes == 1:
+            return self.signals.number
+        if batch % self.args.log_interval:
+            return 0
+        numbers = self.accelerator.gather(torch.tensor([self.signals.number], device=self.accelerator.device))
+        return int(numbers.max().item())
+
+    def stop_after_epoch(self, progress: Progress, folder: Path) -> None:
+        """Stop between two epochs after a signal; the checkpoint of the epoch is written by then."""
+        number = self._agreed_signal(0)
+        if number and progress.epoch < self.num_epochs:
+            raise Interrupted(number, folder)
 
 
 def train(args: argparse.Namespace, command: str = '') -> Path:
@@ -58,291 +239,146 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
         command: The command line, for the card.
 
     Returns:
-        The run folder. It holds ``args.yaml``, ``summary.csv``, ``metrics.jsonl``, ``curves.png``, ``k.png`` and the
-        weights folder ``weights/``.
+        The run folder. It holds ``args.yaml``, ``summary.csv``, ``metrics.jsonl``, ``curves.png``, ``k.png``,
+        ``checkpoints/`` and the weights folder ``weights/``.
 
     Raises:
         UserError: If options and data do not fit together, or the loss is no longer finite.
+        Interrupted: After SIGTERM or SIGINT, with the state saved.
     """
     start = time.perf_counter()
     for module in args.device_modules or ():
         importlib.import_module(module)
 
     # Device, precision and processes
-    accelerator = _create_accelerator(args)
+    accelerator = create_accelerator(args)
+    is_main = accelerator.is_main_process
     set_seed(args.seed)
 
     # Data
-    model = _create_model(args)
-    data_config = _resolve_data_config(args, model)
-    show = accelerator.is_main_process
+    model = create_model(args)
+    data_config = resolve_input_config(args, model)
     with accelerator.local_main_process_first():
-        train_set = _load_split(args, args.train_split, data_config, show)
-        eval_set = _load_split(args, args.val_split, data_config, show) if args.val_split else None
+        train_set = load_split(args, args.train_split, data_config, is_main)
+        eval_set = load_split(args, args.val_split, data_config, is_main) if args.val_split else None
     for data in (train_set, eval_set):
-        _check_labels(data, model.num_classes)
-    train_loader = _create_loader(args, train_set, data_config, accelerator, is_training=True)
-    eval_loader = _create_loader(args, eval_set, data_config, accelerator) if eval_set else None
+        check_labels(data, model.num_classes)
+    train_loader = create_loader(args, train_set, data_config, accelerator, is_training=True)
+    eval_loader = create_loader(args, eval_set, data_config, accelerator) if eval_set else None
+
+    # Run folder, and the checkpoint to go on from
+    set_learning_rate(args, accelerator.num_processes)
+    folder = _run_folder(args, model)
+    store = CheckpointStore(folder / 'checkpoints', keep=args.checkpoint_hist)
+    checkpoint = _find_checkpoint(args, folder, store, is_main)
+    log = RunLog(folder)
+    accelerator.wait_for_everyone()
+    if is_main:
+        _create_run_folder(folder, args, resumed=checkpoint is not None)
+        log.truncate(checkpoint.progress.epoch if checkpoint else 0)
 
     # Network, optimizer, schedule
     describe(model, tag=args.tag or None, class_names=train_set.class_names, **data_config)
     model.to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
-    _set_learning_rate(args, accelerator.num_processes)
-    optimizer = create_optimizer(args, model)
-    updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
-    scheduler, num_epochs = create_scheduler_v2(
-        optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
-    network, prepared_optimizer = accelerator.prepare(model, optimizer)
-    criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing)
-
-    # Run folder
-    folder = _run_folder(args, model)
-    log = RunLog(folder)
-    if accelerator.is_main_process:
-        _create_run_folder(folder, args)
-        _announce(accelerator, args, model, train_set, eval_set, folder)
+    set_seed(args.seed, device_specific=True)  # each process drops other paths
+    signals = StopSignals()
+    training = Training(args, accelerator, model, train_loader, store, signals)
+    progress = training.resume(checkpoint) if checkpoint else Progress()
+    if is_main:
+        _announce(training, train_set, eval_set, folder, checkpoint)
 
     # Epochs
     evaluation: Optional[Dict[str, float]] = None
-    for epoch in range(num_epochs):
-        train_loader.set_epoch(epoch)
-        metrics = _train_epoch(
-            args, accelerator, network, criterion, prepared_optimizer, scheduler, train_loader, epoch, num_epochs)
-        lr = optimizer.param_groups[0]['lr']
-        last = epoch + 1 == num_epochs
-        evaluation = None
-        if eval_loader is not None and (last or (epoch + 1) % args.val_interval == 0):
-            network.eval()
-            evaluation = evaluate(network, eval_loader, reduce=_reducer(accelerator))
-        if scheduler is not None:
-            scheduler.step(epoch + 1, evaluation['top1'] if evaluation else None)
-        if accelerator.is_main_process:
-            k = {name: value.tolist() for name, value in model.k_values().items()} if hasattr(model, 'k_values') else {}
-            log.append(epoch, metrics, evaluation, lr, k)
-            _print_epoch(epoch, num_epochs, metrics, evaluation, lr)
+    with signals:
+        for epoch in range(progress.epoch, training.num_epochs):
+            metrics = training.train_epoch(epoch, progress.batch if epoch == progress.epoch else 0)
+            lr = training.learning_rate
+            last = epoch + 1 == training.num_epochs
+            evaluation = None
+            if eval_loader is not None and (last or (epoch + 1) % args.val_interval == 0):
+                training.network.eval()
+                evaluation = evaluate(training.network, eval_loader, reduce=_reducer(accelerator))
+            if training.scheduler is not None:
+                training.scheduler.step(epoch + 1, evaluation['top1'] if evaluation else None)
+            if is_main:
+                log.append(epoch, metrics, evaluation, lr, _k_values(model))
+                _print_epoch(epoch, training.num_epochs, metrics, evaluation, lr)
+            saved = training.save(Progress(epoch + 1))
+            training.stop_after_epoch(Progress(epoch + 1), saved)
 
     # Weights and pictures
-    if accelerator.is_main_process:
+    if is_main:
         log.plot()
-        _save_weights(args, model, folder, eval_loader, evaluation, num_epochs, time.perf_counter() - start, command)
+        seen = evaluation or (log.rows()[-1]['eval'] if log.rows() else None)
+        save_weights(args, model, folder, eval_loader, seen, training.num_epochs, time.perf_counter() - start, command)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
 
 
-def _create_accelerator(args: argparse.Namespace) -> Accelerator:
-    plugin = None
-    if args.torchcompile:
-        on_cpu = args.device == 'cpu' or not torch.cuda.is_available()
-        if on_cpu and args.torchcompile == 'inductor':
-            _check_compiler()
-        plugin = TorchDynamoPlugin(backend=args.torchcompile, mode=args.torchcompile_mode or 'default', dynamic=False)
-    AcceleratorState._reset_state()  # of an earlier training in this process, maybe in another precision
-    precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else 'no'
-    return Accelerator(mixed_precision=precision, cpu=args.device == 'cpu', dynamo_plugin=plugin)
-
-
-def _check_compiler() -> None:
-    """torch.compile writes C++ for the CPU."""
-    if not any(shutil.which(name) for name in (os.environ.get('CXX', 'g++'), 'g++', 'clang++', 'cl')):
-        raise UserError('--torchcompile needs a C++ compiler on the CPU and there is none; install g++, or run eagerly '
-                        'with --no-torchcompile.')
-
-
-def _create_model(args: argparse.Namespace) -> TimmModel:
-    in_chans = args.in_chans
-    if in_chans is None and args.input_size is not None:
-        in_chans = args.input_size[0]
-    kwargs = dict(
-        num_classes=args.num_classes,
-        in_chans=in_chans,
-        drop_rate=args.drop or None,
-        drop_path_rate=args.drop_path,
-        global_pool=args.gp,
-    )
-    kwargs = {name: value for name, value in kwargs.items() if value is not None} | args.model_kwargs
-    try:
-        model = load_model(args.model, pretrained=True, **kwargs) if args.pretrained else _create(args.model, kwargs)
-        if args.initial_checkpoint:
-            load_checkpoint(model, args.initial_checkpoint)
-    except (TypeError, ValueError) as e:
-        raise UserError(f'{args.model} can not be made with these options ({e}).') from e
-    except (OSError, RuntimeError, SafetensorError) as e:
-        if isinstance(e, UserError):
-            raise
-        reason = ' '.join(str(e).split())[:200] or type(e).__name__
-        raise UserError(f'--initial-checkpoint {args.initial_checkpoint} could not be loaded ({reason}).') from e
-    return model
-
-
-def _create(name: str, kwargs: Dict[str, Any]) -> TimmModel:
-    check_name(name)
-    return timm.create_model(name, **kwargs)
-
-
-def _resolve_data_config(args: argparse.Namespace, model: TimmModel) -> Dict[str, Any]:
-    try:
-        config = resolve_data_config(dict(vars(args), in_chans=model.in_chans), model=model)
-    except AssertionError as e:
-        raise UserError(f'--mean and --std need one value, or one for each of the {model.in_chans} channels.') from e
-    config.pop('crop_mode', None)
-    if config['input_size'][0] != model.in_chans:
-        config['input_size'] = (model.in_chans, *config['input_size'][1:])
-    if any(len(config[key]) != model.in_chans for key in ('mean', 'std')):
-        raise UserError(f'The mean and standard deviation of {args.model} are for {len(config["mean"])} channels, the '
-                        f'images have {model.in_chans}; give --mean and --std.')
-    return config
-
-
-def _load_split(args: argparse.Namespace, split: str, data_config: Dict[str, Any], show: bool) -> ImageSet:
-    return load_images(
-        split,
-        data_dir=args.data_dir,
-        dataset=args.dataset,
-        input_size=data_config['input_size'],
-        crop_pct=data_config['crop_pct'],
-        interpolation=data_config['interpolation'],
-        input_key=args.input_key,
-        target_key=args.target_key,
-        class_map=args.class_map,
-        download=args.dataset_download,
-        progress=show,
-    )
-
-
-def _check_labels(data: Optional[ImageSet], num_classes: int) -> None:
-    if data is None:
-        return
-    low, high = int(data.labels.min()), int(data.labels.max())
-    if low < 0 or high >= num_classes:
-        raise UserError(f'The data has labels from {low} to {high}, the model has {num_classes} classes; set '
-                        f'--num-classes {high + 1}.')
-
-
-def _create_loader(args: argparse.Namespace, data: ImageSet, data_config: Dict[str, Any], accelerator: Accelerator,
-                   is_training: bool = False) -> MemoryLoader:
-    device = accelerator.device
-    batch_size = args.batch_size if is_training else args.validation_batch_size or args.batch_size
-    return MemoryLoader(
-        ImageSet(data.images.to(device), data.labels.to(device), data.class_names),
-        batch_size,
-        data_config['mean'],
-        data_config['std'],
-        is_training=is_training,
-        padding=args.pad_crop,
-        hflip=args.hflip,
-        seed=args.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        channels_last=args.channels_last,
-    )
-
-
-def _set_learning_rate(args: argparse.Namespace, num_processes: int) -> None:
-    """timm's rule: without --lr, the base rate scaled by the size of an update, by its root for adaptive optimizers."""
-    if args.lr is not None:
-        return
-    ratio = args.batch_size * num_processes * args.grad_accum_steps / args.lr_base_size
-    scale = args.lr_base_scale or ('sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear')
-    args.lr = args.lr_base * (math.sqrt(ratio) if scale == 'sqrt' else ratio)
-
-
-def create_optimizer(args: argparse.Namespace, model: TimmModel) -> torch.optim.Optimizer:
-    """The optimizer of timm's factory. Weight decay spares ``model.no_weight_decay()`` whatever else it is put on.
-
-    With ``filter_bias_and_bn: false`` older versions of timm decay that too, so the groups are made here.
-    """
-    kwargs = optimizer_kwargs(cfg=args) | args.opt_kwargs
-    if not kwargs.get('filter_bias_and_bn', True) and args.layer_decay is None:
-        exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else set()
-
-        def groups(model: TimmModel) -> List[Dict[str, Any]]:
-            trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-            spared = [p for name, p in trained if name in exempt]
-            decayed = dict(params=[p for name, p in trained if name not in exempt], weight_decay=args.weight_decay)
-            return [decayed, dict(params=spared, weight_decay=0.)] if spared else [decayed]
-
-        kwargs['param_group_fn'] = groups
-    return create_optimizer_v2(model, **kwargs)
-
-
 def _run_folder(args: argparse.Namespace, model: TimmModel) -> Path:
+    if args.resume not in ('', 'auto'):
+        return Path(args.resume).parent.parent
+    if args.resume == 'auto' and not args.experiment:
+        raise UserError('--resume auto looks in the folder of a run; name it with --experiment.')
     size = model.pretrained_cfg['input_size'][-1]
     name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}-{size}'
     return Path(args.output or 'output/train') / name
 
 
-def _create_run_folder(folder: Path, args: argparse.Namespace) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f'The run folder {folder} holds another run; give another --experiment, or remove it.')
+def _find_checkpoint(args: argparse.Namespace, folder: Path, store: CheckpointStore,
+                     is_main: bool) -> Optional[Checkpoint]:
+    """The checkpoint to go on from, None to start anew."""
+    if not args.resume:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f'The run folder {folder} holds another run; give another --experiment, go on with '
+                            '--resume auto, or remove it.')
+        return None
+    if (folder / 'args.yaml').is_file():
+        _compare_options(args, folder)
+    if args.resume != 'auto':
+        return store.read(Path(args.resume))
+    return store.newest(tell=tqdm.write if is_main else lambda line: None)
+
+
+def _compare_options(args: argparse.Namespace, folder: Path) -> None:
+    before = yaml.safe_load((folder / 'args.yaml').read_text())
+    now = yaml.safe_load(yaml.safe_dump(vars(args)))
+    differing = [name for name in now if name not in FREE_OPTIONS and now[name] != before.get(name, now[name])]
+    if differing:
+        shown = ', '.join(f'{name} (was {before[name]}, is {now[name]})' for name in differing)
+        raise UserError(f'The run in {folder} was started with other options: {shown}; give the same, or start another '
+                        'run with another --experiment.')
+
+
+def _create_run_folder(folder: Path, args: argparse.Namespace, resumed: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'args.yaml').write_text(yaml.safe_dump(vars(args), sort_keys=True))
+    if not resumed:
+        (folder / 'args.yaml').write_text(yaml.safe_dump(vars(args), sort_keys=True))
 
 
-def _announce(accelerator: Accelerator, args: argparse.Namespace, model: TimmModel, train_set: ImageSet,
-              eval_set: Optional[ImageSet], folder: Path) -> None:
+def _announce(training: Training, train_set: ImageSet, eval_set: Optional[ImageSet], folder: Path,
+              checkpoint: Optional[Checkpoint]) -> None:
+    args, model, accelerator = training.args, training.model, training.accelerator
     parameters = sum(p.numel() for p in model.parameters())
     print(f'{args.model}: {parameters:,} parameters, {model.num_classes} classes, images '
           f"{'x'.join(map(str, model.pretrained_cfg['input_size']))}")
     print(f"{len(train_set):,} images to train on, {len(eval_set) if eval_set else 0:,} to validate on; "
           f'{accelerator.num_processes} process(es) on {accelerator.device}, precision {accelerator.mixed_precision}, '
           f"{'compiled by ' + args.torchcompile if args.torchcompile else 'eager'}; run folder {folder}", flush=True)
+    if checkpoint is not None:
+        print(f'Going on from {checkpoint.folder}: epoch {checkpoint.progress.epoch + 1}, batch '
+              f'{checkpoint.progress.batch + 1}', flush=True)
 
 
-def _reducer(accelerator: Accelerator) -> Any:
+def _reducer(accelerator: Any) -> Any:
     return (lambda totals: accelerator.reduce(totals, 'sum')) if accelerator.num_processes > 1 else None
 
 
-def _train_epoch(args: argparse.Namespace, accelerator: Accelerator, network: nn.Module, criterion: nn.Module,
-                 optimizer: Any, scheduler: Any, loader: MemoryLoader, epoch: int,
-                 num_epochs: int) -> Dict[str, float]:
-    """One pass over the data. Loss and errors gather on the device and are read at the log interval."""
-    network.train()
-    steps = len(loader)
-    accumulate = args.grad_accum_steps
-    updates_per_epoch = -(-steps // accumulate)
-    totals = torch.zeros(2, device=accelerator.device, dtype=torch.float64)  # summed loss, correct images
-    start = time.perf_counter()
-    bar = tqdm(total=steps, desc=f'epoch {epoch + 1}/{num_epochs}', unit='batch', leave=False,
-               disable=None if accelerator.is_main_process else True)
-    for step, (images, labels) in enumerate(loader):
-        is_update = (step + 1) % accumulate == 0 or step + 1 == steps
-        # the last update of an epoch may be of fewer batches
-        share = min(accumulate, steps - step // accumulate * accumulate)
-        with nullcontext() if is_update else accelerator.no_sync(network):
-            logits = network(images)
-            loss = criterion(logits.float(), labels)
-            accelerator.backward(loss / share)
-        if is_update:
-            if args.clip_grad is not None:
-                accelerator.unscale_gradients()
-                dispatch_clip_grad(network.parameters(), value=args.clip_grad, mode=args.clip_mode)
-            optimizer.step()
-            optimizer.zero_grad()
-            if scheduler is not None:
-                scheduler.step_update(epoch * updates_per_epoch + step // accumulate + 1)
-        totals += torch.stack([loss.detach().double(), (logits.detach().argmax(1) == labels).sum().double()])
-        if (step + 1) % args.log_interval == 0 or step + 1 == steps:
-            done = (step + 1) * args.batch_size
-            mean_loss, top1 = totals[0].item() / (step + 1), 100 * totals[1].item() / done
-            if not math.isfinite(mean_loss):
-                raise UserError(f'The loss is not finite in epoch {epoch + 1}, by batch {step + 1} (learning rate '
-                                f"{optimizer.param_groups[0]['lr']:g}); use a smaller rate.")
-            rate = done * accelerator.num_processes / (time.perf_counter() - start)
-            bar.set_postfix_str(f'loss {mean_loss:.3f}, error {100 - top1:.2f} %, {rate:.0f} images/s')
-        bar.update()
-    bar.close()
-    if accelerator.num_processes > 1:
-        totals = accelerator.reduce(totals, 'mean')
-    images_done = steps * args.batch_size
-    seconds = time.perf_counter() - start
-    return dict(
-        loss=totals[0].item() / steps,
-        top1=100 * totals[1].item() / images_done,
-        images_per_second=images_done * accelerator.num_processes / seconds,
-    )
+def _k_values(model: TimmModel) -> Dict[str, List[float]]:
+    return {name: k.tolist() for name, k in model.k_values().items()} if hasattr(model, 'k_values') else {}
 
 
 def _print_epoch(epoch: int, num_epochs: int, train: Dict[str, float], evaluation: Optional[Dict[str, float]],
@@ -352,85 +388,3 @@ def _print_epoch(epoch: int, num_epochs: int, train: Dict[str, float], evaluatio
         test = f" | test loss {evaluation['loss']:.4f} error {100 - evaluation['top1']:6.2f} %"
     tqdm.write(f"epoch {epoch + 1:3d}/{num_epochs} | lr {lr:.2e} | train loss {train['loss']:.4f} "
                f"error {100 - train['top1']:6.2f} %{test} | {train['images_per_second']:.0f} images/s")
-
-
-def _save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_loader: Optional[MemoryLoader],
-                  seen: Optional[Dict[str, float]], epochs: int, seconds: float, command: str) -> None:
-    """Write the weights folder, then count the errors of what was written: in float32, eager, on the CPU."""
-    architecture = args.model.partition('.')[0]
-    if ':' in args.model:  # hf-hub:, local-dir:
-        architecture = model.pretrained_cfg['architecture']
-    name = f'{architecture}.{args.tag}' if args.tag else architecture
-    model_args = dict(args.model_kwargs)
-    if args.gp:
-        model_args['global_pool'] = args.gp
-
-    dataset = args.dataset.removeprefix('hfds/') if args.dataset.startswith('hfds/') else args.dataset
-
-    def card(result: Optional[Dict[str, float]]) -> str:
-        return render_card(
-            name,
-            dataset=dataset,
-            dataset_name=DATASET_NAMES.get(dataset, dataset or Path(args.data_dir or 'images').name),
-            error=100 - result['top1'] if result else None,
-            error_count=int(result['errors']) if result else None,
-            num_images=int(result['images']) if result else None,
-            seen_error=100 - seen['top1'] if seen else None,
-            parameters=sum(p.numel() for p in model.parameters()),
-            input_size=model.pretrained_cfg['input_size'],
-            k=_k_summary(model),
-            command=command,
-            epochs=epochs,
-            seed=args.seed,
-            minutes=round(seconds / 60, 1),
-            hardware=_hardware(),
-            versions=f'timm-lm {timm_lm.__version__}, timm {timm.__version__}, torch {torch.__version__}',
-        )
-
-    weights = save_folder(model, folder / 'weights', card(None), model_args)
-    if eval_loader is None:
-        return
-    loader = MemoryLoader(
-        ImageSet(eval_loader.data.images.cpu(), eval_loader.data.labels.cpu()), eval_loader.batch_size,
-        eval_loader.mean, eval_loader.std)
-    result = evaluate(load_folder(weights), loader)
-    with atomic_folder(weights) as temporary:
-        shutil.copytree(weights, temporary, dirs_exist_ok=True)
-        (temporary / 'README.md').write_text(card(result), encoding='utf-8')
-    (folder / 'result.json').write_text(json.dumps(dict(result, seen_in_training=seen), indent=2) + '\n')
-    tqdm.write(f"{weights}: error {100 - result['top1']:.2f} % ({result['errors']} of {result['images']} images, "
-               'float32, eager, on the CPU)')
-
-
-def _k_summary(model: TimmModel) -> str:
-    if not hasattr(model, 'k_values'):
-        return ''
-    values = [v for k in model.k_values().values() for v in k.tolist()]
-    return f'{min(values):.3f} to {max(values):.3f}' if values else ''
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        name = next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        name = 'CPU'
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def command_line(argv: List[str]) -> str:
-    """The command as a user would type it again: with DIR for the data's folder, without the run's folder."""
-    shown: List[str] = []
-    words = iter(argv)
-    for word in words:
-        option, _, value = word.partition('=')
-        if option in ('--data-dir', '--output', '--experiment'):
-            if not value:
-                next(words, None)
-            shown += [option, 'DIR'] if option == '--data-dir' else []
-        else:
-            shown.append(word)
-    return 'timm-lm ' + shlex.join(shown)

@@ -1,0 +1,198 @@
+"""Runs that die: killed at any moment and resumed, they end with the weights of the run that was left alone."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from timm_lm.errors import UserError
+from timm_lm.training.checkpoint import CheckpointStore
+
+# A network with dropped paths and noise, so that random states count; float32 on the CPU.
+OPTIONS = [
+    '--model-kwargs', 'layers=(2,2,2)', 'state_noise=0.01', '--drop-path', '0.2', '--epochs', '3',
+    '--warmup-epochs', '0',
+    '--batch-size', '32', '--no-amp', '--recovery-interval', '1', '--checkpoint-hist', '3', '--experiment', 'run',
+]
+STEPS = 24  # 3 epochs of 8 batches
+
+
+def arguments(data, output, *more):
+    return [sys.executable, '-m', 'timm_lm.cli', 'train', '-c', 'lm_resnet20_digits', '--data-dir', str(data),
+            *OPTIONS, '--output', str(output), *more]
+
+
+def finish(data, output, *more):
+    """Run to the end, from the newest checkpoint if there is one."""
+    result = subprocess.run(arguments(data, output, '--resume', 'auto', *more), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def final_state(output):
+    return (output / 'run' / 'weights' / 'model.safetensors').read_bytes()
+
+
+def checkpoints(output):
+    return sorted((output / 'run' / 'checkpoints').glob('step-*'))
+
+
+def kill_when(data, output, condition, signal_number=signal.SIGKILL, *more):
+    """Start or resume a run, and send a signal as soon as the condition holds; returns (exit code, standard error)."""
+    process = subprocess.Popen(arguments(data, output, '--resume', 'auto', *more), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not condition():
+        time.sleep(0.0005)
+    if process.poll() is None:
+        process.send_signal(signal_number)
+    _, err = process.communicate()
+    return process.returncode, err
+
+
+def reached(output, updates):
+    return lambda: any(int(path.name[5:]) >= updates for path in checkpoints(output))
+
+
+@pytest.fixture(scope='module')
+def left_alone(few_digits, tmp_path_factory):
+    """The run that nobody kills."""
+    output = tmp_path_factory.mktemp('alone')
+    finish(few_digits, output)
+    return output
+
+
+def test_killed_at_random_and_around_the_end_of_an_epoch(few_digits, left_alone, tmp_path):
+    """One run killed three times: at a random step, at the last batch of an epoch, and at another random one."""
+    rng = random.Random()
+    points = [rng.randrange(1, 7), 7, rng.randrange(10, 20)]
+    for updates in points:
+        code, _ = kill_when(few_digits, tmp_path, reached(tmp_path, updates))
+        assert code == -signal.SIGKILL
+        assert not (tmp_path / 'run' / 'weights').exists()
+    out = finish(few_digits, tmp_path)
+    assert 'Going on from' in out
+    assert final_state(tmp_path) == final_state(left_alone), points
+    rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    alone = [json.loads(line) for line in (left_alone / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    for row, other in zip(rows, alone, strict=True):
+        assert row['epoch'] == other['epoch'] and row['k'] == other['k'] and row['lr'] == other['lr']
+        assert row['train']['loss'] == other['train']['loss'] and row['eval']['errors'] == other['eval']['errors']
+
+
+def test_killed_while_a_checkpoint_is_written(few_digits, left_alone, tmp_path):
+    """Kill at the sight of a half-written folder, until one is left behind; its run ends as if nothing had been."""
+    folder = tmp_path / 'run' / 'checkpoints'
+    for _ in range(20):
+        shutil.rmtree(tmp_path / 'run', ignore_errors=True)
+        code, _ = kill_when(few_digits, tmp_path, lambda: any(folder.glob('.step-*')))
+        if code == -signal.SIGKILL and any(folder.glob('.step-*')):
+            break
+    else:
+        pytest.fail('no kill hit a checkpoint being written')
+    finish(few_digits, tmp_path)
+    assert final_state(tmp_path) == final_state(left_alone)
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_finish_the_step_and_save(few_digits, left_alone, tmp_path, number, code):
+    # no checkpoints inside an epoch but that of the signal
+    more = ['--recovery-interval', '0']
+    started = tmp_path / 'run' / 'args.yaml'
+    got, err = kill_when(few_digits, tmp_path, lambda: started.exists() and time.sleep(0.5) is None, number, *more)
+    while got < 0:  # the signal came before the loop began
+        shutil.rmtree(tmp_path / 'run')
+        got, err = kill_when(few_digits, tmp_path, lambda: started.exists() and time.sleep(1.) is None, number, *more)
+    assert got == code, err
+    assert f'Stopped by {number.name}; the state is in' in err and '--resume auto' in err
+    assert len(checkpoints(tmp_path)) >= 1
+    finish(few_digits, tmp_path)
+    assert final_state(tmp_path) == final_state(left_alone)
+
+
+def test_compiled_run_resumes_bit_for_bit(few_digits, tmp_path):
+    small = ['--torchcompile', '--model-kwargs', 'layers=(1,1,1)', '--drop-path', '0']
+    finish(few_digits, tmp_path / 'alone', *small)
+    code, _ = kill_when(few_digits, tmp_path / 'killed', reached(tmp_path / 'killed', 5), signal.SIGKILL, *small)
+    assert code == -signal.SIGKILL
+    finish(few_digits, tmp_path / 'killed', *small)
+    assert final_state(tmp_path / 'killed') == final_state(tmp_path / 'alone')
+
+
+def test_damaged_newest_checkpoint_is_passed_over(few_digits, left_alone, tmp_path):
+    shutil.copytree(left_alone / 'run', tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run' / 'weights')
+    *_, before, cut, flipped = checkpoints(tmp_path)
+    path = cut / 'state.safetensors'
+    path.write_bytes(path.read_bytes()[:-10])
+    path = flipped / 'state.safetensors'
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(bytes(data))
+    out = finish(few_digits, tmp_path)
+    lines = out.splitlines()
+    assert any(f'{flipped} is not whole' in line and 'passed over' in line for line in lines)
+    assert any(f'{cut} is not whole' in line for line in lines)
+    assert f'Going on from {before}' in out
+    assert final_state(tmp_path) == final_state(left_alone)
+
+
+def test_checkpoint_holds_what_moves_and_no_more_than_asked_are_kept(left_alone):
+    names = [path.name for path in checkpoints(left_alone)]
+    assert names == [f'step-{STEPS - 2 + i:09d}' for i in range(3)]
+    tensors = load_file(checkpoints(left_alone)[-2] / 'state.safetensors')
+    assert {name.split('/')[0] for name in tensors} == {'model', 'optimizer', 'epoch', 'random0'}
+    assert any(name.endswith('momentum_buffer') for name in tensors)
+    state = json.loads((checkpoints(left_alone)[-2] / 'state.json').read_text())
+    assert state['progress'] == dict(epoch=2, batch=7)
+
+
+def test_full_disk_stops_the_run_and_spares_the_earlier_checkpoint(few_digits, left_alone, tmp_path):
+    """A limit on the size of files stands for the disk: the write fails in the middle, as on a full one."""
+    code, _ = kill_when(few_digits, tmp_path, reached(tmp_path, 3))
+    assert code == -signal.SIGKILL
+    before = checkpoints(tmp_path)[-1]
+    limited = ('import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); '
+               'from timm_lm.cli import main; sys.exit(main(sys.argv[1:]))')
+    command = [sys.executable, '-c', limited, *arguments(few_digits, tmp_path, '--resume', 'auto')[3:]]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert 'could not be written' in last and str(before) in last
+    assert CheckpointStore(tmp_path / 'run' / 'checkpoints').newest() is not None
+    assert not list((tmp_path / 'run' / 'checkpoints').glob('.step-*'))
+    finish(few_digits, tmp_path)
+    assert final_state(tmp_path) == final_state(left_alone)
+
+
+def test_loss_that_is_not_finite_names_batch_rate_and_checkpoint(few_digits, tmp_path, fails):
+    line = fails('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, *OPTIONS, '--output', tmp_path, '--lr',
+                 '1e20', '--log-interval', '1')
+    assert 'The loss is not finite from batch ' in line and 'learning rate 1e+20' in line
+    batch = int(line.split('from batch ')[1].split()[0])
+    good = checkpoints(tmp_path)
+    assert (str(good[-1]) in line) if good else 'no checkpoint yet' in line
+    assert all(torch.isfinite(t).all() for path in good for t in load_file(path / 'state.safetensors').values()
+               if t.is_floating_point()) or batch > 1
+
+
+def test_other_options_are_refused_by_name(few_digits, left_alone, fails):
+    line = fails(*arguments(few_digits, left_alone, '--resume', 'auto', '--seed', '7')[3:])
+    assert 'seed (was 42, is 7)' in line
+    assert 'name it with --experiment' in fails('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits,
+                                                '--resume', 'auto')
+
+
+def test_missing_checkpoint_is_named(few_digits, tmp_path, fails):
+    folder = tmp_path / 'run' / 'checkpoints' / 'step-000000001'
+    line = fails('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, '--resume', folder)
+    assert str(folder) in line and 'not whole' in line
+    with pytest.raises(UserError, match='not whole'):
+        CheckpointStore(tmp_path).read(folder)
+    assert os.listdir(tmp_path) == []

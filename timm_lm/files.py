@@ -1,0 +1,53 @@
+"""Files that are whole or not there: folders written beside their place and renamed, and digests."""
+import hashlib
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, Union
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except PermissionError:  # folders can not be opened on Windows
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def atomic_folder(folder: Union[str, Path]) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of ``folder`` when the block ends without an error."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        for path in (*(path for path in temporary.rglob('*') if path.is_file()), temporary):
+            sync(path)
+        old = None
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.old.'))
+            os.replace(folder, old / folder.name)
+        os.replace(temporary, folder)
+        sync(folder.parent)
+        if old is not None:
+            shutil.rmtree(old)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)

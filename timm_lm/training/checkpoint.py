@@ -1,0 +1,192 @@
+"""Checkpoints of a training: complete, written whole or not at all, found again and checked.
+
+A checkpoint is a folder ``step-<updates>``: ``state.safetensors`` holds every tensor that moves (network, optimizer,
+sums of the running epoch, random states), ``state.json`` the rest with the digest of the former.
+"""
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from timm_lm.errors import UserError
+from timm_lm.files import atomic_folder, sha256
+
+TENSORS, STATE = 'state.safetensors', 'state.json'
+PREFIX = 'step-'
+
+
+@dataclass
+class Progress:
+    """Where a training stands: an epoch, and the batches of it that are done."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint as read: its folder, its tensors by name, and the rest."""
+
+    folder: Path
+    tensors: Dict[str, torch.Tensor]
+    state: Dict[str, Any]
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(**self.state['progress'])
+
+    def group(self, name: str) -> Dict[str, torch.Tensor]:
+        """The tensors of one kind, by their names without it."""
+        prefix = f'{name}/'
+        return {key[len(prefix):]: tensor for key, tensor in self.tensors.items() if key.startswith(prefix)}
+
+
+def _split_optimizer(optimizer: torch.optim.Optimizer) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
+    """Tensors and the rest of an optimizer's state."""
+    state = optimizer.state_dict()
+    tensors: Dict[str, torch.Tensor] = {}
+    rest: Dict[str, Any] = {}
+    for index, values in state['state'].items():
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f'{index}.{key}'] = value
+            else:
+                rest[f'{index}.{key}'] = value
+    return tensors, dict(values=rest, param_groups=state['param_groups'])
+
+
+def _join_optimizer(tensors: Dict[str, torch.Tensor], rest: Dict[str, Any]) -> Dict[str, Any]:
+    state: Dict[int, Dict[str, Any]] = {}
+    for name, value in {**tensors, **rest['values']}.items():
+        index, _, key = name.partition('.')
+        state.setdefault(int(index), {})[key] = value
+    return dict(state=state, param_groups=rest['param_groups'])
+
+
+def random_states() -> Dict[str, torch.Tensor]:
+    """Random states of this process, by device."""
+    states = {'cpu': torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states['cuda'] = torch.cuda.get_rng_state()
+    return states
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in a folder of their own."""
+
+    def __init__(self, folder: Path, keep: int = 10):
+        """
+        Args:
+            folder: Where they lie.
+            keep: How many of the newest stay.
+        """
+        self.folder = folder
+        self.keep = keep
+
+    def newest_first(self) -> List[Path]:
+        """Folders of the checkpoints, whole or not."""
+        return sorted(self.folder.glob(f'{PREFIX}*'), reverse=True)
+
+    def save(
+            self,
+            updates: int,
+            progress: Progress,
+            model: nn.Module,
+            optimizer: torch.optim.Optimizer,
+            sums: torch.Tensor,
+            random_states: List[Dict[str, torch.Tensor]],
+            scheduler: Optional[Dict[str, Any]] = None,
+            scaler: Optional[Dict[str, Any]] = None,
+    ) -> Path:
+        """Write a checkpoint, and remove those that are too many.
+
+        Args:
+            updates: Optimizer updates so far.
+            progress: Where the training stands.
+            model: The network.
+            optimizer: Its optimizer.
+            sums: Sums of the running epoch.
+            random_states: ``random_states()`` of each process.
+            scheduler: State of the schedule.
+            scaler: State of the gradient scaler.
+
+        Raises:
+            UserError: If it can not be written, as on a full disk; earlier ones stay whole.
+        """
+        optimizer_tensors, optimizer_rest = _split_optimizer(optimizer)
+        groups = dict(model=model.state_dict(), optimizer=optimizer_tensors, epoch=dict(sums=sums))
+        groups.update({f'random{rank}': states for rank, states in enumerate(random_states)})
+        tensors = {
+            f'{group}/{name}': tensor.detach().cpu().contiguous()
+            for group, named in groups.items() for name, tensor in named.items()
+        }
+        state = dict(progress=asdict(progress), optimizer=optimizer_rest, scheduler=scheduler, scaler=scaler)
+        folder = self.folder / f'{PREFIX}{updates:09d}'
+        try:
+            with atomic_folder(folder) as temporary:
+                save_file(tensors, temporary / TENSORS)
+                (temporary / STATE).write_text(json.dumps(dict(state, sha256=sha256(temporary / TENSORS))))
+        except (OSError, SafetensorError) as e:
+            earlier = next((path for path in self.newest_first() if path != folder), None)
+            rest = f'the last whole one is {earlier}' if earlier else 'there is no earlier one'
+            raise UserError(f'The checkpoint {folder} could not be written ({e}); {rest}. Make room, then go on with '
+                            '--resume auto.') from e
+        for path in self.newest_first()[self.keep:]:
+            shutil.rmtree(path)
+        return folder
+
+    def read(self, folder: Path) -> Checkpoint:
+        """Read one checkpoint.
+
+        Raises:
+            UserError: If it is not whole.
+        """
+        try:
+            state = json.loads((folder / STATE).read_text())
+            if sha256(folder / TENSORS) != state['sha256']:
+                raise ValueError('its digest differs')
+            return Checkpoint(folder, load_file(folder / TENSORS), state)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+            raise UserError(f'The checkpoint {folder} is not whole ({e}).') from e
+
+    def newest(self, tell: Any = print) -> Optional[Checkpoint]:
+        """The newest whole checkpoint, None if there is none; each one that is passed over is told."""
+        for folder in self.newest_first():
+            try:
+                return self.read(folder)
+            except UserError as e:
+                tell(f'{e} It is passed over for the one before.')
+        return None
+
+
+def restore(
+        checkpoint: Checkpoint,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        scaler: Any,
+        rank: int,
+) -> torch.Tensor:
+    """Put a checkpoint's state into the parts of a training.
+
+    Returns:
+        The sums of the running epoch.
+    """
+    model.load_state_dict(checkpoint.group('model'))
+    optimizer.load_state_dict(_join_optimizer(checkpoint.group('optimizer'), checkpoint.state['optimizer']))
+    if scheduler is not None and checkpoint.state['scheduler']:
+        scheduler.load_state_dict(checkpoint.state['scheduler'])
+    if scaler is not None and checkpoint.state['scaler']:
+        scaler.load_state_dict(checkpoint.state['scaler'])
+    states = checkpoint.group(f'random{rank}')
+    if 'cpu' in states:
+        torch.set_rng_state(states['cpu'])
+    if 'cuda' in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states['cuda'])
+    return checkpoint.group('epoch')['sums']

@@ -1,0 +1,102 @@
+"""What a training ends with: a weights folder whose card tells the result and how it was made."""
+import argparse
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Dict, List, Optional
+
+import timm
+import torch
+from tqdm import tqdm
+
+import timm_lm
+from timm_lm.data import ImageSet, MemoryLoader
+from timm_lm.files import atomic_folder
+from timm_lm.hub import TimmModel, load_folder, render_card, save_folder
+
+from .evaluate import evaluate
+
+DATASET_NAMES = {'uoft-cs/cifar10': 'CIFAR-10', 'uoft-cs/cifar100': 'CIFAR-100'}
+
+
+def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_loader: Optional[MemoryLoader],
+                 seen: Optional[Dict[str, float]], epochs: int, seconds: float, command: str) -> None:
+    """Write the weights folder, then count the errors of what was written: in float32, eager, on the CPU."""
+    architecture = args.model.partition('.')[0]
+    if ':' in args.model:  # hf-hub:, local-dir:
+        architecture = model.pretrained_cfg['architecture']
+    name = f'{architecture}.{args.tag}' if args.tag else architecture
+    model_args = dict(args.model_kwargs)
+    if args.gp:
+        model_args['global_pool'] = args.gp
+
+    dataset = args.dataset.removeprefix('hfds/') if args.dataset.startswith('hfds/') else args.dataset
+
+    def card(result: Optional[Dict[str, float]]) -> str:
+        return render_card(
+            name,
+            dataset=dataset,
+            dataset_name=DATASET_NAMES.get(dataset, dataset or Path(args.data_dir or 'images').name),
+            error=100 - result['top1'] if result else None,
+            error_count=int(result['errors']) if result else None,
+            num_images=int(result['images']) if result else None,
+            seen_error=100 - seen['top1'] if seen else None,
+            parameters=sum(p.numel() for p in model.parameters()),
+            input_size=model.pretrained_cfg['input_size'],
+            k=_k_summary(model),
+            command=command,
+            epochs=epochs,
+            seed=args.seed,
+            minutes=round(seconds / 60, 1),
+            hardware=_hardware(),
+            versions=f'timm-lm {timm_lm.__version__}, timm {timm.__version__}, torch {torch.__version__}',
+        )
+
+    weights = save_folder(model, folder / 'weights', card(None), model_args)
+    if eval_loader is None:
+        return
+    loader = MemoryLoader(
+        ImageSet(eval_loader.data.images.cpu(), eval_loader.data.labels.cpu()), eval_loader.batch_size,
+        eval_loader.mean, eval_loader.std)
+    result = evaluate(load_folder(weights), loader)
+    with atomic_folder(weights) as temporary:
+        shutil.copytree(weights, temporary, dirs_exist_ok=True)
+        (temporary / 'README.md').write_text(card(result), encoding='utf-8')
+    (folder / 'result.json').write_text(json.dumps(dict(result, seen_in_training=seen), indent=2) + '\n')
+    tqdm.write(f"{weights}: error {100 - result['top1']:.2f} % ({result['errors']} of {result['images']} images, "
+               'float32, eager, on the CPU)')
+
+
+def _k_summary(model: TimmModel) -> str:
+    if not hasattr(model, 'k_values'):
+        return ''
+    values = [v for k in model.k_values().values() for v in k.tolist()]
+    return f'{min(values):.3f} to {max(values):.3f}' if values else ''
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        name = next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):
+        name = 'CPU'
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def command_line(argv: List[str]) -> str:
+    """The command as a user would type it again: with DIR for the data's folder, without the run's folder."""
+    shown: List[str] = []
+    words = iter(argv)
+    for word in words:
+        option, _, value = word.partition('=')
+        if option in ('--data-dir', '--output', '--experiment'):
+            if not value:
+                next(words, None)
+            shown += [option, 'DIR'] if option == '--data-dir' else []
+        else:
+            shown.append(word)
+    return 'timm-lm ' + shlex.join(shown)
