@@ -79,6 +79,8 @@ def test_recipe_lists_prints_and_locates(command):
     (['validate', 'lm_resnet20.demo_c10', '--batch-size', '0'], '--batch-size must be at least 1'),
     (['train', '-c', 'nope'], "no recipe 'nope'"),
     (['recipe', 'nope'], "no recipe 'nope'"),
+    (['train', '-c'], 'expected one argument'),
+    (['info', 'hf-hub:owner/name'], 'is not fetched to be shown'),
     (['verify', 'no/such/folder'], 'no/such/folder does not exist'),
 ])
 def test_bad_arguments(fails, argv, message):
@@ -90,6 +92,8 @@ def test_validate_refuses_data_of_other_classes(fails, weights, tmp_path):
     from test_data import write_parquet
     write_parquet(tmp_path / 'test.parquet', [np.zeros((16, 16), np.uint8)], [50])
     assert 'labels up to 50' in fails('validate', weights, '--data-dir', tmp_path)
+    write_parquet(tmp_path / 'test.parquet', [np.zeros((16, 16), np.uint8)], [-1])
+    assert 'labels from -1 on' in fails('validate', weights, '--data-dir', tmp_path)
 
 
 def test_usage_version_and_a_closed_pipe(command):
@@ -101,3 +105,18 @@ def test_usage_version_and_a_closed_pipe(command):
     shell = f'{sys.executable} -m timm_lm.cli list | head -1'
     result = subprocess.run(['bash', '-o', 'pipefail', '-c', shell], capture_output=True, text=True)
     assert result.stdout.startswith('model') and 'Traceback' not in result.stderr and 'Exception' not in result.stderr
+
+
+def test_demo_runs_the_whole_job(tmp_path, capsys):
+    from timm_lm.demo import demo
+    run = demo(tmp_path / 'demo', ['--epochs', '2', '--warmup-epochs', '0', '--model-kwargs', 'layers=(2,2,2)'])
+    out = capsys.readouterr().out
+    assert 'errors on 359 test digits' in out
+    for name in ('curves.png', 'k.png', 'weights/model.safetensors'):
+        assert (run / name).is_file()
+
+
+def test_demo_spares_a_folder_of_something_else(tmp_path, fails):
+    (tmp_path / 'mine').write_text('mine')
+    assert 'holds something else' in fails('demo', '--output', tmp_path)
+    assert (tmp_path / 'mine').read_text() == 'mine'

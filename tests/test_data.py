@@ -1,5 +1,6 @@
 """Data in memory: finding and decoding splits, the cache, and what the loader's batches hold."""
 import io
+import os
 import shutil
 
 import numpy as np
@@ -145,10 +146,22 @@ def test_changed_data_and_cut_caches_are_decoded_anew(tmp_path, images, own_cach
     assert torch.equal(load_images('test', tmp_path).images[0], torch.from_numpy(images[3]).permute(2, 0, 1))
 
 
-def test_no_cache_folder_is_no_error(tmp_path, images, monkeypatch):
-    write_parquet(tmp_path / 'test.parquet', images)
-    monkeypatch.setattr(data_module, '_cache_path', lambda *_: tmp_path / 'missing' / 'cache.safetensors')
-    assert len(load_images('test', tmp_path)) == 6
+def test_no_place_for_a_cache_is_no_error(tmp_path, images, monkeypatch):
+    from huggingface_hub import constants
+    (tmp_path / 'file').write_text('')
+    monkeypatch.setattr(constants, 'HF_ASSETS_CACHE', str(tmp_path / 'file' / 'assets'))
+    write_parquet(tmp_path / 'data' / 'test.parquet', images)
+    assert len(load_images('test', tmp_path / 'data')) == 6
+
+
+def test_other_data_of_the_same_name_size_and_age_is_not_mistaken(tmp_path):
+    loaded = []
+    for name, value in (('a', 1), ('b', 2)):
+        path = tmp_path / name / 'test.parquet'
+        write_parquet(path, [np.full((32, 32, 3), value, np.uint8)])
+        os.utime(path, (1, 1))
+        loaded.append(load_images('test', path.parent).images.unique().tolist())
+    assert loaded == [[1], [2]]
 
 
 # Batches

@@ -140,6 +140,10 @@ def test_wheel_has_the_weights_of_the_repository(contents):
     assert all(data == (ROOT / 'weights' / name).read_bytes() for name, data in weights.items())
 
 
+def test_wheel_has_the_template_of_the_card(contents):
+    assert 'timm_lm/MODEL_CARD.md' in contents
+
+
 def test_wheel_has_the_recipes(contents):
     prefix = 'timm_lm/recipes/'
     recipes = {name.removeprefix(prefix) for name in contents if name.startswith(prefix)}

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 import timm
 import torch
 import yaml
@@ -115,8 +116,8 @@ def test_data_set_of_the_hub_through_a_server(few_digits, tmp_path):
                    '--experiment', 'run']
         result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-        missing = subprocess.run([word.replace('owner/digits', 'owner/nothing') for word in command], env=env,
-                                 capture_output=True, text=True, cwd=tmp_path)
+        other = [{'hfds/owner/digits': 'hfds/owner/nothing', 'run': 'other'}.get(word, word) for word in command]
+        missing = subprocess.run(other, env=env, capture_output=True, text=True, cwd=tmp_path)
     card = (tmp_path / 'run' / 'weights' / 'README.md').read_text()
     assert 'owner/digits' in card
     assert missing.returncode == 2
@@ -147,7 +148,16 @@ def test_bad_data_is_named_and_nothing_is_written(few_digits, tmp_path, fails):
         line = fails('train', '-c', 'lm_resnet20_digits', '--data-dir', folder, '--output', output)
         assert message in line and str(folder) in line
     for option, message in (
-            (['--num-classes', '5'], 'labels from 0 to 9, the model has 5 classes'),
+            (['--num-classes', '5'], 'labels up to 9, the network has 5 classes'),
+            (['--opt', 'sdg'], 'The optimizer sdg'),
+            (['--sched', 'cosin'], 'cosin'),
+            (['--torchcompile', 'nope'], "no backend 'nope'"),
+            (['--interpolation', 'nope', '--train-interpolation', 'nope'], "no interpolation 'nope'"),
+            (['--gp', 'nope'], 'can not be made with these options'),
+            (['--seed', '-1'], '--seed must not be negative'),
+            (['--drop-path', '2'], '--drop-path must be'),
+            (['--device', 'nope'], '--device nope is not what Accelerate chose'),
+            (['--device-modules', 'no_such_module'], 'no_such_module can not be imported'),
             (['--batch-size', '300'], 'less than one batch of 300'),
             (['--model', 'lm_resnet21'], "no model 'lm_resnet21'"),
             (['--model', 'lm_resnet20.nope'], "no tag 'nope'"),
@@ -181,3 +191,76 @@ def test_card_shows_the_command_without_places():
             '--lr', '1']
     assert command_line(argv) == 'timm-lm train -c lm_resnet20_c10 --data-dir DIR --lr 1'
     assert command_line(['train', '--data-dir=/home/me']) == 'timm-lm train --data-dir DIR'
+
+
+@pytest.mark.parametrize('names', [
+    ['train-00000-of-00001-b42a775f407cee45', 'test-00000-of-00001-b42a775f407cee45'],
+    ['plain_text/train/0000', 'plain_text/test/0000'],
+])
+def test_other_layouts_of_the_hub(few_digits, tmp_path, names):
+    from timm_lm.data import load_images
+    for split, name in zip(('train', 'test'), names):
+        path = tmp_path / f'{name}.parquet'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(few_digits / f'{split}-00000-of-00001.parquet', path)
+    assert [len(load_images(split, tmp_path)) for split in ('train', 'test')] == [256, 64]
+
+
+def test_unwritable_places_are_named(few_digits, tmp_path, fails):
+    (tmp_path / 'file').write_text('')
+    for output in (tmp_path / 'file', '/proc/nowhere'):
+        line = fails('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, '--output', output)
+        assert str(output) in line and '--output' in line
+
+
+def test_class_names_are_those_of_the_data(tmp_path, command):
+    """An image folder of ten classes gives its own names, not those of CIFAR-10."""
+    import numpy as np
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    for split in ('train', 'test'):
+        for label in range(10):
+            folder = tmp_path / 'data' / split / f'kind{label}'
+            folder.mkdir(parents=True)
+            for i in range(2):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f'{i}.png')
+    code, _, err = command(
+        'train', '-c', 'lm_resnet20_digits', '--data-dir', tmp_path / 'data', '--input-size', 3, 32, 32, '--batch-size',
+        10, '--epochs', 1, '--warmup-epochs', 0, '--model-kwargs', 'layers=(1,1,1)', '--output', tmp_path,
+        '--experiment', 'run')
+    assert code == 0, err
+    config = json.loads((tmp_path / 'run' / 'weights' / 'config.json').read_text())
+    assert config['label_names'] == [f'kind{label}' for label in range(10)]
+
+
+def test_columns_stay_in_place_without_a_validation(few_digits, tmp_path, command):
+    code, _, err = command('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, '--model-kwargs',
+                           'layers=(1,1,1)', '--epochs', 3, '--warmup-epochs', 0, '--val-interval', 2, '--output',
+                           tmp_path, '--experiment', 'run')
+    assert code == 0, err
+    with open(tmp_path / 'run' / 'summary.csv') as f:
+        rows = list(csv.DictReader(f))
+    assert [bool(row['eval_top1']) for row in rows] == [False, True, True]
+    assert all(0 <= float(row['lr']) <= 0.1 for row in rows)
+
+
+def test_run_can_be_repeated_from_its_options(run_folder, few_digits, tmp_path, command):
+    code, _, err = command('train', '-c', run_folder / 'args.yaml', '--data-dir', few_digits, '--output', tmp_path,
+                           '--experiment', 'again')
+    assert code == 0, err
+    again, first = (load_file(folder / 'weights' / 'model.safetensors') for folder in (tmp_path / 'again', run_folder))
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_two_processes_train_one_network(few_digits, tmp_path):
+    """Two real processes on the CPU: they share each epoch, write one run, and count every test image once."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m',
+               'timm_lm.cli', 'train', '-c', 'lm_resnet20_digits', '--data-dir', str(few_digits), '--model-kwargs',
+               'layers=(1,1,1)', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '32', '--no-amp', '--output',
+               str(tmp_path), '--experiment', 'run']
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count('2 process(es) on cpu') == 1
+    metrics = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text())
+    assert metrics['eval']['images'] == 64
+    verify_folder(tmp_path / 'run' / 'weights')

@@ -61,7 +61,7 @@ def _validate(argv: List[str]) -> None:
     from timm.data import resolve_data_config
     from tqdm import tqdm
 
-    from .data import ImageSet, MemoryLoader, load_images
+    from .data import ImageSet, MemoryLoader, check_labels, load_images
     from .hub import load_model
     from .training.evaluate import evaluate
 
@@ -71,11 +71,8 @@ def _validate(argv: List[str]) -> None:
         args.val_split, data_dir=args.data_dir, dataset=args.dataset, input_size=config['input_size'],
         crop_pct=config['crop_pct'], interpolation=config['interpolation'], input_key=args.input_key,
         target_key=args.target_key, class_map=args.class_map, download=args.dataset_download, progress=True)
-    highest = int(data.labels.max())
-    if highest >= model.num_classes:
-        raise UserError(f'The data has labels up to {highest}, {args.model} has {model.num_classes} classes; give the '
-                        'data set it was trained on, or choose another label column with --target-key.')
-    device = torch.device(args.device)
+    check_labels(data, model.num_classes)
+    device = _device(args.device)
     model = model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     network = torch.compile(model, dynamic=False) if args.torchcompile else model
 
@@ -127,6 +124,9 @@ def _info(argv: List[str]) -> None:
     from .hub import load_model, model_tags, recorded_error
     from .models._weights import weights_dir
 
+    args.model = args.model.removeprefix('local-dir:')
+    if args.model.startswith('hf-hub:'):
+        raise UserError(f'{args.model} is not fetched to be shown; download it, and give its folder.')
     is_folder = Path(args.model).is_dir() or '/' in args.model
     has_weights = is_folder or timm.models.is_model_pretrained(args.model)
     file = None if is_folder else getattr(timm.get_pretrained_cfg(args.model), 'file', None) \
@@ -188,6 +188,15 @@ COMMANDS: Dict[str, Callable[[List[str]], None]] = {
     'train': _train, 'validate': _validate, 'list': _list, 'info': _info, 'verify': _verify, 'recipe': _recipe,
     'demo': _demo,
 }
+
+
+def _device(name: str) -> Any:
+    import torch
+    try:
+        torch.empty(1, device=name)
+    except (AssertionError, RuntimeError) as e:
+        raise UserError(f'--device {name} can not be used ({str(e).splitlines()[0]}).') from e
+    return torch.device(name)
 
 
 # What the commands show
@@ -260,13 +269,10 @@ def _print_table(header: List[str], rows: List[List[str]]) -> None:
         print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-class _ArgumentParser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f'{message[0].upper()}{message[1:]}; see `{self.prog} --help`.')
-
-
 def _parser(name: str, command: Callable[[List[str]], None]) -> argparse.ArgumentParser:
-    return _ArgumentParser(prog=f'timm-lm {name}', description=(command.__doc__ or '').capitalize() + '.',
+    from .training.options import Parser
+
+    return Parser(prog=f'timm-lm {name}', description=(command.__doc__ or '').capitalize() + '.',
                            allow_abbrev=False)
 
 

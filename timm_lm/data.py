@@ -22,10 +22,13 @@ from timm.data import create_dataset, create_transform
 from tqdm import tqdm
 
 from .errors import UserError
+from .files import sha256
 
 IGNORE_LABEL = -100  # of the rows that fill up the last batch of an evaluation; cross entropy leaves it out
 MEMORY_LIMIT = 4 << 30  # bytes of a decoded split
-_SHARD = re.compile(r'(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+))?$')
+# train-00000-of-00005, also with the digest that older uploads have, or train
+_SHARD = re.compile(r'(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+)(?:-[0-9a-f]{16})?)?$')
+_NUMBERED = re.compile(r'\d{4,5}$')  # train/0000, as on the Hub's branch of converted data sets
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,14 @@ def _parquet_splits(folder: Path) -> Dict[Tuple[str, str], List[Tuple[Path, int,
     """(subfolder, split) -> (file, shard index, shard count), from the names that the Hub's layout gives files."""
     splits = defaultdict(list)
     for path in sorted(folder.rglob('*.parquet')):
+        parent = path.parent.relative_to(folder)
+        if _NUMBERED.match(path.stem) and parent.name:
+            count = sum(1 for other in path.parent.glob('*.parquet') if _NUMBERED.match(other.stem))
+            splits[parent.parent.as_posix(), parent.name].append((path, int(path.stem), count))
+            continue
         match = _SHARD.match(path.stem)
         assert match is not None
-        where = path.parent.relative_to(folder).as_posix()
-        splits[where, match['split']].append((path, int(match['index'] or 0), int(match['count'] or 1)))
+        splits[parent.as_posix(), match['split']].append((path, int(match['index'] or 0), int(match['count'] or 1)))
     return splits
 
 
@@ -96,8 +103,9 @@ def _download_parquet(repo_id: str, split: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     try:
-        return Path(snapshot_download(repo_id, repo_type='dataset', allow_patterns=[f'*{split}*.parquet']))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as e:
+        patterns = [f'*{split}*.parquet', f'*{split}/*.parquet']
+        return Path(snapshot_download(repo_id, repo_type='dataset', allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f'The data set {repo_id} could not be downloaded from the Hub ({reason}); give a folder of its '
                         'Parquet files with --data-dir.') from e
@@ -116,9 +124,12 @@ class _Decoder:
         self.mode = 'RGB' if channels == 3 else 'L'
         self.size = (width, height)
         self.as_it_is = crop_pct == 1.0
-        self.transform = create_transform(
-            (channels, height, width), is_training=False, use_prefetcher=True, crop_pct=crop_pct,
-            interpolation=interpolation)
+        try:
+            self.transform = create_transform(
+                (channels, height, width), is_training=False, use_prefetcher=True, crop_pct=crop_pct,
+                interpolation=interpolation)
+        except KeyError as e:
+            raise UserError(f"There is no interpolation '{interpolation}'; use bilinear or bicubic.") from e
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         image = image.convert(self.mode)
@@ -164,9 +175,9 @@ def _decode_parquet(paths: List[Path], decode: _Decoder, input_key: Optional[str
         class_names = class_names or _class_names(schema, label_column)
         for row, cell in enumerate(table.column(image_column)):
             cell = cell.as_py()
-            data = cell['bytes'] if isinstance(cell, dict) else cell
+            data = cell.get('bytes') if isinstance(cell, dict) else cell
             try:
-                images.append(decode(Image.open(io.BytesIO(data))))
+                images.append(decode(Image.open(io.BytesIO(data or b''))))
             except (UnidentifiedImageError, OSError, TypeError, ValueError) as e:
                 raise UserError(f'Row {row} of {path} is not a readable image ({e}); repair or remove it.') from e
         column = table.column(label_column)
@@ -186,24 +197,35 @@ def _decode_parquet(paths: List[Path], decode: _Decoder, input_key: Optional[str
 def _decode_dataset(dataset: Any, decode: _Decoder, progress: bool) -> ImageSet:
     """Decode a data set of timm's factory, which gives (image, class number)."""
     images, labels = [], []
-    for image, label in tqdm(dataset, desc='decoding', unit='image', disable=None if progress else True, leave=False):
-        images.append(decode(image))
+    for i in tqdm(range(len(dataset)), desc='decoding', unit='image', disable=None if progress else True, leave=False):
+        try:
+            image, label = dataset[i]
+            images.append(decode(image))
+        except (UnidentifiedImageError, OSError, RuntimeError, ValueError) as e:
+            raise UserError(f'Image {i} of the data is not readable ({e}); repair or remove it.') from e
         labels.append(int(label))
-    return ImageSet(torch.from_numpy(np.ascontiguousarray(np.stack(images))), torch.tensor(labels), None)
+    names = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
+    return ImageSet(
+        torch.from_numpy(np.ascontiguousarray(np.stack(images))), torch.tensor(labels),
+        tuple(str(name) for name in sorted(names, key=names.__getitem__)) or None)
 
 
 # The cache of decoded splits
 
 
-def _cache_path(paths: List[Path], settings: Dict[str, Any]) -> Path:
+def _cache_path(paths: List[Path], settings: Dict[str, Any]) -> Optional[Path]:
+    """Where the decoded split is kept: known by the contents of its files, None if there is no place for a cache."""
     from huggingface_hub import cached_assets_path
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = hashlib.sha256(json.dumps([1, files, settings], sort_keys=True).encode()).hexdigest()[:32]
-    return cached_assets_path('timm-lm', namespace='decoded') / f'{key}.safetensors'
+    content = [sha256(path) for path in paths]
+    key = hashlib.sha256(json.dumps([1, content, settings], sort_keys=True).encode()).hexdigest()[:32]
+    try:
+        return cached_assets_path('timm-lm', namespace='decoded') / f'{key}.safetensors'
+    except (OSError, ValueError):
+        return None
 
 
-def _read_cache(path: Path) -> Optional[ImageSet]:
-    if not path.is_file():
+def _read_cache(path: Optional[Path]) -> Optional[ImageSet]:
+    if path is None or not path.is_file():
         return None
     try:
         with safe_open(path, 'pt') as f:
@@ -213,8 +235,10 @@ def _read_cache(path: Path) -> Optional[ImageSet]:
         return None  # cut short or of another kind: decoded anew and written over
 
 
-def _write_cache(path: Path, data: ImageSet) -> None:
+def _write_cache(path: Optional[Path], data: ImageSet) -> None:
     """Write beside and rename; a cache that can not be written (full disk, no right) is done without."""
+    if path is None:
+        return
     temporary = None
     try:
         fd, temporary = tempfile.mkstemp(dir=path.parent, suffix='.tmp')
@@ -272,9 +296,26 @@ def load_images(
     cache = _cache_path(paths, settings)
     data = _read_cache(cache)
     if data is None:
+        _check_memory(split, _count_rows(paths), input_size)
         data = _decode_parquet(paths, decode, input_key, target_key, progress)
         _write_cache(cache, data)
     return data
+
+
+def _count_rows(paths: List[Path]) -> int:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    try:
+        return sum(pq.read_metadata(path).num_rows for path in paths)
+    except (pa.ArrowException, OSError):
+        return 0  # named when it is read
+
+
+def _check_memory(split: str, count: int, input_size: Sequence[int]) -> None:
+    size = count * int(np.prod(input_size))
+    if size > MEMORY_LIMIT:
+        raise UserError(f"The split '{split}' takes {size / 2**30:.1f} GiB decoded, more than the "
+                        f'{MEMORY_LIMIT / 2**30:.0f} GiB held in memory; use a smaller --input-size.')
 
 
 def _parquet_folder(data_dir: Optional[Union[str, Path]], dataset: str, split: str) -> Optional[Path]:
@@ -301,13 +342,25 @@ def _load_timm_dataset(split: str, data_dir: Any, dataset: str, decode: _Decoder
         images: Any = create_dataset(
             dataset, root=root, split=split, class_map=class_map, download=download)  # type: ignore[arg-type]
         count = len(images)
-    except (AssertionError, FileNotFoundError, ImportError, RuntimeError, ValueError) as e:
+    except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as e:
         raise UserError(f"timm could not open the split '{split}' of the data set '{dataset or root}' ({e}).") from e
-    size = count * int(np.prod(input_size))
-    if size > MEMORY_LIMIT:
-        raise UserError(f"The split '{split}' takes {size / 2**30:.1f} GiB decoded, more than the "
-                        f'{MEMORY_LIMIT / 2**30:.0f} GiB held in memory; use a smaller --input-size.')
+    _check_memory(split, count, input_size)
     return _decode_dataset(images, decode, progress)
+
+
+def check_labels(data: ImageSet, num_classes: int) -> None:
+    """Compare the labels of a split with the classes of a network.
+
+    Raises:
+        UserError: If there are others.
+    """
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0:
+        raise UserError(f'The data has labels from {low} on, as a split without known labels has; choose another split '
+                        'or another --target-key.')
+    if high >= num_classes:
+        raise UserError(f'The data has labels up to {high}, the network has {num_classes} classes; train one of '
+                        f'--num-classes {high + 1}, or choose another label column with --target-key.')
 
 
 # Augmentation of batches

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: folders written beside their place and renamed, and digests."""
+"""Files that are whole or not there: written beside their place and renamed; and digests."""
 import hashlib
 import os
 import shutil
@@ -29,6 +29,29 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+def _put_in_place(new: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.replace(new, folder)
+        return
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.old.'))
+    os.replace(folder, aside / folder.name)
+    try:
+        os.replace(new, folder)
+    except OSError:
+        os.replace(aside / folder.name, folder)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file beside its place, and rename it."""
+    temporary = path.with_name(f'.{path.name}.new')
+    temporary.write_text(text, encoding='utf-8')
+    sync(temporary)
+    os.replace(temporary, path)
+
+
 @contextmanager
 def atomic_folder(folder: Union[str, Path]) -> Iterator[Path]:
     """A new folder to write into, which takes the place of ``folder`` when the block ends without an error."""
@@ -40,14 +63,8 @@ def atomic_folder(folder: Union[str, Path]) -> Iterator[Path]:
         yield temporary
         for path in (*(path for path in temporary.rglob('*') if path.is_file()), temporary):
             sync(path)
-        old = None
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.old.'))
-            os.replace(folder, old / folder.name)
-        os.replace(temporary, folder)
+        _put_in_place(temporary, folder)
         sync(folder.parent)
-        if old is not None:
-            shutil.rmtree(old)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
+from yaml import YAMLError
 
 from .errors import UserError
 from .files import atomic_folder, sha256
@@ -45,7 +46,7 @@ def describe(
     Args:
         model: A network of ``timm.create_model``.
         tag: Tag of the weights.
-        class_names: Names of the classes.
+        class_names: Names of the classes, unknown if None.
         input_size: Size (C, H, W) of the images.
         **data_config: ``mean``, ``std``, ``crop_pct``, ``interpolation``.
     """
@@ -55,20 +56,19 @@ def describe(
     cfg['num_classes'] = model.num_classes
     for key in ('test_input_size', 'test_crop_pct', 'origin_url', 'description', 'label_descriptions'):
         cfg.pop(key, None)
+    cfg.pop('label_names', None)  # those of the data set that the name of the network stands for
     if class_names is not None and len(class_names) == model.num_classes:
         cfg['label_names'] = tuple(class_names)
-    elif len(cfg.get('label_names') or ()) != model.num_classes:
-        cfg.pop('label_names', None)
     if input_size is not None:
         cfg['input_size'] = tuple(input_size)
         cfg['pool_size'] = tuple(-(-side // model.feature_info[-1]['reduction']) for side in input_size[1:])
 
 
-def _write_config(model: TimmModel, path: Path, model_args: Dict[str, Any]) -> None:
+def _write_config(model: TimmModel, path: Any, model_args: Dict[str, Any]) -> None:
     label_names = model.pretrained_cfg.get('label_names')
     save_config_for_hf(
         model,
-        str(path),
+        path,
         model_config=dict(label_names=list(label_names)) if label_names else {},
         model_args=dict(model_args),
     )
@@ -112,7 +112,7 @@ def save_folder(
         The folder.
     """
     args = dict(model_args or {})
-    in_chans = model.in_chans
+    in_chans = getattr(model, 'in_chans', 3)
     if in_chans != 3:
         args['in_chans'] = in_chans
     state = {
@@ -149,6 +149,7 @@ def render_card(
         name: str,
         dataset: str,
         dataset_name: str,
+        split: str,
         error: Optional[float],
         error_count: Optional[int] = None,
         num_images: Optional[int] = None,
@@ -160,16 +161,17 @@ def render_card(
         name: Model name with tag.
         dataset: Id of the data set on the Hub.
         dataset_name: Its name for people.
-        error: Top-1 test error in %, none if None.
-        error_count: Wrong images of the test split.
-        num_images: Images of the test split.
+        split: The split that was evaluated.
+        error: Top-1 error on it in %, none if None.
+        error_count: Its wrong images.
+        num_images: Its images.
         **fields: The other fields of the template.
     """
     results = None
     if error is not None:
         common: Dict[str, Any] = dict(
             task_type='image-classification', task_name='Image Classification',
-            dataset_type=dataset, dataset_name=dataset_name, dataset_split='test')
+            dataset_type=dataset or dataset_name, dataset_name=dataset_name, dataset_split=split)
         results = [
             EvalResult(metric_type='accuracy', metric_name='Top-1 accuracy (%)',
                        metric_value=round(100 - error, 2), **common),
@@ -181,17 +183,20 @@ def render_card(
         datasets=[dataset] if dataset else None, metrics=['accuracy'], model_name=name, eval_results=results)
     return str(ModelCard.from_template(
         data, template_path=str(card_template()), name=name, architecture=name.partition('.')[0],
-        dataset=dataset, dataset_name=dataset_name, error=error, error_count=error_count, num_images=num_images,
-        **fields))
+        dataset=dataset, dataset_name=dataset_name, split=split, error=error, error_count=error_count,
+        num_images=num_images, **fields))
 
 
 def recorded_error(folder: Union[str, Path]) -> Optional[float]:
-    """The top-1 test error in % that a folder's card records, None if it records none."""
+    """The top-1 error in % that a folder's card records for the test split, None if it records none."""
     path = Path(folder) / CARD_NAME
     if not path.is_file():
         return None
-    results = ModelCard.load(path).data.eval_results or []
-    return next((float(r.metric_value) for r in results if r.metric_type == 'error'), None)
+    try:
+        results = ModelCard.load(path).data.eval_results or []
+        return next((float(r.metric_value) for r in results if r.metric_type == 'error'), None)
+    except (OSError, TypeError, ValueError, YAMLError):
+        return None  # a card that is not readable records nothing
 
 
 # Reading
@@ -201,7 +206,12 @@ def _read_config(folder: Path) -> Dict[str, Any]:
     path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
-        architecture = config['architecture']
+        architecture, cfg = config['architecture'], config.get('pretrained_cfg', {})
+        if not isinstance(architecture, str) or not isinstance(cfg, dict):
+            raise TypeError('architecture must be a name, pretrained_cfg a table')
+        channels = (cfg.get('input_size') or [3])[0]
+        if any(len(cfg.get(key) or [0] * channels) != channels for key in ('mean', 'std')):
+            raise ValueError(f'mean and std must have {channels} values')
     except FileNotFoundError:
         raise UserError(f'{folder} has no {CONFIG_NAME}; give a weights folder as `timm-lm train` writes it.') from None
     except (ValueError, KeyError, TypeError, OSError) as e:
@@ -254,7 +264,11 @@ def load_folder(folder: Union[str, Path], **kwargs: Any) -> TimmModel:
     if not kwargs:
         _compare_header(weights, model, architecture)
     _compare_digest(folder)
-    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+    try:
+        return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+    except (OSError, RuntimeError, SafetensorError) as e:
+        raise UserError(f"The weights of {folder} do not fit the network {architecture} with these options "
+                        f"({' '.join(str(e).split())[:200]}).") from e
 
 
 def _recorded_digest(folder: Path) -> Optional[str]:
@@ -297,12 +311,13 @@ def verify_folder(folder: Union[str, Path]) -> Dict[str, float]:
     try:
         expected = load_file(path)
         actual = _check_tensors(model, expected['input'])
+        differences = {
+            name: ((actual[name] - expected[name]).abs().max() / expected[name].abs().max().clamp_min(1e-12)).item()
+            for name in ('features', 'pre_logits', 'output')
+        }
     except (SafetensorError, KeyError, RuntimeError) as e:
         raise UserError(f'{path} does not hold a check batch of this network ({e}); download the folder again.') from e
-    differences = {}
-    for name in ('features', 'pre_logits', 'output'):
-        scale = expected[name].abs().max().clamp_min(1e-12)
-        differences[name] = ((actual[name] - expected[name]).abs().max() / scale).item()
+    for name in differences:
         if not differences[name] <= CHECK_TOLERANCE:
             raise UserError(f"{folder} computes other '{name}' than recorded (difference {differences[name]:.1e} of "
                             'the largest value); the weights or the config were changed.')

@@ -8,6 +8,11 @@ import torch.nn.functional as F
 from timm_lm.data import IGNORE_LABEL, MemoryLoader
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Precision of sums over a split: float64 where the device has it."""
+    return torch.float32 if device.type == 'mps' else torch.float64
+
+
 @torch.no_grad()
 def evaluate(
         model: Callable[[torch.Tensor], torch.Tensor],
@@ -28,14 +33,15 @@ def evaluate(
     """
     start = time.perf_counter()
     totals = None  # images, correct at 1, correct at 5, summed loss
+    dtype = sum_dtype(loader.data.images.device)
     for images, labels in progress(loader) if progress else loader:
         logits = model(images).float()
         top = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         batch = torch.stack([
-            (labels != IGNORE_LABEL).sum().double(),
-            top[:, 0].sum().double(),
-            top.sum().double(),
-            F.cross_entropy(logits, labels, ignore_index=IGNORE_LABEL, reduction='sum').double(),
+            (labels != IGNORE_LABEL).sum().to(dtype),
+            top[:, 0].sum().to(dtype),
+            top.sum().to(dtype),
+            F.cross_entropy(logits, labels, ignore_index=IGNORE_LABEL, reduction='sum').to(dtype),
         ])
         totals = batch if totals is None else totals + batch
     assert totals is not None

@@ -3,7 +3,7 @@ import argparse
 import math
 import os
 import shutil
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List
 
 import timm
 import torch
@@ -26,19 +26,33 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     Raises:
         UserError: If compilation is asked for and there is no compiler.
     """
+    on_cpu = args.device == 'cpu' or not _has_accelerator()
     plugin = None
     if args.torchcompile:
-        on_cpu = args.device == 'cpu' or not torch.cuda.is_available()
-        if on_cpu and args.torchcompile == 'inductor':
-            _check_compiler()
+        _check_backend(args.torchcompile, on_cpu)
         plugin = TorchDynamoPlugin(backend=args.torchcompile, mode=args.torchcompile_mode or 'default', dynamic=False)
     AcceleratorState._reset_state()  # of an earlier training in this process, maybe in another precision
     precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else 'no'
-    return Accelerator(mixed_precision=precision, cpu=args.device == 'cpu', dynamo_plugin=plugin)
+    # Accelerate joins processes on the CPU only if told that it is the CPU
+    accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, dynamo_plugin=plugin)
+    if args.device not in (None, 'cpu', accelerator.device.type):
+        raise UserError(f'--device {args.device} is not what Accelerate chose ({accelerator.device}); leave it out, or '
+                        'choose devices by `accelerate launch`.')
+    return accelerator
 
 
-def _check_compiler() -> None:
-    """torch.compile writes C++ for the CPU."""
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available() or (
+        hasattr(torch, 'accelerator') and torch.accelerator.is_available())
+
+
+def _check_backend(backend: str, on_cpu: bool) -> None:
+    """The backend of torch.compile, and the compiler that its code for the CPU is in need of."""
+    backends = torch._dynamo.list_backends(exclude_tags=())
+    if backend not in backends:
+        raise UserError(f"There is no backend '{backend}' of torch.compile; there are: {', '.join(backends)}.")
+    if not on_cpu or backend != 'inductor':
+        return
     if not any(shutil.which(name) for name in (os.environ.get('CXX', 'g++'), 'g++', 'clang++', 'cl')):
         raise UserError('--torchcompile needs a C++ compiler on the CPU and there is none; install g++, or run eagerly '
                         'with --no-torchcompile.')
@@ -62,10 +76,10 @@ def create_model(args: argparse.Namespace) -> TimmModel:
     )
     kwargs = {name: value for name, value in kwargs.items() if value is not None} | args.model_kwargs
     try:
-        model = load_model(args.model, pretrained=True, **kwargs) if args.pretrained else _create(args.model, kwargs)
+        model = load_model(args.model, **kwargs) if args.pretrained else _create(args.model, kwargs)
         if args.initial_checkpoint:
-            load_checkpoint(model, args.initial_checkpoint)
-    except (TypeError, ValueError) as e:
+            load_checkpoint(model, args.initial_checkpoint, weights_only=True)
+    except (AssertionError, TypeError, ValueError) as e:
         raise UserError(f'{args.model} can not be made with these options ({e}).') from e
     except (OSError, RuntimeError, SafetensorError) as e:
         if isinstance(e, UserError):
@@ -86,16 +100,17 @@ def resolve_input_config(args: argparse.Namespace, model: TimmModel) -> Dict[str
     Raises:
         UserError: If they do not fit the channels of the network.
     """
+    in_chans = getattr(model, 'in_chans', 3)
     try:
-        config = resolve_data_config(dict(vars(args), in_chans=model.in_chans), model=model)
+        config = resolve_data_config(dict(vars(args), in_chans=in_chans), model=model)
     except AssertionError as e:
-        raise UserError(f'--mean and --std need one value, or one for each of the {model.in_chans} channels.') from e
+        raise UserError(f'--mean and --std need one value, or one for each of the {in_chans} channels.') from e
     config.pop('crop_mode', None)
-    if config['input_size'][0] != model.in_chans:
-        config['input_size'] = (model.in_chans, *config['input_size'][1:])
-    if any(len(config[key]) != model.in_chans for key in ('mean', 'std')):
+    if config['input_size'][0] != in_chans:
+        config['input_size'] = (in_chans, *config['input_size'][1:])
+    if any(len(config[key]) != in_chans for key in ('mean', 'std')):
         raise UserError(f'The mean and standard deviation of {args.model} are for {len(config["mean"])} channels, the '
-                        f'images have {model.in_chans}; give --mean and --std.')
+                        f'images have {in_chans}; give --mean and --std.')
     return config
 
 
@@ -114,20 +129,6 @@ def load_split(args: argparse.Namespace, split: str, data_config: Dict[str, Any]
         download=args.dataset_download,
         progress=show,
     )
-
-
-def check_labels(data: Optional[ImageSet], num_classes: int) -> None:
-    """Compare the labels with the classes of the network.
-
-    Raises:
-        UserError: If there are others.
-    """
-    if data is None:
-        return
-    low, high = int(data.labels.min()), int(data.labels.max())
-    if low < 0 or high >= num_classes:
-        raise UserError(f'The data has labels from {low} to {high}, the model has {num_classes} classes; set '
-                        f'--num-classes {high + 1}.')
 
 
 def create_loader(args: argparse.Namespace, data: ImageSet, data_config: Dict[str, Any], accelerator: Accelerator,

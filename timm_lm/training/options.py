@@ -70,8 +70,8 @@ class _KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Argument parser that reports by UserError and knows the options that are refused."""
+class Parser(argparse.ArgumentParser):
+    """Argument parser that reports by UserError."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f'{message[0].upper()}{message[1:]}; see `{self.prog} --help`.')
@@ -93,7 +93,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     """The parser of a training."""
-    parser = _Parser(prog=prog, description='Train a network by a recipe of timm train-script options.',
+    parser = Parser(prog=prog, description='Train a network by a recipe of timm train-script options.',
                      allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
     parser.add_argument('-c', '--config', metavar='RECIPE', help='a shipped recipe (see timm-lm recipe) or a YAML file')
@@ -185,7 +185,8 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('Run')
     group.add_argument('--seed', type=int, default=42, metavar='N', help='random seed')
-    group.add_argument('--log-interval', type=int, default=50, metavar='N', help='batches between two log lines')
+    group.add_argument('--log-interval', type=int, default=50, metavar='N',
+                       help='batches between two readings of the loss')
     group.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs between two validations')
     group.add_argument('--resume', default='', metavar='WHAT',
                        help='auto: the newest whole checkpoint of the run, or start it; or the folder of a checkpoint')
@@ -200,7 +201,8 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--tag', default='', metavar='NAME', help='tag of the saved weights')
 
     for name, reason in REFUSED.items():
-        parser.add_argument(_option(name), nargs='*', dest=name, action=_refuse(reason), help=argparse.SUPPRESS)
+        names = ['-j', '--workers'] if name == 'workers' else [_option(name)]
+        parser.add_argument(*names, nargs='*', dest=name, action=_refuse(reason), help=argparse.SUPPRESS)
     return parser
 
 
@@ -258,6 +260,8 @@ def _recipe_value(path: Path, name: str, value: Any, actions: Dict[str, argparse
         raise UserError(f"The option '{name}' in {path} is unknown{hint}")
     action = actions[name]
     if value is None:
+        if action.default is not None:
+            raise UserError(f"The option '{name}' in {path} has no value; give it one, or leave it out.")
         return None
     if isinstance(action, _KeyValues):
         if not isinstance(value, dict):
@@ -306,7 +310,7 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
     parser = build_parser(prog)
     actions = {action.dest: action for action in parser._actions if action.dest not in (*REFUSED, 'help', 'config')}
     actions['torchcompile'] = next(a for a in parser._actions if '--torchcompile' in a.option_strings)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(prog=prog, add_help=False, allow_abbrev=False)
     first.add_argument('-c', '--config')
     config = first.parse_known_args(argv)[0].config
     if config:
@@ -332,9 +336,13 @@ def check_options(args: argparse.Namespace) -> None:
     for name in ('epochs', 'batch_size', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist'):
         if getattr(args, name) < 1:
             raise UserError(f'{_option(name)} must be at least 1, not {getattr(args, name)}.')
-    for name in ('pad_crop', 'recovery_interval', 'weight_decay', 'warmup_epochs', 'min_lr', 'momentum'):
+    for name in ('pad_crop', 'recovery_interval', 'seed', 'weight_decay', 'warmup_epochs', 'min_lr', 'momentum'):
         if getattr(args, name) < 0:
             raise UserError(f'{_option(name)} must not be negative, it is {getattr(args, name)}.')
+    if not 0 <= (args.drop_path or 0.) < 1:
+        raise UserError(f'--drop-path must be at least 0 and less than 1, not {args.drop_path}.')
+    if args.validation_batch_size is not None and args.validation_batch_size < 1:
+        raise UserError(f'--validation-batch-size must be at least 1, not {args.validation_batch_size}.')
     for name in ('hflip', 'smoothing', 'drop'):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f'{_option(name)} must be between 0 and 1, not {getattr(args, name)}.')

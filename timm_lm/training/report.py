@@ -1,9 +1,12 @@
 """What a run leaves for people: metrics in JSON lines, timm's summary table, pictures of curves and ``k``."""
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 from timm.utils import update_summary
+
+# What evaluate() returns, in its order.
+EVALUATION = ('top1', 'top5', 'loss', 'errors', 'images', 'images_per_second')
 
 
 class RunLog:
@@ -25,7 +28,9 @@ class RunLog:
         row: Dict[str, Any] = dict(epoch=epoch, train=train, eval=evaluation, lr=lr, k=k)
         with open(self.path, 'a') as f:
             f.write(json.dumps(row) + '\n')
-        update_summary(epoch, train, evaluation, filename=str(self.folder / 'summary.csv'), lr=lr,
+        # blank columns where there was no evaluation, so that all rows have the same
+        columns: Mapping[str, Any] = evaluation or dict.fromkeys(EVALUATION)
+        update_summary(epoch, train, columns, filename=str(self.folder / 'summary.csv'), lr=lr,
                        write_header=not (self.folder / 'summary.csv').exists())
 
     def truncate(self, epochs: int) -> None:

@@ -2,9 +2,8 @@
 import argparse
 import json
 import shlex
-import shutil
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import timm
 import torch
@@ -12,8 +11,8 @@ from tqdm import tqdm
 
 import timm_lm
 from timm_lm.data import ImageSet, MemoryLoader
-from timm_lm.files import atomic_folder
-from timm_lm.hub import TimmModel, load_folder, render_card, save_folder
+from timm_lm.files import write_text
+from timm_lm.hub import CARD_NAME, TimmModel, load_folder, render_card, save_folder
 
 from .evaluate import evaluate
 
@@ -21,23 +20,23 @@ DATASET_NAMES = {'uoft-cs/cifar10': 'CIFAR-10', 'uoft-cs/cifar100': 'CIFAR-100'}
 
 
 def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_loader: Optional[MemoryLoader],
-                 seen: Optional[Dict[str, float]], epochs: int, seconds: float, command: str) -> None:
+                 seen: Optional[Dict[str, float]], epochs: int, seconds: float, command: str, device: torch.device,
+                 num_processes: int) -> None:
     """Write the weights folder, then count the errors of what was written: in float32, eager, on the CPU."""
-    architecture = args.model.partition('.')[0]
-    if ':' in args.model:  # hf-hub:, local-dir:
-        architecture = model.pretrained_cfg['architecture']
+    architecture = model.pretrained_cfg['architecture']
     name = f'{architecture}.{args.tag}' if args.tag else architecture
     model_args = dict(args.model_kwargs)
     if args.gp:
         model_args['global_pool'] = args.gp
-
-    dataset = args.dataset.removeprefix('hfds/') if args.dataset.startswith('hfds/') else args.dataset
+    dataset, dataset_name = _dataset(args)
 
     def card(result: Optional[Dict[str, float]]) -> str:
         return render_card(
             name,
             dataset=dataset,
-            dataset_name=DATASET_NAMES.get(dataset, dataset or Path(args.data_dir or 'images').name),
+            dataset_name=dataset_name,
+            split=args.val_split,
+            train_split=args.train_split,
             error=100 - result['top1'] if result else None,
             error_count=int(result['errors']) if result else None,
             num_images=int(result['images']) if result else None,
@@ -49,7 +48,7 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
             epochs=epochs,
             seed=args.seed,
             minutes=round(seconds / 60, 1),
-            hardware=_hardware(),
+            hardware=_hardware(device) + (f', {num_processes} processes' if num_processes > 1 else ''),
             versions=f'timm-lm {timm_lm.__version__}, timm {timm.__version__}, torch {torch.__version__}',
         )
 
@@ -60,10 +59,8 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
         ImageSet(eval_loader.data.images.cpu(), eval_loader.data.labels.cpu()), eval_loader.batch_size,
         eval_loader.mean, eval_loader.std)
     result = evaluate(load_folder(weights), loader)
-    with atomic_folder(weights) as temporary:
-        shutil.copytree(weights, temporary, dirs_exist_ok=True)
-        (temporary / 'README.md').write_text(card(result), encoding='utf-8')
-    (folder / 'result.json').write_text(json.dumps(dict(result, seen_in_training=seen), indent=2) + '\n')
+    write_text(weights / CARD_NAME, card(result))
+    write_text(folder / 'result.json', json.dumps(dict(result, seen_in_training=seen), indent=2) + '\n')
     tqdm.write(f"{weights}: error {100 - result['top1']:.2f} % ({result['errors']} of {result['images']} images, "
                'float32, eager, on the CPU)')
 
@@ -75,9 +72,17 @@ def _k_summary(model: TimmModel) -> str:
     return f'{min(values):.3f} to {max(values):.3f}' if values else ''
 
 
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def _dataset(args: argparse.Namespace) -> Tuple[str, str]:
+    """Id on the Hub ('' if it has none) and name of the data set; a folder is told by its last name alone."""
+    source = args.dataset.removeprefix('hfds/')
+    if args.dataset.startswith('hfds/') and not Path(source).is_dir():
+        return source, DATASET_NAMES.get(source, source)
+    return '', Path(args.data_dir or source).name
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
         name = next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
@@ -93,7 +98,7 @@ def command_line(argv: List[str]) -> str:
     words = iter(argv)
     for word in words:
         option, _, value = word.partition('=')
-        if option in ('--data-dir', '--output', '--experiment'):
+        if option in ('--data-dir', '--output', '--experiment', '--resume'):
             if not value:
                 next(words, None)
             shown += [option, 'DIR'] if option == '--data-dir' else []

@@ -15,20 +15,20 @@ from typing import Any, Dict, List, Optional
 import torch
 import yaml
 from accelerate.utils import gather_object, set_seed
-from timm.models import safe_model_name
+from timm.models import model_parameters, safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import dispatch_clip_grad
 from torch import nn
 from tqdm import tqdm
 
-from timm_lm.data import ImageSet
+from timm_lm.data import ImageSet, check_labels
 from timm_lm.errors import UserError
+from timm_lm.files import write_text
 from timm_lm.hub import TimmModel, describe
 
 from .checkpoint import Checkpoint, CheckpointStore, Progress, random_states, restore
-from .evaluate import evaluate
+from .evaluate import evaluate, sum_dtype
 from .factory import (
-    check_labels,
     create_accelerator,
     create_loader,
     create_model,
@@ -43,7 +43,8 @@ from .result import command_line, save_weights
 __all__ = ['Interrupted', 'command_line', 'train']
 
 # Options that may differ between a run and its resumption.
-FREE_OPTIONS = ('resume', 'output', 'experiment', 'data_dir', 'log_interval', 'recovery_interval', 'checkpoint_hist')
+FREE_OPTIONS = (
+    'config', 'resume', 'output', 'experiment', 'data_dir', 'log_interval', 'recovery_interval', 'checkpoint_hist')
 
 
 class Interrupted(Exception):
@@ -97,12 +98,19 @@ class Training:
         self.signals = signals
         self.criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing)
         self.updates_per_epoch = -(-len(loader) // args.grad_accum_steps)
-        self.plain_optimizer = create_optimizer(args, model)
-        self.scheduler, self.num_epochs = create_scheduler_v2(
-            self.plain_optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch)
+        try:
+            self.plain_optimizer = create_optimizer(args, model)
+            self.scheduler, self.num_epochs = create_scheduler_v2(
+                self.plain_optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch)
+        except (AssertionError, ImportError, KeyError, TypeError, ValueError) as e:
+            raise UserError(f'The optimizer {args.opt} or the schedule {args.sched} can not be made with these options '
+                            f'({e or type(e).__name__}).') from e
+        if args.sched != 'none' and self.scheduler is None:
+            raise UserError(f"There is no schedule '{args.sched}'; use cosine, multistep, step, poly, tanh or none.")
         self.network, self.optimizer = accelerator.prepare(model, self.plain_optimizer)
         # of the running epoch, on the device: summed loss, correct images, 1 + first batch of a loss that is not finite
-        self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        self.sum_dtype = sum_dtype(accelerator.device)
+        self.sums = torch.zeros(3, dtype=self.sum_dtype, device=accelerator.device)
 
     @property
     def learning_rate(self) -> float:
@@ -191,14 +199,17 @@ class Training:
         if is_update:
             if args.clip_grad is not None:
                 self.accelerator.unscale_gradients()
-                dispatch_clip_grad(self.network.parameters(), value=args.clip_grad, mode=args.clip_mode)
+                dispatch_clip_grad(
+                    model_parameters(self.model, exclude_head='agc' in args.clip_mode), value=args.clip_grad,
+                    mode=args.clip_mode)
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.scheduler is not None:
                 self.scheduler.step_update(epoch * self.updates_per_epoch + step // accumulate + 1)
-        loss = loss.detach().double()
+        loss = loss.detach().to(self.sum_dtype)
         bad = ~loss.isfinite() & (self.sums[2] == 0)
-        self.sums += torch.stack([loss, (logits.detach().argmax(1) == labels).sum().double(), bad * (step + 1.)])
+        self.sums += torch.stack(
+            [loss, (logits.detach().argmax(1) == labels).sum().to(self.sum_dtype), bad.to(self.sum_dtype) * (step + 1)])
 
     def _live_line(self, steps: int, rate: float) -> str:
         loss, correct, _ = self.sums.tolist()
@@ -248,43 +259,49 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     """
     start = time.perf_counter()
     for module in args.device_modules or ():
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ImportError as e:
+            raise UserError(f'--device-modules {module} can not be imported ({e}).') from e
 
     # Device, precision and processes
     accelerator = create_accelerator(args)
     is_main = accelerator.is_main_process
     set_seed(args.seed)
 
-    # Data
+    # Run folder to be, and the checkpoint to go on from
     model = create_model(args)
+    folder = _run_folder(args, model)
+    store = CheckpointStore(folder / 'checkpoints', keep=args.checkpoint_hist)
+    checkpoint = _find_checkpoint(args, folder, store, is_main)
+
+    # Data
     data_config = resolve_input_config(args, model)
     with accelerator.local_main_process_first():
         train_set = load_split(args, args.train_split, data_config, is_main)
         eval_set = load_split(args, args.val_split, data_config, is_main) if args.val_split else None
     for data in (train_set, eval_set):
-        check_labels(data, model.num_classes)
+        if data is not None:
+            check_labels(data, model.num_classes)
     train_loader = create_loader(args, train_set, data_config, accelerator, is_training=True)
     eval_loader = create_loader(args, eval_set, data_config, accelerator) if eval_set else None
-
-    # Run folder, and the checkpoint to go on from
-    set_learning_rate(args, accelerator.num_processes)
-    folder = _run_folder(args, model)
-    store = CheckpointStore(folder / 'checkpoints', keep=args.checkpoint_hist)
-    checkpoint = _find_checkpoint(args, folder, store, is_main)
-    log = RunLog(folder)
-    accelerator.wait_for_everyone()
-    if is_main:
-        _create_run_folder(folder, args, resumed=checkpoint is not None)
-        log.truncate(checkpoint.progress.epoch if checkpoint else 0)
 
     # Network, optimizer, schedule
     describe(model, tag=args.tag or None, class_names=train_set.class_names, **data_config)
     model.to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
+    set_learning_rate(args, accelerator.num_processes)
     set_seed(args.seed, device_specific=True)  # each process drops other paths
     signals = StopSignals()
     training = Training(args, accelerator, model, train_loader, store, signals)
+
+    # Run folder
+    accelerator.wait_for_everyone()
+    log = RunLog(folder)
+    if is_main:
+        _create_run_folder(folder, args, resumed=checkpoint is not None)
+        log.truncate(checkpoint.progress.epoch if checkpoint else 0)
     progress = training.resume(checkpoint) if checkpoint else Progress()
     if is_main:
         _announce(training, train_set, eval_set, folder, checkpoint)
@@ -312,7 +329,8 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     if is_main:
         log.plot()
         seen = evaluation or (log.rows()[-1]['eval'] if log.rows() else None)
-        save_weights(args, model, folder, eval_loader, seen, training.num_epochs, time.perf_counter() - start, command)
+        save_weights(args, model, folder, eval_loader, seen, training.num_epochs, time.perf_counter() - start, command,
+                     accelerator.device, accelerator.num_processes)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
@@ -331,6 +349,8 @@ def _run_folder(args: argparse.Namespace, model: TimmModel) -> Path:
 def _find_checkpoint(args: argparse.Namespace, folder: Path, store: CheckpointStore,
                      is_main: bool) -> Optional[Checkpoint]:
     """The checkpoint to go on from, None to start anew."""
+    if any(path.is_file() for path in (folder, *folder.parents)):
+        raise UserError(f'The run folder {folder} can not be made, a file is in its way; choose another --output.')
     if not args.resume:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f'The run folder {folder} holds another run; give another --experiment, go on with '
@@ -354,9 +374,13 @@ def _compare_options(args: argparse.Namespace, folder: Path) -> None:
 
 
 def _create_run_folder(folder: Path, args: argparse.Namespace, resumed: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if not resumed:
-        (folder / 'args.yaml').write_text(yaml.safe_dump(vars(args), sort_keys=True))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not resumed:
+            options = {name: value for name, value in vars(args).items() if name not in ('config', 'resume')}
+            write_text(folder / 'args.yaml', yaml.safe_dump(options, sort_keys=True))
+    except OSError as e:
+        raise UserError(f'The run folder {folder} can not be written ({e}); choose another place with --output.') from e
 
 
 def _announce(training: Training, train_set: ImageSet, eval_set: Optional[ImageSet], folder: Path,
