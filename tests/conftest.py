@@ -1,11 +1,15 @@
 """Fixtures that all tests share: real images as Parquet, a small trained network, and the command line."""
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-os.environ['HF_HUB_OFFLINE'] = '1'  # before huggingface_hub is imported; tests that speak to a server run in processes
+# before huggingface_hub is imported: tests that speak to a server run in processes, decoded data stays with the tests
+os.environ['HF_HUB_OFFLINE'] = '1'
+ASSETS = tempfile.TemporaryDirectory(prefix='timm-lm-assets-')
+os.environ['HF_ASSETS_CACHE'] = ASSETS.name
 sys.path.insert(0, str(Path(__file__).parent))
 
 from timm_lm.cli import main  # noqa: E402
@@ -14,14 +18,10 @@ from timm_lm.training.options import parse_options  # noqa: E402
 from timm_lm.training.train import train  # noqa: E402
 
 
-@pytest.fixture(scope='session', autouse=True)
-def own_caches(tmp_path_factory):
-    """Keep the decoded data of the tests out of the user's cache."""
-    from huggingface_hub import constants
-    cache = tmp_path_factory.mktemp('assets')
-    constants.HF_ASSETS_CACHE = str(cache)
-    os.environ['HF_ASSETS_CACHE'] = str(cache)  # for processes that tests start
-    return cache
+@pytest.fixture(scope='session')
+def own_cache():
+    """Folder of the decoded data of the tests."""
+    return Path(ASSETS.name)
 
 
 @pytest.fixture(scope='session')

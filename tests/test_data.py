@@ -135,11 +135,11 @@ def test_second_time_comes_from_the_cache(tmp_path, images, monkeypatch):
     assert torch.equal(first.images, second.images) and torch.equal(first.labels, second.labels)
 
 
-def test_changed_data_and_cut_caches_are_decoded_anew(tmp_path, images, own_caches):
+def test_changed_data_and_cut_caches_are_decoded_anew(tmp_path, images, own_cache):
     write_parquet(tmp_path / 'test.parquet', images[:3])
-    before = set(own_caches.rglob('*.safetensors'))
+    before = set(own_cache.rglob('*.safetensors'))
     assert len(load_images('test', tmp_path)) == 3
-    (cache,) = set(own_caches.rglob('*.safetensors')) - before
+    (cache,) = set(own_cache.rglob('*.safetensors')) - before
     cache.write_bytes(cache.read_bytes()[:-100])
     assert torch.equal(load_images('test', tmp_path).images[2], torch.from_numpy(images[2]).permute(2, 0, 1))
     write_parquet(tmp_path / 'test.parquet', images[3:])

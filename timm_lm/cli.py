@@ -119,36 +119,32 @@ def _info(argv: List[str]) -> None:
     parser.add_argument('model', metavar='MODEL_OR_FOLDER', help='as in validate')
     args = parser.parse_args(argv)
 
-    import timm
-
-    from .hub import load_model, model_tags, recorded_error
+    from .hub import check_name, load_model, model_tags, recorded_error
     from .models._weights import weights_dir
 
-    args.model = args.model.removeprefix('local-dir:')
-    if args.model.startswith('hf-hub:'):
-        raise UserError(f'{args.model} is not fetched to be shown; download it, and give its folder.')
-    is_folder = Path(args.model).is_dir() or '/' in args.model
-    has_weights = is_folder or timm.models.is_model_pretrained(args.model)
-    file = None if is_folder else getattr(timm.get_pretrained_cfg(args.model), 'file', None) \
-        if timm.is_model(args.model) and _has_tag(args.model) else None
+    source = args.model.removeprefix('local-dir:')
+    if source.startswith('hf-hub:'):
+        raise UserError(f'{source} is not fetched to be shown; download it, and give its folder.')
+    is_folder = Path(source).is_dir() or '/' in source
+    if not is_folder:
+        check_name(source)
     # weights of the Hub are not fetched to show a network
-    load = is_folder or file is not None
-    model = load_model(args.model, pretrained=load)
+    load = is_folder or _source(source) == 'shipped'
+    model = load_model(source, pretrained=load)
     cfg = model.pretrained_cfg
     architecture = cfg['architecture']
+    error = recorded_error(source if is_folder else weights_dir() / f"{architecture}.{cfg.get('tag')}")
     lines = {
         'model': architecture,
         'tags': ', '.join(model_tags(architecture)),
-        'weights': args.model if is_folder else _source(args.model) if has_weights else 'none',
+        'weights': source if is_folder else _source(source),
         'input': 'x'.join(map(str, cfg['input_size'])),
         'mean, std': f"{_numbers(cfg['mean'])}, {_numbers(cfg['std'])}",
         'classes': str(model.num_classes),
         'parameters': f'{sum(p.numel() for p in model.parameters()):,}',
         'MACs': f"{_macs(model, cfg['input_size']) / 1e6:,.1f} M",
+        'test error': f'{error:.2f} %' if error is not None else 'not recorded',
     }
-    folder = Path(args.model) if is_folder else weights_dir() / f"{architecture}.{cfg.get('tag')}"
-    error = recorded_error(folder)
-    lines['test error'] = f'{error:.2f} %' if error is not None else 'not recorded'
     for name, value in lines.items():
         print(f'{name:<11} {value}')
     k = model.k_values() if hasattr(model, 'k_values') else {}
@@ -200,15 +196,6 @@ def _device(name: str) -> Any:
 
 
 # What the commands show
-
-
-def _has_tag(name: str) -> bool:
-    import timm
-    try:
-        timm.get_pretrained_cfg(name)
-    except RuntimeError:
-        return False
-    return True
 
 
 def _source(name: str) -> str:
