@@ -111,7 +111,7 @@ def test_demo_runs_the_whole_job(tmp_path, capsys):
     from timm_lm.demo import demo
     run = demo(tmp_path / 'demo', ['--epochs', '2', '--warmup-epochs', '0', '--model-kwargs', 'layers=(2,2,2)'])
     out = capsys.readouterr().out
-    assert 'errors on 359 test digits' in out
+    assert 'of 359 test digits' in out
     for name in ('curves.png', 'k.png', 'weights/model.safetensors'):
         assert (run / name).is_file()
 

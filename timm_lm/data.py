@@ -24,6 +24,8 @@ from tqdm import tqdm
 from .errors import UserError
 from .files import sha256
 
+Values = Union[Sequence[float], torch.Tensor]  # one for each channel
+
 IGNORE_LABEL = -100  # of the rows that fill up the last batch of an evaluation; cross entropy leaves it out
 MEMORY_LIMIT = 4 << 30  # bytes of a decoded split
 # train-00000-of-00005, also with the digest that older uploads have, or train
@@ -387,11 +389,10 @@ def random_hflip(images: torch.Tensor, probability: float, generator: torch.Gene
     return torch.where(flip, images.flip(-1), images)
 
 
-def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def normalize(images: torch.Tensor, mean: Values, std: Values) -> torch.Tensor:
     """uint8 images (N, C, H, W) to float32, less the mean and over the deviation, both for pixels in [0, 1]."""
-    mean_t = torch.tensor(mean, device=images.device).view(-1, 1, 1) * 255
-    std_t = torch.tensor(std, device=images.device).view(-1, 1, 1) * 255
-    return (images.float() - mean_t) / std_t
+    mean, std = (torch.as_tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std))
+    return (images.float() - mean * 255) / (std * 255)
 
 
 def _seed(*parts: int) -> int:
@@ -406,8 +407,8 @@ class MemoryLoader:
             self,
             data: ImageSet,
             batch_size: int,
-            mean: Sequence[float],
-            std: Sequence[float],
+            mean: Values,
+            std: Values,
             is_training: bool = False,
             padding: int = 0,
             hflip: float = 0.,
@@ -436,8 +437,8 @@ class MemoryLoader:
         """
         self.data = data
         self.batch_size = batch_size
-        self.mean = mean
-        self.std = std
+        # on the device once, not with each batch
+        self.mean, self.std = (torch.as_tensor(value, device=data.images.device) for value in (mean, std))
         self.is_training = is_training
         self.padding = padding
         self.hflip = hflip

@@ -90,8 +90,8 @@ def demo(output: Path, options: Sequence[str] = ()) -> Path:
     with torch.inference_mode():
         first = next(iter(MemoryLoader(images, 1, cfg['mean'], cfg['std'])))
         answer = cfg['label_names'][int(model(first[0]).argmax())]
-    print(f"Trained in {seconds:.0f} s. timm.create_model('local-dir:{run / 'weights'}', pretrained=True) makes "
-          f"{result['errors']} errors on {result['images']} test digits ({100 - result['top1']:.2f} %); it takes the "
-          f'first one, a {int(first[1])}, for a {answer}.')
+    print(f"Trained in {seconds:.0f} s. timm.create_model('local-dir:{run / 'weights'}', pretrained=True) is wrong on "
+          f"{result['errors']} of {result['images']} test digits ({100 - result['top1']:.2f} %); it takes the first one, a "
+          f'{int(first[1])}, for a {answer}.')
     print(f"Curves are in {run / 'curves.png'}, the path of k in {run / 'k.png'}.")
     return run
