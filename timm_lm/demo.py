@@ -91,7 +91,7 @@ def demo(output: Path, options: Sequence[str] = ()) -> Path:
         first = next(iter(MemoryLoader(images, 1, cfg['mean'], cfg['std'])))
         answer = cfg['label_names'][int(model(first[0]).argmax())]
     print(f"Trained in {seconds:.0f} s. timm.create_model('local-dir:{run / 'weights'}', pretrained=True) is wrong on "
-          f"{result['errors']} of {result['images']} test digits ({100 - result['top1']:.2f} %); it takes the first one, a "
-          f'{int(first[1])}, for a {answer}.')
+          f"{result['errors']} of {result['images']} test digits ({100 - result['top1']:.2f} %); it takes the first, "
+          f'a {int(first[1])}, for a {answer}.')
     print(f"Curves are in {run / 'curves.png'}, the path of k in {run / 'k.png'}.")
     return run
