@@ -12,17 +12,9 @@ import torch
 from PIL import Image
 
 from timm_lm import data as data_module
-from timm_lm.data import (
-    IGNORE_LABEL,
-    ImageSet,
-    MemoryLoader,
-    find_parquet,
-    load_images,
-    normalize,
-    pad_crop,
-    random_hflip,
-)
+from timm_lm.data import ImageSet, find_parquet, load_images
 from timm_lm.errors import UserError
+from timm_lm.loader import IGNORE_LABEL, MemoryLoader, normalize, pad_crop, random_hflip
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 

@@ -51,7 +51,8 @@ def test_training_learns_the_digits(digits, tmp_path, command):
     assert f"{result['errors']} errors of 359 images" in out and 'images/s' in out and 'top-5' in out
     # what timm gives back makes the same errors
     model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'weights'}", pretrained=True).eval()
-    from timm_lm.data import load_images, normalize
+    from timm_lm.data import load_images
+    from timm_lm.loader import normalize
     data = load_images('test', digits, input_size=(1, 16, 16))
     with torch.inference_mode():
         wrong = (model(normalize(data.images, [0.3053], [0.3760])).argmax(1) != data.labels).sum().item()
@@ -264,3 +265,14 @@ def test_two_processes_train_one_network(few_digits, tmp_path):
     metrics = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text())
     assert metrics['eval']['images'] == 64
     verify_folder(tmp_path / 'run' / 'weights')
+
+
+def test_fine_tuning_of_a_folder_keeps_the_shape_of_its_network(weights, few_digits, tmp_path, command):
+    """The folder's network has fewer blocks than its name says; the new folder must say so too."""
+    code, _, err = command('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, '--pretrained', '--model',
+                           weights, '--epochs', 1, '--warmup-epochs', 0, '--output', tmp_path, '--experiment', 'run')
+    assert code == 0, err
+    tuned = tmp_path / 'run' / 'weights'
+    verify_folder(tuned)
+    assert load_file(tuned / 'model.safetensors').keys() == load_file(weights / 'model.safetensors').keys()
+    assert '# lm_resnet20.demo_digits' in (tuned / 'README.md').read_text()

@@ -61,8 +61,9 @@ def _validate(argv: List[str]) -> None:
     from timm.data import resolve_data_config
     from tqdm import tqdm
 
-    from .data import ImageSet, MemoryLoader, check_labels, load_images
+    from .data import ImageSet, check_labels, load_images
     from .hub import load_model
+    from .loader import MemoryLoader
     from .training.evaluate import evaluate
 
     model = load_model(args.model)

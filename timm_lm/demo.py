@@ -10,9 +10,10 @@ import timm
 import torch
 from PIL import Image
 
-from .data import MemoryLoader, load_images
+from .data import load_images
 from .errors import UserError
 from .hub import TimmModel
+from .loader import MemoryLoader
 from .training.evaluate import evaluate
 from .training.options import parse_options
 from .training.train import train

@@ -236,6 +236,12 @@ def _compare_header(weights: Path, model: TimmModel, architecture: str) -> None:
             f'differ, the first is {differing[0]}; put the right file or config there.')
 
 
+def saved_model_args(source: str) -> Dict[str, Any]:
+    """Keywords that the network of a weights folder was made with; none for other names of a network."""
+    folder = Path(source.removeprefix('local-dir:'))
+    return dict(_read_config(folder).get('model_args', {})) if folder.is_dir() else {}
+
+
 def load_folder(folder: Union[str, Path], **kwargs: Any) -> TimmModel:
     """Load the network of a weights folder, after checks that name what is wrong.
 

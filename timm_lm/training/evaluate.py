@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, Optional
 import torch
 import torch.nn.functional as F
 
-from timm_lm.data import IGNORE_LABEL, MemoryLoader
+from timm_lm.loader import IGNORE_LABEL, MemoryLoader
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

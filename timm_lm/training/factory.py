@@ -15,9 +15,10 @@ from timm.data import resolve_data_config
 from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
-from timm_lm.data import ImageSet, MemoryLoader, load_images
+from timm_lm.data import ImageSet, load_images
 from timm_lm.errors import UserError
 from timm_lm.hub import TimmModel, check_name, load_model
+from timm_lm.loader import MemoryLoader
 
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -77,15 +78,16 @@ def create_model(args: argparse.Namespace) -> TimmModel:
     kwargs = {name: value for name, value in kwargs.items() if value is not None} | args.model_kwargs
     try:
         model = load_model(args.model, **kwargs) if args.pretrained else _create(args.model, kwargs)
-        if args.initial_checkpoint:
-            load_checkpoint(model, args.initial_checkpoint, weights_only=True)
-    except (AssertionError, TypeError, ValueError) as e:
+    except UserError:
+        raise
+    except (AssertionError, RuntimeError, TypeError, ValueError) as e:
         raise UserError(f'{args.model} can not be made with these options ({e}).') from e
-    except (OSError, RuntimeError, SafetensorError) as e:
-        if isinstance(e, UserError):
-            raise
-        reason = ' '.join(str(e).split())[:200] or type(e).__name__
-        raise UserError(f'--initial-checkpoint {args.initial_checkpoint} could not be loaded ({reason}).') from e
+    if args.initial_checkpoint:
+        try:
+            load_checkpoint(model, args.initial_checkpoint, weights_only=True)
+        except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
+            reason = ' '.join(str(e).split())[:200] or type(e).__name__
+            raise UserError(f'--initial-checkpoint {args.initial_checkpoint} could not be loaded ({reason}).') from e
     return model
 
 

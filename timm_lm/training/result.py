@@ -10,9 +10,10 @@ import torch
 from tqdm import tqdm
 
 import timm_lm
-from timm_lm.data import ImageSet, MemoryLoader
+from timm_lm.data import ImageSet
 from timm_lm.files import write_text
-from timm_lm.hub import CARD_NAME, TimmModel, load_folder, render_card, save_folder
+from timm_lm.hub import CARD_NAME, TimmModel, load_folder, render_card, save_folder, saved_model_args
+from timm_lm.loader import MemoryLoader
 
 from .evaluate import evaluate
 
@@ -25,7 +26,8 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
     """Write the weights folder, then count the errors of what was written: in float32, eager, on the CPU."""
     architecture = model.pretrained_cfg['architecture']
     name = f'{architecture}.{args.tag}' if args.tag else architecture
-    model_args = dict(args.model_kwargs)
+    model_args = (saved_model_args(args.model) if args.pretrained else {}) | args.model_kwargs
+    model_args.pop('in_chans', None)  # that of the network now
     if args.gp:
         model_args['global_pool'] = args.gp
     dataset, dataset_name = _dataset(args)
