@@ -41,10 +41,10 @@ def run_folder(few_digits, tmp_path_factory):
     """A finished run of two epochs of a small network on few digits; tests copy it before they change it."""
     output = tmp_path_factory.mktemp('runs')
     args = parse_options([
-        '-c', 'lm_resnet20_digits', '--data-dir', str(few_digits), '--epochs', '2', '--warmup-epochs', '0',
+        '-c', 'demo_digits', '--data-dir', str(few_digits), '--epochs', '2', '--warmup-epochs', '0',
         '--model-kwargs', 'layers=(2,2,2)', '--output', str(output), '--experiment', 'run',
     ])
-    return train(args, 'timm-lm train -c lm_resnet20_digits')
+    return train(args, 'timm-lm train -c demo_digits')
 
 
 @pytest.fixture(scope='session')

@@ -61,11 +61,13 @@ def test_info_of_hub_weights_needs_no_network(command):
 
 def test_recipe_lists_prints_and_locates(command):
     code, out, _ = command('recipe')
-    assert code == 0 and 'lm_resnet20_c10' in out.splitlines()
-    code, out, _ = command('recipe', 'lm_resnet20_c10')
+    assert code == 0 and any(line.startswith('paper_c10  ') for line in out.splitlines())
+    code, out, _ = command('recipe', 'paper_c10')
     assert code == 0 and 'decay_milestones: [81, 121]' in out
-    code, path, _ = command('recipe', 'lm_resnet20_c10', '--path')
+    code, path, _ = command('recipe', 'paper_c10', '--path')
     assert Path(path.strip()).read_text() == out
+    code, other, _ = command('recipe', 'preact_resnet56.paper_c10')
+    assert other == out.replace('model: lm_resnet20', 'model: preact_resnet56') != out
 
 
 @pytest.mark.parametrize('argv, message', [

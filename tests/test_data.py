@@ -14,7 +14,7 @@ from PIL import Image
 from timm_lm import data as data_module
 from timm_lm.data import ImageSet, find_parquet, load_images
 from timm_lm.errors import UserError
-from timm_lm.loader import IGNORE_LABEL, MemoryLoader, normalize, pad_crop, random_hflip
+from timm_lm.loader import IGNORE_LABEL, Augmentation, MemoryLoader
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -122,7 +122,7 @@ def test_broken_files_are_named(tmp_path, images):
 def test_second_time_comes_from_the_cache(tmp_path, images, monkeypatch):
     write_parquet(tmp_path / 'test.parquet', images)
     first = load_images('test', tmp_path)
-    monkeypatch.setattr(data_module, '_decode_parquet', None)  # a second decoding would fail
+    monkeypatch.setattr(data_module, '_decode_all', None)  # a second decoding would fail
     second = load_images('test', tmp_path)
     assert torch.equal(first.images, second.images) and torch.equal(first.labels, second.labels)
 
@@ -159,37 +159,6 @@ def test_other_data_of_the_same_name_size_and_age_is_not_mistaken(tmp_path):
 # Batches
 
 
-def test_pad_crop_takes_windows_of_the_padded_image():
-    images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
-    cropped = pad_crop(images, 2, torch.Generator().manual_seed(0))
-    padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
-    places = set()
-    for i in range(64):
-        hits = [(y, x) for y in range(5) for x in range(5)
-                if torch.equal(padded[i, :, y:y + 8, x:x + 8], cropped[i])]
-        assert len(hits) == 1
-        places.add(hits[0])
-    assert len(places) > 15  # of 25 places, drawn 64 times
-
-
-def test_hflip_mirrors_each_image_by_itself():
-    images = torch.randint(0, 256, (200, 3, 4, 4), dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(0)
-    flipped = random_hflip(images, 0.5, generator)
-    same = (flipped == images).flatten(1).all(1)
-    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
-    assert (same | mirrored).all() and 60 < mirrored.sum() < 140
-    assert torch.equal(random_hflip(images, 0., generator), images)
-    assert torch.equal(random_hflip(images, 1., generator), images.flip(-1))
-
-
-def test_normalize_is_that_of_timm(images):
-    transform = timm.data.create_transform((3, 32, 32), crop_pct=1.0, mean=MEAN, std=STD)
-    expected = torch.stack([transform(Image.fromarray(image)) for image in images])
-    ours = normalize(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), MEAN, STD)
-    torch.testing.assert_close(ours, expected)
-
-
 def loader(n=20, **kwargs):
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator)
@@ -206,7 +175,7 @@ def test_evaluation_counts_every_image_once_in_batches_of_one_shape():
 
 def test_training_batches_depend_on_seed_epoch_and_batch_alone():
     def labels_and_sum(start=0, epoch=0, **kwargs):
-        one = loader(is_training=True, padding=2, hflip=0.5, **kwargs)
+        one = loader(is_training=True, augmentation=Augmentation(padding=2, hflip=0.5), **kwargs)
         one.set_epoch(epoch)
         return [(labels.tolist(), images.sum().item()) for images, labels in one.batches(start)]
 

@@ -1,12 +1,9 @@
-"""Options and recipes: timm's dialect, what is refused, and the paper's schedule and weight decay."""
+"""Options and recipes: timm's dialect, what is refused, and what bad values say."""
 import pytest
-import timm
 import yaml
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_lm.errors import UserError
-from timm_lm.training.factory import create_optimizer
-from timm_lm.training.options import REFUSED, build_parser, find_recipe, list_recipes, parse_options
+from timm_lm.training.options import REFUSED, build_parser, parse_options
 
 
 def recipe(tmp_path, **values):
@@ -16,38 +13,6 @@ def recipe(tmp_path, **values):
 
 
 PLAIN = dict(scale=[1, 1], ratio=[1, 1], color_jitter=0, train_interpolation='')
-
-
-@pytest.mark.parametrize('name', list_recipes())
-def test_shipped_recipes_parse_and_name_registered_models(name):
-    args = parse_options(['-c', name])
-    assert timm.is_model(args.model)
-    assert args.device_modules == ['timm_lm']
-    header = find_recipe(name).read_text().split('device_modules')[0]
-    assert all(line.startswith('#') for line in header.splitlines()) and 'timm' in header
-
-
-def test_paper_recipe_has_the_rate_of_the_paper_by_epoch():
-    """Lu et al. 2018: rate 0.1, divided by 10 at epochs 80 and 120 of 160."""
-    args = parse_options(['-c', 'lm_resnet20_c10'])
-    model = timm.create_model(args.model)
-    optimizer = create_optimizer(args, model)
-    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=390)
-    assert epochs == 160
-    rates = []
-    for epoch in range(epochs):
-        rates.append(optimizer.param_groups[0]['lr'])
-        for step in range(3):
-            scheduler.step_update(epoch * 390 + step + 1)
-        scheduler.step(epoch + 1)
-    assert rates == pytest.approx([0.1] * 80 + [0.01] * 40 + [0.001] * 40)
-
-
-def test_paper_recipe_is_plain_momentum():
-    args = parse_options(['-c', 'lm_resnet20_c10'])
-    optimizer = create_optimizer(args, timm.create_model(args.model))
-    group = optimizer.param_groups[0]
-    assert (group['momentum'], group['nesterov'], group['dampening']) == (0.9, False, 0)
 
 
 def test_command_line_goes_before_the_recipe_and_the_recipe_before_defaults(tmp_path):
@@ -64,11 +29,11 @@ def test_defaults_are_those_of_timm():
 
 
 def test_booleans_can_be_taken_back():
-    args = parse_options(['-c', 'lm_resnet20_c10', '--no-amp', '--no-torchcompile', '--no-channels-last'])
+    args = parse_options(['-c', 'paper_c10', '--no-amp', '--no-torchcompile', '--no-channels-last'])
     assert not args.amp and args.torchcompile is None and not args.channels_last
 
 
-@pytest.mark.parametrize('name', ['mixup', 'start_epoch', 'workers', 'naflex_loader'])
+@pytest.mark.parametrize('name', ['tta', 'start_epoch', 'split_bn', 'naflex_loader'])
 def test_refused_options_tell_the_reason(name, tmp_path):
     with pytest.raises(UserError, match=f'--{name.replace("_", "-")} is refused: .'):
         parse_options([f'--{name.replace("_", "-")}', '1'])
@@ -88,7 +53,13 @@ def test_refused_options_tell_the_reason(name, tmp_path):
     (dict(epochs=10, warmup_epochs=0, sched='multistep', decay_milestones=[5, 5], **PLAIN), 'must increase'),
     (dict(epochs=3, warmup_epochs=5, **PLAIN), '--warmup-epochs 5 leave nothing'),
     (dict(lr=-1, **PLAIN), '--lr must be positive'),
-    (dict(scale=[0.5, 1]), '--scale .* is refused'),
+    (dict(scale=[0.5, 1], loader='memory'), '--loader memory can not do --scale'),
+    (dict(bce_sum=True), '--bce-sum does nothing without --bce-loss'),
+    (dict(model_ema_decay=0.9), '--model-ema-decay does nothing without --model-ema'),
+    (dict(mixup=0.2, batch_size=15), '--batch-size must be even'),
+    (dict(mixup=0.2, mixup_off_epoch=400), 'comes after the end, --epochs 300'),
+    (dict(two_step_epoch=300), '--two-step-epoch 300 must come before the end'),
+    (dict(eval_metric='top2'), "'eval_metric' .* can not be 'top2'"),
 ])
 def test_bad_recipes_are_told_in_one_line(tmp_path, values, message):
     with pytest.raises(UserError, match=message) as e:
@@ -97,25 +68,35 @@ def test_bad_recipes_are_told_in_one_line(tmp_path, values, message):
 
 
 def test_bad_files_and_arguments(tmp_path):
-    with pytest.raises(UserError, match='no recipe .*Did you mean lm_resnet20_c10'):
-        parse_options(['-c', 'lm_resnet20_c11'])
+    with pytest.raises(UserError, match='no recipe .*Did you mean paper_c10'):
+        parse_options(['-c', 'paper_c11'])
     broken = tmp_path / 'broken.yaml'
     broken.write_text('a: [')
     with pytest.raises(UserError, match='not readable YAML'):
         parse_options(['-c', str(broken)])
     with pytest.raises(UserError, match="Unknown argument '--epoch'; did you mean --epochs"):
-        parse_options(['-c', 'lm_resnet20_c10', '--epoch', '3'])
+        parse_options(['-c', 'paper_c10', '--epoch', '3'])
     with pytest.raises(UserError, match="takes pairs name=value, not 'fused'"):
         parse_options(['--opt-kwargs', 'fused'])
+    with pytest.raises(UserError, match='--wandb-project does nothing without --log-wandb'):
+        parse_options(['--wandb-project', 'mine'])
 
 
-def test_paper_recipe_decays_all_but_k():
-    """The paper's optimizer decays every weight; k is exempt by this package's decision."""
-    args = parse_options(['-c', 'lm_resnet20_c10'])
-    model = timm.create_model(args.model)
-    optimizer = create_optimizer(args, model)
-    names = {id(p): name for name, p in model.named_parameters()}
-    free = {names[id(p)] for group in optimizer.param_groups if not group['weight_decay'] for p in group['params']}
-    assert free == model.no_weight_decay()
-    decays = {group['weight_decay'] for group in optimizer.param_groups if group['weight_decay']}
-    assert decays == {1e-4}
+def test_refused_options_that_are_off_ask_for_nothing(tmp_path):
+    """The args.yaml that timm's script leaves holds every option."""
+    args = parse_options(['-c', recipe(tmp_path, aug_splits=0, jsd_loss=False, train_img_sizes=None, fuser='')])
+    assert not hasattr(args, 'aug_splits')
+
+
+def test_a_leader_can_be_turned_off_without_its_followers(tmp_path):
+    path = recipe(tmp_path, model_ema=True, model_ema_decay=0.9, **PLAIN)
+    assert not parse_options(['-c', path, '--no-model-ema']).model_ema
+
+
+def test_recipes_for_another_of_their_networks():
+    args = parse_options(['-c', 'lm_resnet56.paper_c10'])
+    assert (args.model, args.tag, args.epochs) == ('lm_resnet56', 'paper_c10', 160)
+    with pytest.raises(UserError, match='paper_c100 is not for lm_resnext29_8x64d'):
+        parse_options(['-c', 'lm_resnext29_8x64d.paper_c100'])
+    with pytest.raises(UserError, match='Did you mean lm_resnet56.paper_c10?'):
+        parse_options(['-c', 'lm_resnet56.paper_c11'])

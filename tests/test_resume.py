@@ -26,7 +26,7 @@ STEPS = 24  # 3 epochs of 8 batches
 
 
 def arguments(data, output, *more):
-    return [sys.executable, '-m', 'timm_lm.cli', 'train', '-c', 'lm_resnet20_digits', '--data-dir', str(data),
+    return [sys.executable, '-m', 'timm_lm.cli', 'train', '-c', 'demo_digits', '--data-dir', str(data),
             *OPTIONS, '--output', str(output), *more]
 
 
@@ -173,7 +173,7 @@ def test_full_disk_stops_the_run_and_spares_the_earlier_checkpoint(few_digits, l
 
 
 def test_loss_that_is_not_finite_names_batch_rate_and_checkpoint(few_digits, tmp_path, fails):
-    line = fails('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, *OPTIONS, '--output', tmp_path, '--lr',
+    line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, *OPTIONS, '--output', tmp_path, '--lr',
                  '1e20', '--log-interval', '1')
     assert 'The loss is not finite from batch ' in line and re.search(r'learning rate [\d.]+e\+(19|20)', line)
     batch = int(line.split('from batch ')[1].split()[0])
@@ -186,13 +186,13 @@ def test_loss_that_is_not_finite_names_batch_rate_and_checkpoint(few_digits, tmp
 def test_other_options_are_refused_by_name(few_digits, left_alone, fails):
     line = fails(*arguments(few_digits, left_alone, '--resume', 'auto', '--seed', '7')[3:])
     assert 'seed (was 42, is 7)' in line
-    assert 'name it with --experiment' in fails('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits,
+    assert 'name it with --experiment' in fails('train', '-c', 'demo_digits', '--data-dir', few_digits,
                                                 '--resume', 'auto')
 
 
 def test_missing_checkpoint_is_named(few_digits, tmp_path, fails):
     folder = tmp_path / 'run' / 'checkpoints' / 'step-000000001'
-    line = fails('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, '--resume', folder)
+    line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--resume', folder)
     assert str(folder) in line and 'not whole' in line
     with pytest.raises(UserError, match='not whole'):
         CheckpointStore(tmp_path).read(folder)

@@ -41,7 +41,7 @@ def test_saved_k_is_the_last_one_of_the_run(run_folder):
 
 def test_training_learns_the_digits(digits, tmp_path, command):
     """Four epochs of 1,438 digits; chance is 90 % error, the demonstration's twelve reach about 1 %."""
-    code, out, err = command('train', '-c', 'lm_resnet20_digits', '--data-dir', digits, '--epochs', '5',
+    code, out, err = command('train', '-c', 'demo_digits', '--data-dir', digits, '--epochs', '5',
                              '--output', tmp_path, '--experiment', 'run')
     assert code == 0, err
     result = json.loads((tmp_path / 'run' / 'result.json').read_text())
@@ -61,7 +61,7 @@ def test_training_learns_the_digits(digits, tmp_path, command):
 
 def test_compiled_training_in_a_fresh_process(few_digits, tmp_path):
     """The way the CIFAR recipes train: bf16, channels_last and torch.compile, here on a small network."""
-    command = [sys.executable, '-m', 'timm_lm.cli', 'train', '-c', 'lm_resnet20_digits', '--data-dir', str(few_digits),
+    command = [sys.executable, '-m', 'timm_lm.cli', 'train', '-c', 'demo_digits', '--data-dir', str(few_digits),
                '--model-kwargs', 'layers=(1,1,1)', '--epochs', '2', '--warmup-epochs', '0', '--torchcompile',
                '--output', str(tmp_path), '--experiment', 'run']
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -73,7 +73,7 @@ def test_compiled_training_in_a_fresh_process(few_digits, tmp_path):
 def test_same_seed_gives_the_same_weights(few_digits, tmp_path, command):
     states = []
     for name, seed in (('a', 1), ('b', 1), ('c', 2)):
-        code, _, err = command('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, *SMALL[:2], '--epochs', 1,
+        code, _, err = command('train', '-c', 'demo_digits', '--data-dir', few_digits, *SMALL[:2], '--epochs', 1,
                                '--warmup-epochs', 0, '--seed', seed, '--output', tmp_path, '--experiment', name,
                                '--no-amp')
         assert code == 0, err
@@ -87,7 +87,7 @@ def test_gradient_accumulation_is_one_large_batch(few_digits, tmp_path, command)
     states = []
     for name, batch, steps in (('one', 64, 1), ('two', 32, 2)):
         code, _, err = command(
-            'train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, '--model-kwargs', 'layers=(1,1,1)',
+            'train', '-c', 'demo_digits', '--data-dir', few_digits, '--model-kwargs', 'layers=(1,1,1)',
             'norm_layer=groupnorm1', '--epochs', 1, '--warmup-epochs', 0, '--lr', 0.01, '--no-amp', '--no-aug',
             '--batch-size', batch, '--grad-accum-steps', steps, '--output', tmp_path, '--experiment', name)
         assert code == 0, err
@@ -97,7 +97,7 @@ def test_gradient_accumulation_is_one_large_batch(few_digits, tmp_path, command)
 
 
 def test_fine_tuning_starts_from_pretrained_weights(weights, few_digits, tmp_path, command):
-    code, _, err = command('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, '--model', 'lm_resnet20',
+    code, _, err = command('train', '-c', 'demo_digits', '--data-dir', few_digits, '--model', 'lm_resnet20',
                            '--model-kwargs', 'layers=(2,2,2)', '--initial-checkpoint', weights / 'model.safetensors',
                            '--epochs', '1', '--warmup-epochs', '0', '--lr', '1e-9', '--weight-decay', '0',
                            '--output', tmp_path, '--experiment', 'run')
@@ -112,7 +112,7 @@ def test_data_set_of_the_hub_through_a_server(few_digits, tmp_path):
     with hub_server({'datasets/owner/digits': few_digits}) as endpoint:
         env = dict(os.environ, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE='0', HF_HOME=str(tmp_path / 'home'),
                    HF_HUB_DISABLE_XET='1')
-        command = [sys.executable, '-m', 'timm_lm.cli', 'train', '-c', 'lm_resnet20_digits', '--dataset',
+        command = [sys.executable, '-m', 'timm_lm.cli', 'train', '-c', 'demo_digits', '--dataset',
                    'hfds/owner/digits', *SMALL[:2], '--epochs', '1', '--warmup-epochs', '0', '--output', str(tmp_path),
                    '--experiment', 'run']
         result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
@@ -146,7 +146,7 @@ def test_bad_data_is_named_and_nothing_is_written(few_digits, tmp_path, fails):
     }
     output = tmp_path / 'output'
     for folder, message in cases.items():
-        line = fails('train', '-c', 'lm_resnet20_digits', '--data-dir', folder, '--output', output)
+        line = fails('train', '-c', 'demo_digits', '--data-dir', folder, '--output', output)
         assert message in line and str(folder) in line
     for option, message in (
             (['--num-classes', '5'], 'labels up to 9, the network has 5 classes'),
@@ -165,15 +165,15 @@ def test_bad_data_is_named_and_nothing_is_written(few_digits, tmp_path, fails):
             (['--model-kwargs', 'depth=3'], 'can not be made with these options'),
             (['--mean', '0.1', '0.2'], '--mean and --std need one value, or one for each of the 1 channels'),
             (['--initial-checkpoint', str(tmp_path / 'no.safetensors')], 'could not be loaded'),
-            (['--mixup', '0.2'], '--mixup is refused')):
-        line = fails('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, '--output', output, *option)
+            (['--tta', '2'], '--tta is refused')):
+        line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--output', output, *option)
         assert message in line
     assert not output.exists()
 
 
 def test_run_folder_of_another_run_is_left_alone(run_folder, few_digits, fails):
     before = {path: path.stat().st_mtime_ns for path in run_folder.rglob('*')}
-    line = fails('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, *SMALL, '--output', run_folder.parent,
+    line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, *SMALL, '--output', run_folder.parent,
                  '--experiment', run_folder.name)
     assert 'holds another run' in line
     assert {path: path.stat().st_mtime_ns for path in run_folder.rglob('*')} == before
@@ -182,15 +182,15 @@ def test_run_folder_of_another_run_is_left_alone(run_folder, few_digits, fails):
 def test_no_compiler_is_named(few_digits, tmp_path, fails, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path))
     monkeypatch.delenv('CXX', raising=False)
-    line = fails('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, '--torchcompile', '--device', 'cpu',
+    line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--torchcompile', '--device', 'cpu',
                  '--output', tmp_path / 'output')
     assert 'needs a C++ compiler' in line and '--no-torchcompile' in line
 
 
 def test_card_shows_the_command_without_places():
-    argv = ['train', '-c', 'lm_resnet20_c10', '--data-dir', '/home/me/data', '--output=runs', '--experiment', 'a',
+    argv = ['train', '-c', 'paper_c10', '--data-dir', '/home/me/data', '--output=runs', '--experiment', 'a',
             '--lr', '1']
-    assert command_line(argv) == 'timm-lm train -c lm_resnet20_c10 --data-dir DIR --lr 1'
+    assert command_line(argv) == 'timm-lm train -c paper_c10 --data-dir DIR --lr 1'
     assert command_line(['train', '--data-dir=/home/me']) == 'timm-lm train --data-dir DIR'
 
 
@@ -210,7 +210,7 @@ def test_other_layouts_of_the_hub(few_digits, tmp_path, names):
 def test_unwritable_places_are_named(few_digits, tmp_path, fails):
     (tmp_path / 'file').write_text('')
     for output in (tmp_path / 'file', '/proc/nowhere'):
-        line = fails('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, '--output', output)
+        line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--output', output)
         assert str(output) in line and '--output' in line
 
 
@@ -226,7 +226,7 @@ def test_class_names_are_those_of_the_data(tmp_path, command):
             for i in range(2):
                 Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f'{i}.png')
     code, _, err = command(
-        'train', '-c', 'lm_resnet20_digits', '--data-dir', tmp_path / 'data', '--input-size', 3, 32, 32, '--batch-size',
+        'train', '-c', 'demo_digits', '--data-dir', tmp_path / 'data', '--input-size', 3, 32, 32, '--batch-size',
         10, '--epochs', 1, '--warmup-epochs', 0, '--model-kwargs', 'layers=(1,1,1)', '--output', tmp_path,
         '--experiment', 'run')
     assert code == 0, err
@@ -235,7 +235,7 @@ def test_class_names_are_those_of_the_data(tmp_path, command):
 
 
 def test_columns_stay_in_place_without_a_validation(few_digits, tmp_path, command):
-    code, _, err = command('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, '--model-kwargs',
+    code, _, err = command('train', '-c', 'demo_digits', '--data-dir', few_digits, '--model-kwargs',
                            'layers=(1,1,1)', '--epochs', 3, '--warmup-epochs', 0, '--val-interval', 2, '--output',
                            tmp_path, '--experiment', 'run')
     assert code == 0, err
@@ -256,12 +256,12 @@ def test_run_can_be_repeated_from_its_options(run_folder, few_digits, tmp_path, 
 def test_two_processes_train_one_network(few_digits, tmp_path):
     """Two real processes on the CPU: they share each epoch, write one run, and count every test image once."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m',
-               'timm_lm.cli', 'train', '-c', 'lm_resnet20_digits', '--data-dir', str(few_digits), '--model-kwargs',
+               'timm_lm.cli', 'train', '-c', 'demo_digits', '--data-dir', str(few_digits), '--model-kwargs',
                'layers=(1,1,1)', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '32', '--no-amp', '--output',
                str(tmp_path), '--experiment', 'run']
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count('2 process(es) on cpu') == 1
+    assert result.stdout.count('32 images x 2 processes') == 1
     metrics = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text())
     assert metrics['eval']['images'] == 64
     verify_folder(tmp_path / 'run' / 'weights')
@@ -269,7 +269,7 @@ def test_two_processes_train_one_network(few_digits, tmp_path):
 
 def test_fine_tuning_of_a_folder_keeps_the_shape_of_its_network(weights, few_digits, tmp_path, command):
     """The folder's network has fewer blocks than its name says; the new folder must say so too."""
-    code, _, err = command('train', '-c', 'lm_resnet20_digits', '--data-dir', few_digits, '--pretrained', '--model',
+    code, _, err = command('train', '-c', 'demo_digits', '--data-dir', few_digits, '--pretrained', '--model',
                            weights, '--epochs', 1, '--warmup-epochs', 0, '--output', tmp_path, '--experiment', 'run')
     assert code == 0, err
     tuned = tmp_path / 'run' / 'weights'

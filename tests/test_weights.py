@@ -90,7 +90,7 @@ def test_card_records_the_error_and_comes_back(weights, run_folder):
     card = ModelCard.load(weights / 'README.md')
     assert card.data.library_name == 'timm' and card.data.license == 'apache-2.0'
     assert f"{result['errors']} of {result['images']} images" in card.text
-    assert 'timm-lm train -c lm_resnet20_digits' in card.text
+    assert 'timm-lm train -c demo_digits' in card.text
     assert '{{' not in str(card) and '{%' not in str(card)
 
 

@@ -1,6 +1,7 @@
 """The ``timm-lm`` command: each subcommand reads its options, calls the package, and prints."""
 import argparse
 import importlib
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -25,18 +26,21 @@ def _train(argv: List[str]) -> None:
 
 def _recipe(argv: List[str]) -> None:
     """list the shipped recipes, print one, or give its path"""
-    from .training.options import find_recipe, list_recipes
+    from .training.recipes import find_recipe, list_recipes, recipe_title
 
     parser = _parser('recipe', _recipe)
     parser.add_argument('name', nargs='?', help='a recipe to print')
     parser.add_argument('--path', action='store_true', help='print its path only')
     args = parser.parse_args(argv)
     if args.name is None:
-        print('\n'.join(list_recipes()))
-    elif args.path:
-        print(find_recipe(args.name))
-    else:
-        print(find_recipe(args.name).read_text(encoding='utf-8'), end='')
+        _print_table(['recipe', 'what it is'], [[name, recipe_title(name)] for name in list_recipes()])
+        return
+    path, model = find_recipe(args.name)
+    if args.path:
+        print(path)
+        return
+    text = path.read_text(encoding='utf-8')
+    print(re.sub('(?m)^model: .*', f'model: {model}', text) if model else text, end='')
 
 
 def _validate(argv: List[str]) -> None:
@@ -61,7 +65,7 @@ def _validate(argv: List[str]) -> None:
     from timm.data import resolve_data_config
     from tqdm import tqdm
 
-    from .data import ImageSet, check_labels, load_images
+    from .data import check_labels, load_images
     from .hub import load_model
     from .loader import MemoryLoader
     from .training.evaluate import evaluate
@@ -82,7 +86,7 @@ def _validate(argv: List[str]) -> None:
             return network(images)
 
     loader = MemoryLoader(
-        ImageSet(data.images.to(device), data.labels.to(device)), args.batch_size, config['mean'], config['std'],
+        data, args.batch_size, config['mean'], config['std'], device,
         channels_last=args.channels_last)
     result = evaluate(forward, loader, progress=lambda batches: tqdm(batches, unit='batch', leave=False, disable=None))
     print(f"{args.model}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}, "

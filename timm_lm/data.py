@@ -1,4 +1,4 @@
-"""Images in memory: the splits of a data set, found, decoded once into uint8 tensors, and cached."""
+"""The splits of a data set: found, opened image by image, or decoded once into uint8 tensors and cached."""
 import hashlib
 import io
 import json
@@ -8,7 +8,7 @@ import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.data import create_dataset, create_transform
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .errors import UserError
@@ -25,6 +26,10 @@ MEMORY_LIMIT = 4 << 30  # bytes of a decoded split
 # train-00000-of-00005, also with the digest that older uploads have, or train
 _SHARD = re.compile(r'(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+)(?:-[0-9a-f]{16})?)?$')
 _NUMBERED = re.compile(r'\d{4,5}$')  # train/0000, as on the Hub's branch of converted data sets
+
+
+class TooLarge(UserError):
+    """A split does not fit in memory."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +115,17 @@ def _download_parquet(repo_id: str, split: str) -> Path:
 # Decoding
 
 
+def _mode(channels: int) -> str:
+    if channels not in (1, 3):
+        raise UserError(f'Images are decoded to 1 or 3 channels, not {channels}; change in_chans or input_size.')
+    return 'RGB' if channels == 3 else 'L'
+
+
 class _Decoder:
     """Encoded image -> uint8 array (C, H, W) of the wanted size, by timm's evaluation transform where sizes differ."""
 
     def __init__(self, input_size: Sequence[int], crop_pct: float, interpolation: str):
         channels, height, width = input_size
-        if channels not in (1, 3):
-            raise UserError(f'Images are decoded to 1 or 3 channels, not {channels}; change in_chans or input_size.')
-        self.mode = 'RGB' if channels == 3 else 'L'
         self.size = (width, height)
         self.as_it_is = crop_pct == 1.0
         try:
@@ -128,7 +136,6 @@ class _Decoder:
             raise UserError(f"There is no interpolation '{interpolation}'; use bilinear or bicubic.") from e
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        image = image.convert(self.mode)
         if not (self.as_it_is and image.size == self.size):
             return np.asarray(self.transform(image))
         array = np.asarray(image)
@@ -154,13 +161,60 @@ def _find_column(schema: Any, key: Optional[str], wanted: str, guesses: Sequence
     return candidates[0]
 
 
-def _decode_parquet(paths: List[Path], decode: _Decoder, input_key: Optional[str], target_key: Optional[str],
-                    progress: bool) -> ImageSet:
+class EncodedImages(Dataset):
+    """A split as it is stored, decoded image by image.
+
+    Attributes:
+        labels: Class numbers, int64, shape (N,).
+        class_names: Names in the order of the labels, if the data set tells them.
+        transform: What each image goes through, None for the image itself.
+    """
+
+    def __init__(
+            self,
+            read: Callable[[int], Image.Image],
+            labels: torch.Tensor,
+            class_names: Optional[Tuple[str, ...]],
+            mode: str,
+            place: Callable[[int], str],
+    ):
+        """
+        Args:
+            read: Index to image.
+            labels: Class numbers, shape (N,).
+            class_names: Their names.
+            mode: Pillow's mode that images are converted to.
+            place: Index to the words that name an image in errors.
+        """
+        self.read = read
+        self.labels = labels
+        self.class_names = class_names
+        self.mode = mode
+        self.place = place
+        self.transform: Optional[Callable[[Image.Image], Any]] = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        """Image (what ``transform`` makes of it) and class number.
+
+        Raises:
+            UserError: If the image is not readable.
+        """
+        try:
+            image = self.read(index).convert(self.mode)
+        except (UnidentifiedImageError, OSError, RuntimeError, TypeError, ValueError) as e:
+            raise UserError(f'{self.place(index)} is not a readable image ({e}); repair or remove it.') from e
+        return self.transform(image) if self.transform else image, int(self.labels[index])
+
+
+def _open_parquet(paths: List[Path], mode: str, input_key: Optional[str], target_key: Optional[str]) -> EncodedImages:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    images, labels, class_names = [], [], None
-    for path in tqdm(paths, desc='decoding', unit='file', disable=None if progress else True, leave=False):
+    columns, labels, class_names = [], [], None
+    for path in paths:
         try:
             schema = pq.read_schema(path)
             image_column = _find_column(schema, input_key, 'input', ('image', 'img'), path)
@@ -169,41 +223,77 @@ def _decode_parquet(paths: List[Path], decode: _Decoder, input_key: Optional[str
         except (pa.ArrowException, OSError) as e:
             raise UserError(f'{path} is not a readable Parquet file ({str(e).splitlines()[0]}); copy it again.') from e
         class_names = class_names or _class_names(schema, label_column)
-        for row, cell in enumerate(table.column(image_column)):
-            cell = cell.as_py()
-            data = cell.get('bytes') if isinstance(cell, dict) else cell
-            try:
-                images.append(decode(Image.open(io.BytesIO(data or b''))))
-            except (UnidentifiedImageError, OSError, TypeError, ValueError) as e:
-                raise UserError(f'Row {row} of {path} is not a readable image ({e}); repair or remove it.') from e
+        columns.append(table.column(image_column))
         column = table.column(label_column)
         if not pa.types.is_integer(column.type) or column.null_count:
             raise UserError(f"The column '{label_column}' of {path} is not one of class numbers; name another with "
                             '--target-key.')
         labels.append(column.to_numpy())
-    if not images:
+    ends = np.cumsum([len(column) for column in columns])
+    if not ends[-1]:
         raise UserError(f'{paths[0].parent} has no rows in the split; give a folder that has.')
-    return ImageSet(
-        torch.from_numpy(np.ascontiguousarray(np.stack(images))),
-        torch.from_numpy(np.concatenate(labels).astype(np.int64)),
-        class_names,
-    )
+
+    def locate(index: int) -> Tuple[int, int]:
+        file = int(np.searchsorted(ends, index, side='right'))
+        return file, index - int(ends[file] - len(columns[file]))
+
+    def read(index: int) -> Image.Image:
+        file, row = locate(index)
+        cell = columns[file][row].as_py()
+        return Image.open(io.BytesIO((cell.get('bytes') if isinstance(cell, dict) else cell) or b''))
+
+    def place(index: int) -> str:
+        file, row = locate(index)
+        return f'Row {row} of {paths[file]}'
+
+    return EncodedImages(
+        read, torch.from_numpy(np.concatenate(labels).astype(np.int64)), class_names, mode, place)
 
 
-def _decode_dataset(dataset: Any, decode: _Decoder, progress: bool) -> ImageSet:
-    """Decode a data set of timm's factory, which gives (image, class number)."""
-    images, labels = [], []
-    for i in tqdm(range(len(dataset)), desc='decoding', unit='image', disable=None if progress else True, leave=False):
-        try:
-            image, label = dataset[i]
-            images.append(decode(image))
-        except (UnidentifiedImageError, OSError, RuntimeError, ValueError) as e:
-            raise UserError(f'Image {i} of the data is not readable ({e}); repair or remove it.') from e
-        labels.append(int(label))
-    names = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
-    return ImageSet(
-        torch.from_numpy(np.ascontiguousarray(np.stack(images))), torch.tensor(labels),
-        tuple(str(name) for name in sorted(names, key=names.__getitem__)) or None)
+def _open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: str, download: bool,
+                  keys: Dict[str, Any]) -> EncodedImages:
+    """A data set of timm's factory that can be read by index."""
+    root = None if data_dir is None else str(data_dir)
+    try:
+        images: Any = create_dataset(
+            dataset, root=root, split=split, class_map=class_map, download=download, **keys)  # type: ignore[arg-type]
+        len(images)  # an iterable one has none
+    except (AssertionError, ImportError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError,
+            ValueError) as e:
+        raise UserError(f"timm could not open the split '{split}' of the data set '{dataset or root}' ({e}).") from e
+    names = getattr(getattr(images, 'reader', None), 'class_to_idx', None) or {}
+    source = getattr(images, 'reader', images)  # timm's own getter replaces an image that is broken by the next
+
+    def read(index: int) -> Image.Image:
+        image, _ = source[index]
+        return image if isinstance(image, Image.Image) else Image.open(image)
+
+    return EncodedImages(
+        read, _dataset_labels(images),
+        tuple(str(name) for name in sorted(names, key=names.__getitem__)) or None, mode,
+        lambda index: f'Image {index} of the data')
+
+
+def _dataset_labels(images: Any) -> torch.Tensor:
+    """Class numbers without decoding images, where the data set has them apart."""
+    reader = getattr(images, 'reader', images)
+    samples = getattr(reader, 'samples', None)
+    if samples is not None and len(samples) == len(images):
+        return torch.tensor([int(label) for _, label in samples])
+    targets = getattr(images, 'targets', None)
+    if targets is not None and len(targets) == len(images):
+        return torch.as_tensor(targets).long()
+    table: Any = getattr(reader, 'dataset', None)  # of the package datasets
+    if hasattr(table, 'column_names'):
+        return torch.as_tensor(table[reader.label_key]).long()
+    return torch.tensor([int(label) for _, label in images])
+
+
+def _decode_all(images: EncodedImages, decode: _Decoder, progress: bool) -> ImageSet:
+    images.transform = decode
+    bar = tqdm(range(len(images)), desc='decoding', unit='image', disable=None if progress else True, leave=False)
+    decoded = [images[i][0] for i in bar]
+    return ImageSet(torch.from_numpy(np.ascontiguousarray(np.stack(decoded))), images.labels, images.class_names)
 
 
 # The cache of decoded splits
@@ -283,9 +373,12 @@ def load_images(
         UserError: If the data is missing, has no such split, or can not be read.
     """
     decode = _Decoder(input_size, crop_pct, interpolation)
+    mode = _mode(input_size[0])
     folder = _parquet_folder(data_dir, dataset, split)
     if folder is None:
-        return _load_timm_dataset(split, data_dir, dataset, decode, input_size, class_map, download, progress)
+        images = _open_dataset(split, data_dir, dataset, mode, class_map, download, {})
+        _check_memory(split, len(images), input_size)
+        return _decode_all(images, decode, progress)
     paths = find_parquet(folder, split)
     settings = dict(input_size=list(input_size), crop_pct=crop_pct, interpolation=interpolation,
                     input_key=input_key, target_key=target_key)
@@ -293,9 +386,41 @@ def load_images(
     data = _read_cache(cache)
     if data is None:
         _check_memory(split, _count_rows(paths), input_size)
-        data = _decode_parquet(paths, decode, input_key, target_key, progress)
+        data = _decode_all(_open_parquet(paths, mode, input_key, target_key), decode, progress)
         _write_cache(cache, data)
     return data
+
+
+def open_images(
+        split: str,
+        data_dir: Optional[Union[str, Path]] = None,
+        dataset: str = '',
+        channels: int = 3,
+        input_key: Optional[str] = None,
+        target_key: Optional[str] = None,
+        class_map: str = '',
+        download: bool = False,
+) -> EncodedImages:
+    """Open a split to be decoded image by image; arguments as in ``load_images``.
+
+    Parquet up to 4 GiB is held encoded; more goes through timm's ``hfds/``, which needs the package datasets.
+
+    Args:
+        channels: 3 for RGB images, 1 for grey ones.
+
+    Raises:
+        UserError: If the data is missing, has no such split, or can not be read.
+    """
+    mode = _mode(channels)
+    folder = _parquet_folder(data_dir, dataset, split)
+    if folder is None:
+        return _open_dataset(split, data_dir, dataset, mode, class_map, download, {})
+    paths = find_parquet(folder, split)
+    if sum(path.stat().st_size for path in paths) <= MEMORY_LIMIT:
+        return _open_parquet(paths, mode, input_key, target_key)
+    keys = dict(input_key=input_key, target_key=target_key)
+    return _open_dataset(split, None, f'hfds/{folder}', mode, class_map, download,
+                         {name: key for name, key in keys.items() if key})
 
 
 def _count_rows(paths: List[Path]) -> int:
@@ -310,8 +435,8 @@ def _count_rows(paths: List[Path]) -> int:
 def _check_memory(split: str, count: int, input_size: Sequence[int]) -> None:
     size = count * int(np.prod(input_size))
     if size > MEMORY_LIMIT:
-        raise UserError(f"The split '{split}' takes {size / 2**30:.1f} GiB decoded, more than the "
-                        f'{MEMORY_LIMIT / 2**30:.0f} GiB held in memory; use a smaller --input-size.')
+        raise TooLarge(f"The split '{split}' takes {size / 2**30:.1f} GiB decoded, more than the "
+                       f'{MEMORY_LIMIT / 2**30:.0f} GiB held in memory; use a smaller --input-size.')
 
 
 def _parquet_folder(data_dir: Optional[Union[str, Path]], dataset: str, split: str) -> Optional[Path]:
@@ -331,20 +456,7 @@ def _parquet_folder(data_dir: Optional[Union[str, Path]], dataset: str, split: s
     return None if dataset or is_image_folder else folder
 
 
-def _load_timm_dataset(split: str, data_dir: Any, dataset: str, decode: _Decoder, input_size: Sequence[int],
-                       class_map: str, download: bool, progress: bool) -> ImageSet:
-    root = None if data_dir is None else str(data_dir)
-    try:
-        images: Any = create_dataset(
-            dataset, root=root, split=split, class_map=class_map, download=download)  # type: ignore[arg-type]
-        count = len(images)
-    except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f"timm could not open the split '{split}' of the data set '{dataset or root}' ({e}).") from e
-    _check_memory(split, count, input_size)
-    return _decode_dataset(images, decode, progress)
-
-
-def check_labels(data: ImageSet, num_classes: int) -> None:
+def check_labels(data: Union[ImageSet, EncodedImages], num_classes: int) -> None:
     """Compare the labels of a split with the classes of a network.
 
     Raises:

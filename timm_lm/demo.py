@@ -78,7 +78,7 @@ def demo(output: Path, options: Sequence[str] = ()) -> Path:
     data = write_digits(output / 'digits')
     start = time.perf_counter()
     run = train(
-        parse_options(['-c', 'lm_resnet20_digits', '--data-dir', str(data), '--output', str(output), '--experiment',
+        parse_options(['-c', 'demo_digits', '--data-dir', str(data), '--output', str(output), '--experiment',
                        'run', *options]),
         command='timm-lm demo')
     seconds = time.perf_counter() - start

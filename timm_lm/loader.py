@@ -1,98 +1,130 @@
-"""Batches of images in memory: augmentation of whole batches on their device, and the loader that applies it.
-
-The functions on batches take and return uint8 or float tensors of shape (N, C, H, W).
-"""
-from typing import Iterator, Sequence, Tuple, Union
+"""Batches of a split: from memory, or decoded by worker processes; finished on the device in either case."""
+import copy
+import random
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.loader import fast_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .data import ImageSet
+from .augment import BatchMixup, Values, normalize, pad_crop, random_erase, random_hflip, random_vflip
+from .data import EncodedImages, ImageSet
 from .errors import UserError
-
-Values = Union[Sequence[float], torch.Tensor]  # one for each channel
 
 IGNORE_LABEL = -100  # of the rows that fill up the last batch of an evaluation; cross entropy leaves it out
 
-
-def pad_crop(images: torch.Tensor, padding: int, generator: torch.Generator) -> torch.Tensor:
-    """Pad by zeros and crop each image at a random place to its old size.
-
-    Args:
-        images: Shape (N, C, H, W).
-        padding: Pixels on each side.
-        generator: Source of the places, on the device of the images.
-    """
-    n, _, height, width = images.shape
-    padded = torch.nn.functional.pad(images, (padding,) * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view, (N, C, places, places, H, W)
-    dy, dx = torch.randint(2 * padding + 1, (2, n), generator=generator, device=images.device)
-    return windows[torch.arange(n, device=images.device), :, dy, dx]
-
-
-def random_hflip(images: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
-    """Mirror each image (N, C, H, W) left to right with the given probability."""
-    flip = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < probability
-    return torch.where(flip, images.flip(-1), images)
-
-
-def normalize(images: torch.Tensor, mean: Values, std: Values) -> torch.Tensor:
-    """uint8 images (N, C, H, W) to float32, less the mean and over the deviation, both for pixels in [0, 1]."""
-    mean, std = (torch.as_tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std))
-    return (images.float() - mean * 255) / (std * 255)
+Batch = Tuple[torch.Tensor, torch.Tensor]
 
 
 def _seed(*parts: int) -> int:
-    """One seed of several numbers, so that each epoch and each batch has its own stream."""
+    """One seed of several numbers, so that each epoch, batch and image has its own stream."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-class MemoryLoader:
-    """Batches of a decoded split, on its device; what they hold depends on (seed, epoch, batch) alone."""
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to whole batches of training images on their device.
+
+    Attributes:
+        padding: Pixels of padding of the random crop, no crop if 0.
+        hflip: Probability of mirroring an image left to right.
+        vflip: Probability of turning an image upside down.
+        erase: Probability of random erasing.
+        erase_mode: What it leaves, as in ``random_erase``.
+        erase_count: Most boxes of an image.
+        mixup: Mixes images and labels; the batches then have soft targets (N, classes).
+        mixup_off_epoch: No mixing from this epoch on, 0 for always.
+    """
+
+    padding: int = 0
+    hflip: float = 0.
+    vflip: float = 0.
+    erase: float = 0.
+    erase_mode: str = 'pixel'
+    erase_count: int = 1
+    mixup: Optional[BatchMixup] = None
+    mixup_off_epoch: int = 0
+
+    def before(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """What is done to uint8 images."""
+        if self.padding:
+            images = pad_crop(images, self.padding, generator)
+        if self.hflip:
+            images = random_hflip(images, self.hflip, generator)
+        if self.vflip:
+            images = random_vflip(images, self.vflip, generator)
+        return images
+
+    def after(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, seed: int,
+              epoch: int) -> Batch:
+        """What is done to normalised images, and their targets."""
+        if self.erase:
+            images = random_erase(
+                images, self.erase, self.erase_mode, self.erase_count, np.random.default_rng(seed), generator)
+        if self.mixup is None:
+            return images, labels
+        self.mixup.mixup_enabled = not self.mixup_off_epoch or epoch < self.mixup_off_epoch
+        return self.mixup(images, labels, seed)
+
+
+class BatchLoader:
+    """Batches of a split for one process; what they hold depends on (seed, epoch, batch, process) alone.
+
+    Subclasses read the images of batches, as uint8.
+    """
 
     def __init__(
             self,
-            data: ImageSet,
+            data: Any,
             batch_size: int,
             mean: Values,
             std: Values,
+            device: torch.device,
             is_training: bool = False,
-            padding: int = 0,
-            hflip: float = 0.,
+            augmentation: Augmentation = Augmentation(),
             seed: int = 0,
             rank: int = 0,
             world_size: int = 1,
             channels_last: bool = False,
+            repeats: float = 0,
     ):
         """
         Args:
-            data: The split, on the device of the training.
+            data: The split.
             batch_size: Images of one batch of one process.
             mean: Mean of each channel, for pixels in [0, 1].
             std: Standard deviation of each channel, for pixels in [0, 1].
+            device: Where the batches are made.
             is_training: Shuffle, augment and drop the last incomplete batch. Otherwise the last batch is filled up
                 with rows of label ``IGNORE_LABEL``, so that every batch has the same shape.
-            padding: Pixels of padding of the random crop, no crop if 0.
-            hflip: Probability of mirroring an image.
+            augmentation: What is done to batches in training.
             seed: Seed of order and augmentation.
             rank: Which process this is.
             world_size: Processes that share the data.
             channels_last: Memory layout of the batches.
+            repeats: Times that an image occurs in the batches of all processes (repeated augmentation), 0 for once.
 
         Raises:
             UserError: If the training data is smaller than one batch.
         """
         self.data = data
         self.batch_size = batch_size
+        self.device = device
         # on the device once, not with each batch
-        self.mean, self.std = (torch.as_tensor(value, device=data.images.device) for value in (mean, std))
+        self.mean, self.std = (torch.as_tensor(value, device=device) for value in (mean, std))
         self.is_training = is_training
-        self.padding = padding
-        self.hflip = hflip
+        self.augmentation = augmentation
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.sampler = None
+        if is_training and repeats and world_size > 1:
+            self.sampler = RepeatAugSampler(data, world_size, rank, num_repeats=repeats)
         self.epoch = 0
         if is_training and len(self) == 0:
             raise UserError(f'The training split has {len(data)} images, less than one batch of '
@@ -103,40 +135,158 @@ class MemoryLoader:
         self.epoch = epoch
 
     def __len__(self) -> int:
+        if self.sampler is not None:
+            return len(self.sampler) // self.batch_size
         per_step = self.batch_size * self.world_size
         return len(self.data) // per_step if self.is_training else -(-len(self.data) // per_step)
 
-    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
-    def batches(self, start: int = 0) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
-        """The batches of this epoch from the given one on: images (N, C, H, W) float32 and labels (N,)."""
-        device = self.data.images.device
-        if self.is_training:
-            generator = torch.Generator().manual_seed(_seed(self.seed, self.epoch))
-            order = torch.randperm(len(self.data), generator=generator)[self.rank::self.world_size]
-        else:
-            order = torch.arange(len(self.data))[self.rank::self.world_size]
-        order = order.to(device)
-        generator = torch.Generator(device)
-        for step in range(start, len(self)):
-            index = order[step * self.batch_size:(step + 1) * self.batch_size]
-            images, labels = self.data.images[index], self.data.labels[index]
+    def order(self) -> torch.Tensor:
+        """The images of this process in this epoch, by index."""
+        if self.sampler is not None:
+            self.sampler.set_epoch(_seed(self.seed, self.epoch))
+            return torch.tensor(list(self.sampler))
+        if not self.is_training:
+            return torch.arange(len(self.data))[self.rank::self.world_size]
+        generator = torch.Generator().manual_seed(_seed(self.seed, self.epoch))
+        return torch.randperm(len(self.data), generator=generator)[self.rank::self.world_size]
+
+    def read(self, order: torch.Tensor, start: int) -> Iterator[Batch]:
+        """Batches in this order from the given one on: uint8 images on the device and labels."""
+        raise NotImplementedError
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """The batches of this epoch from the given one on: images (N, C, H, W) float32 and labels (N,), or targets."""
+        generator = torch.Generator(self.device)
+        for step, (images, labels) in enumerate(self.read(self.order(), start), start):
             if self.is_training:
-                generator.manual_seed(_seed(self.seed, self.epoch, step, self.rank))
-                images = self._augment(images, generator)
-            elif len(index) < self.batch_size:
+                seed = _seed(self.seed, self.epoch, step, self.rank)
+                images = self.augmentation.before(images, generator.manual_seed(seed))
+            elif len(labels) < self.batch_size:
                 images, labels = self._fill(images, labels)
-            yield normalize(images, self.mean, self.std).contiguous(memory_format=self.memory_format), labels
+            images = normalize(images, self.mean, self.std).contiguous(memory_format=self.memory_format)
+            if self.is_training:
+                images, labels = self.augmentation.after(images, labels, generator, seed, self.epoch)
+            yield images, labels
 
-    def _augment(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        if self.padding:
-            images = pad_crop(images, self.padding, generator)
-        if self.hflip:
-            images = random_hflip(images, self.hflip, generator)
-        return images
+    def on_cpu(self) -> 'BatchLoader':
+        """The same split on the CPU, in the plain memory layout, whole for one process."""
+        other = copy.copy(self)
+        other.device = torch.device('cpu')
+        other.mean, other.std = self.mean.cpu(), self.std.cpu()
+        other.memory_format = torch.contiguous_format
+        other.rank, other.world_size = 0, 1
+        return other
 
-    def _fill(self, images: torch.Tensor, labels: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _slices(self, order: torch.Tensor, start: int) -> Iterator[Tuple[int, torch.Tensor]]:
+        """(position of the first image, indices) of each batch."""
+        for step in range(start, len(self)):
+            first = step * self.batch_size
+            yield first, order[first:first + self.batch_size]
+
+    def _fill(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
         missing = self.batch_size - len(labels)
         images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
         return images, torch.cat([labels, labels.new_full((missing,), IGNORE_LABEL)])
+
+
+class MemoryLoader(BatchLoader):
+    """Batches of a decoded split, which lies on the device."""
+
+    def __init__(self, data: ImageSet, batch_size: int, mean: Values, std: Values,
+                 device: Optional[torch.device] = None, **kwargs: Any):
+        """
+        Args:
+            data: The decoded split.
+            batch_size: As in ``BatchLoader``, and so are the others.
+            device: Where the split is kept and the batches are made, None for where it is.
+        """
+        device = device or data.images.device
+        data = ImageSet(data.images.to(device), data.labels.to(device), data.class_names)
+        super().__init__(data, batch_size, mean, std, device, **kwargs)
+
+    def read(self, order: torch.Tensor, start: int) -> Iterator[Batch]:
+        for _, index in self._slices(order.to(self.device), start):
+            yield self.data.images[index], self.data.labels[index]
+
+    def on_cpu(self) -> 'BatchLoader':
+        other = super().on_cpu()
+        other.data = ImageSet(self.data.images.cpu(), self.data.labels.cpu(), self.data.class_names)
+        return other
+
+
+class WorkerLoader(BatchLoader):
+    """Batches of a split that worker processes decode and augment image by image, each image from a seed of its own."""
+
+    def __init__(self, data: EncodedImages, batch_size: int, mean: Values, std: Values, device: torch.device,
+                 transform: Callable[[Any], Any], workers: int = 4, pin_memory: bool = False, **kwargs: Any):
+        """
+        Args:
+            data: The split as it is stored.
+            batch_size: As in ``BatchLoader``, and so are the others.
+            transform: Image to uint8 array or tensor (C, H, W), as timm's with ``use_prefetcher``.
+            workers: Processes that read, 0 for this one.
+            pin_memory: Put batches into pinned memory.
+        """
+        super().__init__(data, batch_size, mean, std, device, **kwargs)
+        self.plan = _Plan()
+        self.loader = DataLoader(
+            _Seeded(data, transform), batch_sampler=self.plan, collate_fn=fast_collate, num_workers=workers,
+            pin_memory=pin_memory, persistent_workers=workers > 0, generator=torch.Generator())
+
+    def read(self, order: torch.Tensor, start: int) -> Iterator[Batch]:
+        self.plan.batches = [
+            [(index, _seed(self.seed, self.epoch, self.rank, first + i)) for i, index in enumerate(indices.tolist())]
+            for first, indices in self._slices(order, start)
+        ]
+        try:
+            for images, labels in self.loader:
+                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        except UserError as e:  # of a worker process, which puts its traceback before the message
+            raise UserError(str(e).strip().splitlines()[-1].partition('UserError: ')[2] or str(e)) from e
+
+
+class _Plan(Sampler[List[Tuple[int, int]]]):
+    """The (index, seed) of the images of each batch of a pass."""
+
+    def __init__(self) -> None:
+        self.batches: Sequence[List[Tuple[int, int]]] = ()
+
+    def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Seeded(Dataset):
+    """Images by (index, seed), so that augmentation does not depend on which process reads what."""
+
+    def __init__(self, data: EncodedImages, transform: Callable[[Any], Any]):
+        self.data = copy.copy(data)
+        self.data.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, item: Tuple[int, int]) -> Tuple[Any, int]:
+        index, seed = item
+        with _global_streams(seed):
+            return self.data[index]
+
+
+@contextmanager
+def _global_streams(seed: int) -> Iterator[None]:
+    """Seed the global random streams, which timm's transforms draw from, and put them back."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # that of the CPU alone
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])

@@ -1,7 +1,7 @@
 """Checkpoints of a training: complete, written whole or not at all, found again and checked.
 
 A checkpoint is a folder ``step-<updates>``: ``state.safetensors`` holds every tensor that moves (network, optimizer,
-sums of the running epoch, random states), ``state.json`` the rest with the digest of the former.
+averaged weights, sums of the running epoch, random states), ``state.json`` the rest with the digest of the former.
 """
 import json
 import shutil
@@ -12,7 +12,6 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from timm_lm.errors import UserError
 from timm_lm.files import atomic_folder, sha256
@@ -46,10 +45,14 @@ class Checkpoint:
         prefix = f'{name}/'
         return {key[len(prefix):]: tensor for key, tensor in self.tensors.items() if key.startswith(prefix)}
 
+    @property
+    def optimizer(self) -> Dict[str, Any]:
+        """The state dict of the optimizer."""
+        return _join_optimizer(self.group('optimizer'), self.state['optimizer'])
 
-def _split_optimizer(optimizer: torch.optim.Optimizer) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
-    """Tensors and the rest of an optimizer's state."""
-    state = optimizer.state_dict()
+
+def _split_optimizer(state: Dict[str, Any]) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
+    """Tensors and the rest of an optimizer's state, which is known by the number or the name of a parameter."""
     tensors: Dict[str, torch.Tensor] = {}
     rest: Dict[str, Any] = {}
     for index, values in state['state'].items():
@@ -62,10 +65,10 @@ def _split_optimizer(optimizer: torch.optim.Optimizer) -> Tuple[Dict[str, torch.
 
 
 def _join_optimizer(tensors: Dict[str, torch.Tensor], rest: Dict[str, Any]) -> Dict[str, Any]:
-    state: Dict[int, Dict[str, Any]] = {}
+    state: Dict[Any, Dict[str, Any]] = {}
     for name, value in {**tensors, **rest['values']}.items():
-        index, _, key = name.partition('.')
-        state.setdefault(int(index), {})[key] = value
+        index, _, key = name.rpartition('.')
+        state.setdefault(int(index) if index.isdigit() else index, {})[key] = value
     return dict(state=state, param_groups=rest['param_groups'])
 
 
@@ -89,6 +92,11 @@ class CheckpointStore:
         self.folder = folder
         self.keep = keep
 
+    @staticmethod
+    def name(updates: int) -> str:
+        """Name of the checkpoint after so many updates."""
+        return f'{PREFIX}{updates:09d}'
+
     def newest_first(self) -> List[Path]:
         """Folders of the checkpoints, whole or not."""
         return sorted(self.folder.glob(f'{PREFIX}*'), reverse=True)
@@ -97,48 +105,47 @@ class CheckpointStore:
             self,
             updates: int,
             progress: Progress,
-            model: nn.Module,
-            optimizer: torch.optim.Optimizer,
-            sums: torch.Tensor,
+            tensors: Dict[str, Dict[str, torch.Tensor]],
+            optimizer: Dict[str, Any],
             random_states: List[Dict[str, torch.Tensor]],
-            scheduler: Optional[Dict[str, Any]] = None,
-            scaler: Optional[Dict[str, Any]] = None,
+            rest: Dict[str, Any],
+            also_keep: Optional[str] = None,
     ) -> Path:
         """Write a checkpoint, and remove those that are too many.
 
         Args:
             updates: Optimizer updates so far.
             progress: Where the training stands.
-            model: The network.
-            optimizer: Its optimizer.
-            sums: Sums of the running epoch.
+            tensors: Groups of tensors by name, such as the state dict of the network.
+            optimizer: State dict of the optimizer.
             random_states: ``random_states()`` of each process.
-            scheduler: State of the schedule.
-            scaler: State of the gradient scaler.
+            rest: States that JSON can hold.
+            also_keep: Name of an older checkpoint that stays.
 
         Raises:
             UserError: If it can not be written, as on a full disk; earlier ones stay whole.
         """
         optimizer_tensors, optimizer_rest = _split_optimizer(optimizer)
-        groups = dict(model=model.state_dict(), optimizer=optimizer_tensors, epoch=dict(sums=sums))
+        groups = dict(tensors, optimizer=optimizer_tensors)
         groups.update({f'random{rank}': states for rank, states in enumerate(random_states)})
-        tensors = {
-            f'{group}/{name}': tensor.detach().cpu().contiguous()
-            for group, named in groups.items() for name, tensor in named.items()
+        flat = {
+            f'{group}/{key}': tensor.detach().cpu().contiguous()
+            for group, named in groups.items() for key, tensor in named.items()
         }
-        state = dict(progress=asdict(progress), optimizer=optimizer_rest, scheduler=scheduler, scaler=scaler)
-        folder = self.folder / f'{PREFIX}{updates:09d}'
+        state: Dict[str, Any] = dict(rest, progress=asdict(progress), optimizer=optimizer_rest)
+        folder = self.folder / self.name(updates)
         try:
             with atomic_folder(folder) as temporary:
-                save_file(tensors, temporary / TENSORS)
+                save_file(flat, temporary / TENSORS)
                 (temporary / STATE).write_text(json.dumps(dict(state, sha256=sha256(temporary / TENSORS))))
         except (OSError, SafetensorError) as e:
             earlier = next((path for path in self.newest_first() if path != folder), None)
-            rest = f'the last whole one is {earlier}' if earlier else 'there is no earlier one'
-            raise UserError(f'The checkpoint {folder} could not be written ({e}); {rest}. Make room, then go on with '
+            hint = f'the last whole one is {earlier}' if earlier else 'there is no earlier one'
+            raise UserError(f'The checkpoint {folder} could not be written ({e}); {hint}. Make room, then go on with '
                             '--resume auto.') from e
-        for path in self.newest_first()[self.keep:]:
-            shutil.rmtree(path)
+        for old in self.newest_first()[self.keep:]:
+            if old.name != also_keep:
+                shutil.rmtree(old)
         return folder
 
     def read(self, folder: Path) -> Checkpoint:
@@ -165,28 +172,10 @@ class CheckpointStore:
         return None
 
 
-def restore(
-        checkpoint: Checkpoint,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        scaler: Any,
-        rank: int,
-) -> torch.Tensor:
-    """Put a checkpoint's state into the parts of a training.
-
-    Returns:
-        The sums of the running epoch.
-    """
-    model.load_state_dict(checkpoint.group('model'))
-    optimizer.load_state_dict(_join_optimizer(checkpoint.group('optimizer'), checkpoint.state['optimizer']))
-    if scheduler is not None and checkpoint.state['scheduler']:
-        scheduler.load_state_dict(checkpoint.state['scheduler'])
-    if scaler is not None and checkpoint.state['scaler']:
-        scaler.load_state_dict(checkpoint.state['scaler'])
+def restore_random_states(checkpoint: Checkpoint, rank: int) -> None:
+    """Put the random states of a process back."""
     states = checkpoint.group(f'random{rank}')
     if 'cpu' in states:
         torch.set_rng_state(states['cpu'])
     if 'cuda' in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states['cuda'])
-    return checkpoint.group('epoch')['sums']

@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, Optional
 import torch
 import torch.nn.functional as F
 
-from timm_lm.loader import IGNORE_LABEL, MemoryLoader
+from timm_lm.loader import IGNORE_LABEL, BatchLoader
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -16,7 +16,7 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 @torch.no_grad()
 def evaluate(
         model: Callable[[torch.Tensor], torch.Tensor],
-        loader: MemoryLoader,
+        loader: BatchLoader,
         reduce: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
         progress: Optional[Callable[[Any], Any]] = None,
 ) -> Dict[str, float]:
@@ -33,7 +33,7 @@ def evaluate(
     """
     start = time.perf_counter()
     totals = None  # images, correct at 1, correct at 5, summed loss
-    dtype = sum_dtype(loader.data.images.device)
+    dtype = sum_dtype(loader.device)
     for images, labels in progress(loader) if progress else loader:
         logits = model(images).float()
         top = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]

@@ -1,31 +1,37 @@
-"""What a training is made of, built from its options: accelerator, network, data, loaders, optimizer."""
+"""What a training is made of, built from its options: accelerator, network, average, optimizer."""
 import argparse
+import importlib.util
+import inspect
 import math
 import os
 import shutil
-from typing import Any, Dict, List
+from pathlib import Path
+from typing import Any, Dict, List, Optional
 
 import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, TorchDynamoPlugin
 from safetensors import SafetensorError
-from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm
 from timm.models import load_checkpoint
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
+from timm.utils import ModelEmaV3
 
-from timm_lm.data import ImageSet, load_images
 from timm_lm.errors import UserError
 from timm_lm.hub import TimmModel, check_name, load_model
-from timm_lm.loader import MemoryLoader
 
 
-def create_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Device, precision, processes and compilation.
+def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
+    """Device, precision, processes, compilation and trackers.
+
+    Args:
+        args: Options.
+        folder: The run folder, where trackers write.
 
     Raises:
-        UserError: If compilation is asked for and there is no compiler.
+        UserError: If compilation is asked for and there is no compiler, or a tracker is not installed.
     """
     on_cpu = args.device == 'cpu' or not _has_accelerator()
     plugin = None
@@ -35,11 +41,26 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     AcceleratorState._reset_state()  # of an earlier training in this process, maybe in another precision
     precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else 'no'
     # Accelerate joins processes on the CPU only if told that it is the CPU
-    accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, dynamo_plugin=plugin)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=on_cpu,
+        dynamo_plugin=plugin,
+        log_with=_trackers(args) or None,
+        project_dir=folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],
+    )
     if args.device not in (None, 'cpu', accelerator.device.type):
         raise UserError(f'--device {args.device} is not what Accelerate chose ({accelerator.device}); leave it out, or '
                         'choose devices by `accelerate launch`.')
     return accelerator
+
+
+def _trackers(args: argparse.Namespace) -> List[str]:
+    names = [name for name in ('tensorboard', 'wandb') if getattr(args, f'log_{name}')]
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--log-{name} needs the package {name}; install `pip install 'timm-lm[trackers]'`.")
+    return names
 
 
 def _has_accelerator() -> bool:
@@ -73,22 +94,52 @@ def create_model(args: argparse.Namespace) -> TimmModel:
         in_chans=in_chans,
         drop_rate=args.drop or None,
         drop_path_rate=args.drop_path,
+        drop_block_rate=args.drop_block,
         global_pool=args.gp,
     )
     kwargs = {name: value for name, value in kwargs.items() if value is not None} | args.model_kwargs
+    if args.pretrained_path:
+        overlay = dict(file=args.pretrained_path, num_classes=-1)  # -1: the head is made anew where classes differ
+        kwargs.update(pretrained=True, pretrained_cfg_overlay=overlay)
     try:
-        model = load_model(args.model, **kwargs) if args.pretrained else _create(args.model, kwargs)
+        from_source = args.pretrained and not args.pretrained_path
+        model = load_model(args.model, **kwargs) if from_source else _create(args.model, kwargs)
     except UserError:
         raise
-    except (AssertionError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f'{args.model} can not be made with these options ({e}).') from e
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
+        reason = ' '.join(str(e).split())[:300]
+        raise UserError(f'{args.model} can not be made with these options ({reason}).') from e
     if args.initial_checkpoint:
         try:
             load_checkpoint(model, args.initial_checkpoint, weights_only=True)
         except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
             reason = ' '.join(str(e).split())[:200] or type(e).__name__
             raise UserError(f'--initial-checkpoint {args.initial_checkpoint} could not be loaded ({reason}).') from e
+    _init_head(args, model)
     return model
+
+
+@torch.no_grad()
+def _init_head(args: argparse.Namespace, model: TimmModel) -> None:
+    head = model.get_classifier()
+    if args.head_init_scale is not None:
+        head.weight.mul_(args.head_init_scale)
+        head.bias.mul_(args.head_init_scale)
+    if args.head_init_bias is not None:
+        head.bias.fill_(args.head_init_bias)
+
+
+def share_batch_statistics(args: argparse.Namespace, model: TimmModel, accelerator: Accelerator) -> TimmModel:
+    """Batch norms whose statistics are those of all processes, if the options ask for them.
+
+    Raises:
+        UserError: On the CPU, where PyTorch has none.
+    """
+    if not args.sync_bn or accelerator.num_processes == 1:
+        return model
+    if accelerator.device.type == 'cpu':
+        raise UserError('--sync-bn needs GPUs; leave it out.')
+    return convert_sync_batchnorm(model)
 
 
 def _create(name: str, kwargs: Dict[str, Any]) -> TimmModel:
@@ -96,61 +147,17 @@ def _create(name: str, kwargs: Dict[str, Any]) -> TimmModel:
     return timm.create_model(name, **kwargs)
 
 
-def resolve_input_config(args: argparse.Namespace, model: TimmModel) -> Dict[str, Any]:
-    """Size, mean, standard deviation and resizing of the images: the options, then the network's own.
+def create_average(args: argparse.Namespace, model: TimmModel, accelerator: Accelerator) -> Optional[ModelEmaV3]:
+    """The moving average of the weights on their device, if the options ask for one.
 
     Raises:
-        UserError: If they do not fit the channels of the network.
+        UserError: With sharded weights.
     """
-    in_chans = getattr(model, 'in_chans', 3)
-    try:
-        config = resolve_data_config(dict(vars(args), in_chans=in_chans), model=model)
-    except AssertionError as e:
-        raise UserError(f'--mean and --std need one value, or one for each of the {in_chans} channels.') from e
-    config.pop('crop_mode', None)
-    if config['input_size'][0] != in_chans:
-        config['input_size'] = (in_chans, *config['input_size'][1:])
-    if any(len(config[key]) != in_chans for key in ('mean', 'std')):
-        raise UserError(f'The mean and standard deviation of {args.model} are for {len(config["mean"])} channels, the '
-                        f'images have {in_chans}; give --mean and --std.')
-    return config
-
-
-def load_split(args: argparse.Namespace, split: str, data_config: Dict[str, Any], show: bool) -> ImageSet:
-    """A decoded split of the data that the options name."""
-    return load_images(
-        split,
-        data_dir=args.data_dir,
-        dataset=args.dataset,
-        input_size=data_config['input_size'],
-        crop_pct=data_config['crop_pct'],
-        interpolation=data_config['interpolation'],
-        input_key=args.input_key,
-        target_key=args.target_key,
-        class_map=args.class_map,
-        download=args.dataset_download,
-        progress=show,
-    )
-
-
-def create_loader(args: argparse.Namespace, data: ImageSet, data_config: Dict[str, Any], accelerator: Accelerator,
-                   is_training: bool = False) -> MemoryLoader:
-    """Batches of a split for this process, the split on its device."""
-    device = accelerator.device
-    batch_size = args.batch_size if is_training else args.validation_batch_size or args.batch_size
-    return MemoryLoader(
-        ImageSet(data.images.to(device), data.labels.to(device), data.class_names),
-        batch_size,
-        data_config['mean'],
-        data_config['std'],
-        is_training=is_training,
-        padding=args.pad_crop,
-        hflip=args.hflip,
-        seed=args.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        channels_last=args.channels_last,
-    )
+    if not args.model_ema:
+        return None
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError('--model-ema can not average sharded weights; leave it out, or train without FSDP.')
+    return ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
 
 
 def set_learning_rate(args: argparse.Namespace, num_processes: int) -> None:
@@ -162,12 +169,22 @@ def set_learning_rate(args: argparse.Namespace, num_processes: int) -> None:
     args.lr = args.lr_base * (math.sqrt(ratio) if scale == 'sqrt' else ratio)
 
 
-def create_optimizer(args: argparse.Namespace, model: TimmModel) -> torch.optim.Optimizer:
-    """The optimizer of timm's factory. Weight decay spares ``model.no_weight_decay()`` whatever else it is put on.
+def _can_fuse(name: str) -> bool:
+    """Whether an optimizer of timm's factory is one of PyTorch's that updates all weights by one kernel."""
+    if torch.backends.mps.is_available():
+        return False
+    return 'fused' in inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
 
-    With ``filter_bias_and_bn: false`` older versions of timm decay that too, so the groups are made here.
+
+def create_optimizer(args: argparse.Namespace, model: TimmModel, sharded: bool = False) -> torch.optim.Optimizer:
+    """The optimizer of timm's factory, fused where PyTorch can (and ``sharded`` weights allow it).
+
+    Weight decay spares ``model.no_weight_decay()`` whatever else it is put on. With ``filter_bias_and_bn: false`` older
+    versions of timm decay that too, so the groups are made here.
     """
     kwargs = optimizer_kwargs(cfg=args) | args.opt_kwargs
+    if not kwargs.keys() & {'fused', 'foreach'} and not sharded and _can_fuse(args.opt):
+        kwargs['fused'] = True
     if not kwargs.get('filter_bias_and_bn', True) and args.layer_decay is None:
         exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else set()
 

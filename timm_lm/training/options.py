@@ -12,41 +12,50 @@ import yaml
 
 from timm_lm.errors import UserError
 
-RECIPES = Path(__file__).resolve().parents[1] / 'recipes'
+from .recipes import find_recipe
 
-# Options of timm's train script that this engine does not take, each with the reason.
-_NOT_YET = 'it is not supported by this engine yet; timm\'s own train.py takes it'
-_OWN_LOADER = 'images are decoded once into memory, where only pad-and-crop and flips are applied; use timm\'s train.py'
-_OTHER_NETWORK = 'it does not apply to these networks'
+# Options of timm's train script that this engine does not take, each with the reason; one that is set to off asks for
+# nothing and passes.
+_SPLITS = 'batches are not split by augmentation here'
+_STATIC = 'the shapes of batches are static here'
+_RESUME = '--resume goes on exactly where a run stopped; to start another run from its weights use --initial-checkpoint'
 REFUSED: Dict[str, str] = {
-    **dict.fromkeys([
-        'aa', 'aug_repeats', 'aug_splits', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'jsd_loss',
-        'resplit', 'train_crop_mode', 'vflip', 'reprob', 'remode', 'recount', 'mixup', 'cutmix', 'cutmix_minmax',
-        'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch', 'epoch_repeats', 'input_img_mode',
-        'train_num_samples', 'val_num_samples', 'save_images', 'tta',
-    ], _OWN_LOADER),
-    **dict.fromkeys([
-        'workers', 'pin_mem', 'no_prefetcher', 'use_multi_epochs_loader', 'worker_seeding',
-    ], 'images are in memory and no worker processes are used; leave it out'),
-    **dict.fromkeys([
-        'no_resume_opt', 'start_epoch', 'pretrained_path',
-        'bce_loss', 'bce_sum', 'bce_target_thresh', 'bce_pos_weight', 'model_ema', 'model_ema_force_cpu',
-        'model_ema_decay', 'model_ema_warmup', 'sync_bn', 'dist_bn', 'head_init_scale', 'head_init_bias',
-        'kd_model_name', 'kd_distill_type', 'kd_loss_type', 'distill_loss_weight', 'task_loss_weight', 'kd_temperature',
-        'kd_student_feature_dim', 'kd_teacher_feature_dim', 'kd_token_distill_type', 'log_wandb', 'wandb_project',
-        'wandb_tags', 'wandb_resume_id', 'model_dtype', 'synchronize_step', 'eval_metric', 'patience_epochs',
-    ], _NOT_YET),
-    **dict.fromkeys(['drop_block', 'drop_connect', 'bn_momentum', 'bn_eps', 'split_bn'], _OTHER_NETWORK),
+    **dict.fromkeys(['aug_splits', 'jsd_loss', 'resplit', 'split_bn'], _SPLITS),
+    **dict.fromkeys(['epoch_repeats', 'train_num_samples', 'val_num_samples'], 'data sets are of known size here'),
+    **dict.fromkeys(['start_epoch', 'no_resume_opt'], _RESUME),
     **dict.fromkeys(['torchscript', 'fuser'], 'training is compiled by torch.compile; use --torchcompile'),
-    **dict.fromkeys(['fast_norm'], 'it needs a package of its own; leave it out'),
-    **dict.fromkeys(['no_ddp_bb', 'local_rank'], 'Accelerate owns the processes; use `accelerate launch`'),
-    **dict.fromkeys(['dataset_trust_remote_code'], 'code of a data set is never run'),
-    **dict.fromkeys([
-        'train_img_sizes', 'train_batch_sizes', 'train_size_probs', 'train_size_schedule', 'train_size_schedule_spread',
-        'train_size_random_mix', 'train_batches_per_epoch', 'variable_batch_loss_scale', 'naflex_loader',
-        'naflex_train_seq_lens', 'naflex_max_seq_len', 'naflex_patch_sizes', 'naflex_patch_size_probs',
-        'naflex_loss_scale', 'naflex_patchify_channels_first',
-    ], 'shapes are static here'),
+    'local_rank': 'Accelerate owns the processes; use `accelerate launch`',
+    **dict.fromkeys(['bn_momentum', 'bn_eps'], 'timm itself gives them to EfficientNets only; use --model-kwargs'),
+    **dict.fromkeys(['kd_student_feature_dim', 'kd_teacher_feature_dim', 'kd_token_distill_type'],
+                    'distillation is by logits here'),
+    **dict.fromkeys(['train_img_sizes', 'train_batch_sizes', 'train_size_probs', 'train_size_schedule',
+                     'train_size_schedule_spread', 'train_size_random_mix', 'train_batches_per_epoch',
+                     'variable_batch_loss_scale', 'naflex_loader', 'naflex_train_seq_lens', 'naflex_max_seq_len',
+                     'naflex_patch_sizes', 'naflex_patch_size_probs', 'naflex_loss_scale',
+                     'naflex_patchify_channels_first'], _STATIC),
+    'dataset_trust_remote_code': 'code of a data set is never run',
+    'drop_connect': 'timm calls it --drop-path now',
+    'fast_norm': 'it needs a package of its own',
+    'input_img_mode': 'the channels of the images follow --in-chans and --input-size',
+    'model_dtype': 'weights are float32; lower precision is --amp',
+    'model_ema_force_cpu': 'the average stays on the device of the training, where it is validated',
+    'no_prefetcher': 'batches are always normalised on the device',
+    'save_images': 'nothing is drawn in the loop',
+    'synchronize_step': 'the host never waits for the device inside a step',
+    'tta': 'each image is validated once',
+    'use_multi_epochs_loader': 'worker processes stay from epoch to epoch anyway',
+    'worker_seeding': 'each image has a seed of its own, whatever worker reads it',
+}
+
+# Options that mean something only beside another one.
+_ONLY_WITH = {
+    'bce_loss': ('bce_sum', 'bce_target_thresh', 'bce_pos_weight'),
+    'model_ema': ('model_ema_decay', 'model_ema_warmup'),
+    'kd_model_name': ('kd_distill_type', 'kd_loss_type', 'kd_temperature', 'distill_loss_weight', 'task_loss_weight'),
+    'log_wandb': ('wandb_project', 'wandb_tags', 'wandb_resume_id'),
+    'reprob': ('remode', 'recount'),
+    'pretrained': ('pretrained_path',),
+    'layer_decay': ('layer_decay_min_scale', 'layer_decay_no_opt_scale'),
 }
 
 
@@ -100,10 +109,14 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
 
     add_data_options(parser)
     parser.add_argument('--train-split', metavar='NAME', default='train', help='split that is trained on')
+    parser.add_argument('-j', '--workers', type=int, default=4, metavar='N',
+                        help='processes that read images, where they are not in memory')
+    parser.add_argument('--pin-mem', action=flag, default=False, help='read batches into pinned memory')
 
     group = parser.add_argument_group('Model')
     group.add_argument('--model', metavar='NAME', default='lm_resnet20', help='name in timm (default: lm_resnet20)')
     group.add_argument('--pretrained', action=flag, default=False, help='start from its pretrained weights')
+    group.add_argument('--pretrained-path', metavar='FILE', help='a file to take the pretrained weights from')
     group.add_argument('--initial-checkpoint', metavar='FILE', default='', help='start from these weights')
     group.add_argument('--num-classes', type=int, metavar='N', help='classes (default: the model\'s)')
     group.add_argument('--gp', metavar='POOL', help='global pooling of the head')
@@ -118,6 +131,9 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
                        help='further keywords of the model')
     group.add_argument('--drop', type=float, default=0., metavar='P', help='dropout rate')
     group.add_argument('--drop-path', type=float, metavar='P', help='stochastic depth rate of the last block')
+    group.add_argument('--drop-block', type=float, metavar='P', help='rate of dropped blocks of pixels')
+    group.add_argument('--head-init-scale', type=float, metavar='X', help='factor on the initial head')
+    group.add_argument('--head-init-bias', type=float, metavar='X', help='bias that the head starts from')
     group.add_argument('--grad-checkpointing', action=flag, default=False, help='recompute blocks in backward')
 
     group = parser.add_argument_group('Batches and precision')
@@ -131,6 +147,11 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--amp', action=flag, default=False, help='mixed precision')
     group.add_argument('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='its lower precision')
     group.add_argument('--device', metavar='NAME', help='cpu, or what Accelerate finds (default)')
+    group.add_argument('--no-ddp-bb', action='store_true', default=False,
+                       help='each process keeps its own running statistics during an epoch')
+    group.add_argument('--sync-bn', action=flag, default=False, help='batch statistics over all processes')
+    group.add_argument('--dist-bn', default='reduce', choices=('reduce', 'broadcast', ''),
+                       help='after an epoch, share the running statistics of processes')
     group.add_argument('--device-modules', nargs='+', metavar='MODULE', help='modules to import first')
 
     group = parser.add_argument_group('Optimizer')
@@ -170,18 +191,55 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
                        help='epochs of multistep, each acting one epoch early')
     group.add_argument('--decay-epochs', type=float, default=90, metavar='N', help='interval of step')
     group.add_argument('--decay-rate', '--dr', type=float, default=0.1, metavar='X', help='factor of a drop')
+    group.add_argument('--patience-epochs', type=int, default=10, metavar='N', help='patience of plateau')
     group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help='epochs at the smallest rate')
 
-    group = parser.add_argument_group('Augmentation and loss')
+    group = parser.add_argument_group('Augmentation')
     group.add_argument('--no-aug', action='store_true', default=False, help='no augmentation at all')
-    group.add_argument('--hflip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip')
+    group.add_argument('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'), help='timm\'s kind of random crop')
     group.add_argument('--scale', type=float, nargs='+', default=[0.08, 1.0], metavar='X',
-                       help='of random resized crops: must be 1 1')
-    group.add_argument('--ratio', type=float, nargs='+', default=[3 / 4, 4 / 3], metavar='X', help='must be 1 1')
-    group.add_argument('--color-jitter', type=float, default=0.4, metavar='X', help='must be 0')
-    group.add_argument('--train-interpolation', default='random', metavar='NAME',
-                       help='must be that of validation')
+                       help='areas of random resized crops')
+    group.add_argument('--ratio', type=float, nargs='+', default=[3 / 4, 4 / 3], metavar='X',
+                       help='aspect ratios of random resized crops')
+    group.add_argument('--hflip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip')
+    group.add_argument('--vflip', type=float, default=0., metavar='P', help='probability of a vertical flip')
+    group.add_argument('--color-jitter', type=float, default=0.4, metavar='X', help='strength of colour jitter')
+    group.add_argument('--color-jitter-prob', type=float, metavar='P', help='its probability')
+    group.add_argument('--grayscale-prob', type=float, metavar='P', help='probability of a grey image')
+    group.add_argument('--gaussian-blur-prob', type=float, metavar='P', help='probability of a blurred image')
+    group.add_argument('--aa', metavar='POLICY', help='AutoAugment or RandAugment, as timm spells policies')
+    group.add_argument('--aug-repeats', type=float, default=0, metavar='N',
+                       help='times that an image occurs in a global batch (several processes)')
+    group.add_argument('--reprob', type=float, default=0., metavar='P', help='probability of random erasing')
+    group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='what it leaves')
+    group.add_argument('--recount', type=int, default=1, metavar='N', help='most boxes of an image')
+    group.add_argument('--mixup', type=float, default=0., metavar='ALPHA', help='mixup')
+    group.add_argument('--cutmix', type=float, default=0., metavar='ALPHA', help='cutmix')
+    group.add_argument('--cutmix-minmax', type=float, nargs=2, metavar='X', help='cutmix by ratio, without alpha')
+    group.add_argument('--mixup-prob', type=float, default=1., metavar='P', help='probability of mixing')
+    group.add_argument('--mixup-switch-prob', type=float, default=0.5, metavar='P', help='that of cutmix among both')
+    group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a draw')
+    group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixing from this epoch on')
+    group.add_argument('--train-interpolation', default='random', metavar='NAME', help='of random resized crops')
+
+    group = parser.add_argument_group('Loss')
     group.add_argument('--smoothing', type=float, default=0.1, metavar='X', help='label smoothing')
+    group.add_argument('--bce-loss', action=flag, default=False, help='binary cross entropy')
+    group.add_argument('--bce-sum', action=flag, default=False, help='summed over classes')
+    group.add_argument('--bce-target-thresh', type=float, metavar='X', help='targets above it become 1, others 0')
+    group.add_argument('--bce-pos-weight', type=float, metavar='X', help='weight of positive targets')
+    group.add_argument('--kd-model-name', metavar='NAME_OR_FOLDER', help='distil from the logits of this network')
+    group.add_argument('--kd-distill-type', default='logit', choices=('logit',), help='what is distilled')
+    group.add_argument('--kd-loss-type', default='kl', choices=('kl',), help='by which divergence')
+    group.add_argument('--kd-temperature', type=float, default=4., metavar='T', help='temperature of both softmaxes')
+    group.add_argument('--distill-loss-weight', type=float, metavar='X',
+                       help='weight of the divergence (default: 1, or 1 - task weight)')
+    group.add_argument('--task-loss-weight', type=float, metavar='X', help='weight of the loss on labels (default: 1)')
+
+    group = parser.add_argument_group('Averaged weights')
+    group.add_argument('--model-ema', action=flag, default=False, help='average the weights, and validate these')
+    group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='X', help='decay of the average')
+    group.add_argument('--model-ema-warmup', action=flag, default=False, help='start from a small decay')
 
     group = parser.add_argument_group('Run')
     group.add_argument('--seed', type=int, default=42, metavar='N', help='random seed')
@@ -193,16 +251,28 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
                        help='batches between two checkpoints inside an epoch, beside those after each (default: none)')
     group.add_argument('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
+    group.add_argument('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'),
+                       help='what tells the best epoch')
+    group.add_argument('--log-wandb', action=flag, default=False, help='log to Weights & Biases')
+    group.add_argument('--wandb-project', metavar='NAME', help='its project (default: timm-lm)')
+    group.add_argument('--wandb-tags', nargs='+', default=[], metavar='TAG', help='tags of the run there')
+    group.add_argument('--wandb-resume-id', default='', metavar='ID', help='run to go on with there')
     group.add_argument('--output', default='', metavar='DIR', help='folder of runs (default: output/train)')
     group.add_argument('--experiment', default='', metavar='NAME', help='folder of this run in it')
 
     group = parser.add_argument_group('Additions to timm\'s options')
     group.add_argument('--pad-crop', type=int, default=0, metavar='N', help='pad by N pixels and crop at random')
+    group.add_argument('--loader', default='auto', choices=('auto', 'memory', 'timm'),
+                       help='decoded images in memory, or timm\'s transforms in worker processes; auto: memory where '
+                            'the data fits and the augmentation can be done there')
+    group.add_argument('--two-step-epoch', type=int, default=0, metavar='N',
+                       help='epoch at which the two-step is switched on; before it k is 0')
+    group.add_argument('--log-tensorboard', action=flag, default=False, help='log to TensorBoard in the run folder')
     group.add_argument('--tag', default='', metavar='NAME', help='tag of the saved weights')
+    group.add_argument('--dry-run', action='store_true', default=False, help='show what would be done, and end')
 
     for name, reason in REFUSED.items():
-        names = ['-j', '--workers'] if name == 'workers' else [_option(name)]
-        parser.add_argument(*names, nargs='*', dest=name, action=_refuse(reason), help=argparse.SUPPRESS)
+        parser.add_argument(_option(name), nargs='*', dest=name, action=_refuse(reason), help=argparse.SUPPRESS)
     return parser
 
 
@@ -213,32 +283,12 @@ def _option(name: str) -> str:
 def _refuse(reason: str) -> Type[argparse.Action]:
     class Refuse(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None):
-            raise UserError(f'{option_string} is refused: {reason}.')
+            if values != ['0']:
+                raise UserError(f'{option_string} is refused: {reason}.')
     return Refuse
 
 
 # Recipes
-
-
-def list_recipes() -> List[str]:
-    """Names of the shipped recipes."""
-    return sorted(path.stem for path in RECIPES.glob('*.yaml'))
-
-
-def find_recipe(name: str) -> Path:
-    """The file of a recipe, a shipped one by its name.
-
-    Raises:
-        UserError: If there is no such recipe.
-    """
-    shipped = RECIPES / f'{name}.yaml'
-    if shipped.is_file():
-        return shipped
-    if Path(name).is_file():
-        return Path(name)
-    near = difflib.get_close_matches(name, list_recipes(), n=1)
-    hint = f' Did you mean {near[0]}?' if near else ''
-    raise UserError(f"There is no recipe '{name}'.{hint} Shipped are: {', '.join(list_recipes())}.")
 
 
 def _read_recipe(path: Path, actions: Dict[str, argparse.Action]) -> Dict[str, Any]:
@@ -248,7 +298,8 @@ def _read_recipe(path: Path, actions: Dict[str, argparse.Action]) -> Dict[str, A
         raise UserError(f'The recipe {path} is not readable YAML ({str(e).splitlines()[0]}).') from e
     if not isinstance(values, dict):
         raise UserError(f'The recipe {path} must hold "option: value" lines.')
-    return {name: _recipe_value(path, str(name), value, actions) for name, value in values.items()}
+    asked = {str(name): value for name, value in values.items() if name not in REFUSED or value}
+    return {name: _recipe_value(path, name, value, actions) for name, value in asked.items()}
 
 
 def _recipe_value(path: Path, name: str, value: Any, actions: Dict[str, argparse.Action]) -> Any:
@@ -308,13 +359,17 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
         UserError: If an option is unknown, refused, or has an impossible value.
     """
     parser = build_parser(prog)
+    given = defaults = {action.dest: action.default for action in parser._actions if action.dest not in REFUSED}
     actions = {action.dest: action for action in parser._actions if action.dest not in (*REFUSED, 'help', 'config')}
     actions['torchcompile'] = next(a for a in parser._actions if '--torchcompile' in a.option_strings)
     first = Parser(prog=prog, add_help=False, allow_abbrev=False)
     first.add_argument('-c', '--config')
     config = first.parse_known_args(argv)[0].config
     if config:
-        parser.set_defaults(**_read_recipe(find_recipe(config), actions))
+        path, model = find_recipe(config)
+        given = defaults | _read_recipe(path, actions) | (dict(model=model) if model else {})
+        _check_leaders(given, defaults)
+        parser.set_defaults(**given)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
@@ -324,7 +379,16 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
     for name in REFUSED:
         delattr(args, name)
     check_options(args)
+    _check_leaders(vars(args), given)
     return args
+
+
+def _check_leaders(values: Dict[str, Any], before: Dict[str, Any]) -> None:
+    """Options that were changed to mean something, where the option that they belong to is off."""
+    for leader, followers in _ONLY_WITH.items():
+        for name in followers:
+            if values[name] != before[name] and not values[leader]:
+                raise UserError(f'{_option(name)} does nothing without {_option(leader)}; give both, or leave it out.')
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -336,14 +400,15 @@ def check_options(args: argparse.Namespace) -> None:
     for name in ('epochs', 'batch_size', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist'):
         if getattr(args, name) < 1:
             raise UserError(f'{_option(name)} must be at least 1, not {getattr(args, name)}.')
-    for name in ('pad_crop', 'recovery_interval', 'seed', 'weight_decay', 'warmup_epochs', 'min_lr', 'momentum'):
+    for name in ('pad_crop', 'recovery_interval', 'seed', 'weight_decay', 'warmup_epochs', 'min_lr', 'momentum',
+                 'mixup', 'cutmix', 'mixup_off_epoch', 'workers', 'aug_repeats', 'cooldown_epochs'):
         if getattr(args, name) < 0:
             raise UserError(f'{_option(name)} must not be negative, it is {getattr(args, name)}.')
     if not 0 <= (args.drop_path or 0.) < 1:
         raise UserError(f'--drop-path must be at least 0 and less than 1, not {args.drop_path}.')
     if args.validation_batch_size is not None and args.validation_batch_size < 1:
         raise UserError(f'--validation-batch-size must be at least 1, not {args.validation_batch_size}.')
-    for name in ('hflip', 'smoothing', 'drop'):
+    for name in ('hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'smoothing', 'drop', 'model_ema_decay'):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f'{_option(name)} must be between 0 and 1, not {getattr(args, name)}.')
     if args.lr is not None and args.lr <= 0:
@@ -357,11 +422,42 @@ def check_options(args: argparse.Namespace) -> None:
                             f'{args.epochs}; change one of them.')
     if args.warmup_epochs >= args.epochs and args.sched != 'none' and not args.warmup_prefix:
         raise UserError(f'--warmup-epochs {args.warmup_epochs} leave nothing of --epochs {args.epochs}.')
+    if args.recount < 1:
+        raise UserError(f'--recount must be at least 1, not {args.recount}.')
+    if mixes(args) and args.batch_size % 2:
+        raise UserError(f'Mixup and cutmix mix pairs: --batch-size must be even, not {args.batch_size}.')
+    if args.kd_temperature <= 0:
+        raise UserError(f'--kd-temperature must be positive, not {args.kd_temperature}.')
+    if args.mixup_off_epoch > args.epochs:
+        raise UserError(f'--mixup-off-epoch {args.mixup_off_epoch} comes after the end, --epochs {args.epochs}; change '
+                        'one of them.')
+    if not 0 <= args.two_step_epoch < args.epochs:
+        raise UserError(f'--two-step-epoch {args.two_step_epoch} must come before the end, --epochs {args.epochs}.')
     if args.no_aug:
-        args.hflip, args.pad_crop = 0., 0
-        return
-    for name, neutral in (('scale', [1.0, 1.0]), ('ratio', [1.0, 1.0]), ('color_jitter', 0.0)):
-        if getattr(args, name) != neutral:
-            raise UserError(f'{_option(name)} {getattr(args, name)} is refused: {_OWN_LOADER}, or set it to {neutral}.')
-    if args.train_interpolation not in ('', args.interpolation):
-        raise UserError('--train-interpolation must be that of --interpolation: images are resized once.')
+        args.hflip, args.vflip, args.pad_crop, args.reprob = 0., 0., 0, 0.
+    if args.loader == 'memory' and not_in_memory(args):
+        raise UserError(f"--loader memory can not do {', '.join(not_in_memory(args))}; use --loader timm, or set them "
+                        'to off.')
+
+
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether the options ask for mixup or cutmix."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def not_in_memory(args: argparse.Namespace) -> List[str]:
+    """The augmentation asked for that can be done image by image only, not on batches in memory."""
+    if args.no_aug:
+        return []
+    off = dict(
+        scale=[1.0, 1.0],
+        ratio=[1.0, 1.0],
+        train_crop_mode=None,
+        color_jitter=0.0,
+        grayscale_prob=0.0,
+        gaussian_blur_prob=0.0,
+        aa=None,
+        train_interpolation=args.interpolation,
+    )
+    asked = {name: getattr(args, name) for name in off}
+    return [f'{_option(name)} {value}' for name, value in asked.items() if value and value != off[name]]

@@ -1,12 +1,70 @@
-"""What a run leaves for people: metrics in JSON lines, timm's summary table, pictures of curves and ``k``."""
+"""What a run shows and leaves for people: a live line, tables, metrics in JSON lines, pictures of curves and ``k``."""
 import json
+import sys
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
 from timm.utils import update_summary
+from tqdm import tqdm
 
 # What evaluate() returns, in its order.
 EVALUATION = ('top1', 'top5', 'loss', 'errors', 'images', 'images_per_second')
+
+
+class LiveLine:
+    """One line on a terminal that tells where the training stands; elsewhere plain lines at the log interval."""
+
+    def __init__(self, epochs: int, steps: int, enabled: bool):
+        """
+        Args:
+            epochs: Of the run.
+            steps: Batches of an epoch.
+            enabled: Show anything; only the main process does.
+        """
+        self.epochs = epochs
+        self.steps = steps
+        self.enabled = enabled
+        self.is_terminal = sys.stderr.isatty()
+        self.bar: Optional[tqdm] = None
+
+    def advance(self, epoch: int, step: int) -> None:
+        """Batches of the epoch that are done."""
+        if not (self.enabled and self.is_terminal):
+            return
+        if self.bar is None:
+            self.bar = tqdm(total=self.steps, unit='batch', leave=False, desc=f'epoch {epoch + 1}/{self.epochs}',
+                            bar_format='{desc} {n_fmt}/{total_fmt} {bar:10}{postfix}')
+        self.bar.update(step - self.bar.n)
+
+    def show(self, epoch: int, step: int, loss: float, error: float, lr: float, rate: float, left: float) -> None:
+        """Loss, error in %, rate of learning, images/s and seconds left of the run."""
+        if not self.enabled:
+            return
+        text = (f'loss {loss:.3f}, error {error:.2f} %, lr {lr:.2e}, {rate:,.0f} images/s, '
+                f'{tqdm.format_interval(left)} left')
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            print(f'epoch {epoch + 1}/{self.epochs} step {step}/{self.steps}: {text}', flush=True)
+
+    def close(self) -> None:
+        """End of the epoch."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def epoch_table(epoch: int, epochs: int, train: Dict[str, float], evaluation: Optional[Dict[str, float]],
+                lr: float) -> str:
+    """A table of an epoch: a row for the training images, and one for the test images if they were evaluated."""
+    rows = [f"{f'epoch {epoch + 1}/{epochs}':<16}{'loss':>9}{'error %':>9}{'top-5 %':>9}{'images/s':>10}{'lr':>10}"]
+    for name, values in (('train', train), ('test', evaluation)):
+        if values:
+            top5 = f"{100 - values['top5']:>9.2f}" if 'top5' in values else ' ' * 9
+            rate = f'{lr:>10.2e}' if name == 'train' else ''
+            rows.append(f"  {name:<14}{values['loss']:>9.4f}{100 - values['top1']:>9.2f}{top5}"
+                        f"{values['images_per_second']:>10,.0f}{rate}")
+    return '\n'.join(rows)
 
 
 class RunLog:

@@ -10,17 +10,16 @@ import torch
 from tqdm import tqdm
 
 import timm_lm
-from timm_lm.data import ImageSet
 from timm_lm.files import write_text
 from timm_lm.hub import CARD_NAME, TimmModel, load_folder, render_card, save_folder, saved_model_args
-from timm_lm.loader import MemoryLoader
+from timm_lm.loader import BatchLoader
 
 from .evaluate import evaluate
 
 DATASET_NAMES = {'uoft-cs/cifar10': 'CIFAR-10', 'uoft-cs/cifar100': 'CIFAR-100'}
 
 
-def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_loader: Optional[MemoryLoader],
+def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_loader: Optional[BatchLoader],
                  seen: Optional[Dict[str, float]], epochs: int, seconds: float, command: str, device: torch.device,
                  num_processes: int) -> None:
     """Write the weights folder, then count the errors of what was written: in float32, eager, on the CPU."""
@@ -57,10 +56,7 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
     weights = save_folder(model, folder / 'weights', card(None), model_args)
     if eval_loader is None:
         return
-    loader = MemoryLoader(
-        ImageSet(eval_loader.data.images.cpu(), eval_loader.data.labels.cpu()), eval_loader.batch_size,
-        eval_loader.mean, eval_loader.std)
-    result = evaluate(load_folder(weights), loader)
+    result = evaluate(load_folder(weights), eval_loader.on_cpu())
     write_text(weights / CARD_NAME, card(result))
     write_text(folder / 'result.json', json.dumps(dict(result, seen_in_training=seen), indent=2) + '\n')
     tqdm.write(f"{weights}: error {100 - result['top1']:.2f} % ({result['errors']} of {result['images']} images, "

@@ -1,0 +1,86 @@
+"""Peak memory of one training, which runs in this process: our engine's, or a bare loop's that it is compared with.
+
+    python peak_memory.py REPORT engine COMMAND...   what `timm-lm COMMAND...` does
+    python peak_memory.py REPORT bare OPTIONS        a loop by the options in a file of JSON
+
+REPORT gets one JSON object: ``bytes`` and what they are, ``kind``. `train_throughput.py` starts both.
+"""
+import json
+import re
+import resource
+import runpy
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Dict
+
+
+def peak_memory() -> Dict[str, Any]:
+    """The most memory that this process held at once: of tensors on the GPU if it used one, else resident."""
+    torch = sys.modules.get('torch')
+    if torch is not None and torch.cuda.is_initialized():
+        return dict(bytes=torch.cuda.max_memory_allocated(), kind='torch.cuda.max_memory_allocated')
+    try:
+        status = Path('/proc/self/status').read_text()
+        return dict(bytes=int(re.findall(r'VmHWM:\s+(\d+) kB', status)[0]) * 1024, kind='peak resident set')
+    except (OSError, IndexError):  # not Linux
+        unit = 1 if sys.platform == 'darwin' else 1024
+        return dict(bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, kind='peak resident set')
+
+
+def bare_loop(options: Namespace) -> None:
+    """Train on random pixels: what a network costs without an engine.
+
+    It holds nothing but the data set as one uint8 tensor (N, C, H, W) with its labels, the network, the optimizer and
+    the compiled step.
+
+    Args:
+        options: Options of a training, with ``images``, the number N, ``input_size`` (C, H, W) and ``steps``, batches.
+    """
+    import timm
+    import torch
+    from timm.optim import create_optimizer_v2, optimizer_kwargs
+
+    import timm_lm  # noqa: F401  registers its networks
+
+    device = torch.device(options.device)
+    pixels = torch.randint(256, (options.images, *options.input_size), dtype=torch.uint8, device=device)
+    labels = torch.randint(options.num_classes, (options.images,), device=device)
+    model = timm.create_model(
+        options.model, num_classes=options.num_classes, in_chans=options.input_size[0],
+        drop_path_rate=options.drop_path, **options.model_kwargs).to(device)
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    model.to(memory_format=layout)
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=options), **options.opt_kwargs)
+    loss_fn = torch.nn.CrossEntropyLoss(label_smoothing=options.smoothing)
+    network = model
+    if options.torchcompile:
+        network = torch.compile(
+            model, backend=options.torchcompile, mode=options.torchcompile_mode, dynamic=False)  # type: ignore
+    dtype = torch.bfloat16 if options.amp_dtype == 'bfloat16' else torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=options.amp and dtype == torch.float16)
+    for _ in range(options.steps):
+        index = torch.randint(options.images, (options.batch_size,), device=device)
+        images = pixels[index].float().sub_(128).div_(64).contiguous(memory_format=layout)
+        with torch.autocast(device.type, dtype=dtype, enabled=options.amp):
+            loss = loss_fn(network(images), labels[index])
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+
+def main() -> None:
+    report, kind, *rest = sys.argv[1:]
+    try:
+        if kind == 'bare':
+            bare_loop(Namespace(**json.loads(Path(rest[0]).read_text())))
+        else:
+            sys.argv[1:] = rest
+            runpy.run_module('timm_lm.cli', run_name='__main__', alter_sys=True)
+    finally:
+        Path(report).write_text(json.dumps(peak_memory()))
+
+
+if __name__ == '__main__':
+    main()

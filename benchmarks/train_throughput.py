@@ -1,0 +1,377 @@
+"""Images per second and peak memory of `timm-lm train` against timm's own, unmodified train script.
+
+    python benchmarks/train_throughput.py --timm-train CHECKOUT/train.py --data-dir FOLDER [--recipe paper_c10]
+
+In one run, on the same Parquet data and machine, by turns and each in a process of its own:
+
+- `timm-lm train` by the recipe;
+- timm's script by the same recipe, thus in the same precision, memory layout and compilation;
+- timm's script by the recipe less these, that is by timm's defaults: float32, contiguous, eager.
+
+An epoch is `--steps` batches of the training split. Both engines measure the seconds of an epoch of training, from
+asking for its first batch to its last update. The first epoch, which compiles, does not count; the rate is that of the
+others together, the result the median of the rounds.
+
+Memory is the peak of one epoch of `timm-lm train` on all the data, with validation, checkpoint and saved weights, over
+that of `peak_memory.py bare`. Compilers start with empty caches for both.
+
+timm's script reads Parquet by the package `datasets`. Runs and caches are in a temporary folder that goes away.
+"""
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import timm
+import torch
+import yaml
+
+from timm_lm.data import find_parquet
+from timm_lm.errors import UserError
+from timm_lm.training.options import parse_options
+
+# Keys of a recipe that timm's defaults leave off.
+SPEED_OPTIONS = ('amp', 'amp_dtype', 'channels_last', 'torchcompile', 'torchcompile_mode')
+# timm's line of a batch: epoch, batch, batches, ..., (mean seconds, mean images/s of the epoch so far)
+TIMM_LINE = re.compile(r'Train: (\d+) \[ *(\d+)/(\d+) .*?\( *[\d.]+s, +([\d.]+)/s\)')
+LAST_LINES = 12  # of the output of a command that failed
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One of the peers.
+
+    Attributes:
+        name: What the table calls it.
+        command: Command line; the run folder's place and name are added to it.
+        rates: Images/s of each epoch, from the run folder and what the command printed.
+    """
+
+    name: str
+    command: List[str]
+    rates: Callable[[Path, str], List[float]]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description='Compare timm-lm train with timm\'s own train script.')
+    parser.add_argument('--timm-train', type=Path, required=True, metavar='FILE', help='train.py of timm\'s repository')
+    parser.add_argument('--data-dir', type=Path, required=True, metavar='DIR', help='Parquet data in the Hub\'s layout')
+    parser.add_argument('--recipe', default='paper_c10', metavar='NAME', help='shipped recipe or YAML file')
+    parser.add_argument('--model', default='lm_resnet20', metavar='NAME', help='network (default: lm_resnet20)')
+    parser.add_argument('--batch-size', type=int, metavar='N', help='(default: the recipe\'s)')
+    parser.add_argument('--torchcompile-mode', metavar='MODE', help='(default: the recipe\'s)')
+    parser.add_argument('--steps', type=int, default=100, metavar='N', help='batches of an epoch (default: 100)')
+    parser.add_argument('--epochs', type=int, default=3, metavar='N', help='the first does not count (default: 3)')
+    parser.add_argument('--rounds', type=int, default=3, metavar='N', help='runs of each engine (default: 3)')
+    parser.add_argument('--workers', type=int, default=usable_cores(), metavar='N',
+                        help='worker processes of timm\'s loader (default: cores)')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--no-memory', action='store_true', help='leave out the memory, which takes a whole epoch')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write all figures there')
+    return parser
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+# Processes
+
+
+def run(command: Sequence[str], folder: Path, caches: str = 'caches') -> str:
+    """Run a command in a folder, its caches in there too.
+
+    Returns:
+        What it printed.
+
+    Raises:
+        UserError: If it failed, with the last lines of its output.
+    """
+    places = dict(HF_ASSETS_CACHE='assets', HF_DATASETS_CACHE='datasets', TORCHINDUCTOR_CACHE_DIR='inductor')
+    caches_env = {name: str(folder / caches / place) for name, place in places.items()}
+    done = subprocess.run(command, cwd=folder, env={**os.environ, **caches_env}, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, errors='replace')
+    if done.returncode:
+        lines = '\n'.join(f'    {line}' for line in done.stdout.splitlines()[-LAST_LINES:])
+        raise UserError(f'`{shlex.join(command)}` failed with exit code {done.returncode}; its last lines:\n{lines}')
+    return done.stdout
+
+
+def our_command(*argv: str) -> List[str]:
+    return [sys.executable, '-m', 'timm_lm.cli', *argv]
+
+
+def check_timm_script(script: Path) -> Dict[str, str]:
+    """Versions of timm and `datasets` that timm's script will import.
+
+    Raises:
+        UserError: If there is no such script, or `datasets` is missing.
+    """
+    if not script.is_file():
+        raise UserError(f'There is no script {script}; give train.py of a checkout of timm with --timm-train.')
+    # run beside the script: it imports the timm of its checkout if there is one
+    code = 'import json, datasets, timm; print(json.dumps(dict(timm=timm.__version__, datasets=datasets.__version__)))'
+    done = subprocess.run([sys.executable, '-c', code], cwd=script.parent, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.splitlines() or ['no message'])[-1]
+        raise UserError(f'timm\'s script reads Parquet by the package `datasets`, and importing that and timm failed '
+                        f'({reason}); install it in this environment or put it on PYTHONPATH.')
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# Data and recipes
+
+
+def write_subset(data_dir: Path, split: str, rows: int, folder: Path) -> int:
+    """Write the first rows of a split as a data set of its own, with the columns and the metadata it has.
+
+    Returns:
+        Number of rows, which is smaller if the split is.
+
+    Raises:
+        UserError: If the split is missing or not readable.
+    """
+    tables: List[Any] = []
+    try:
+        for path in find_parquet(data_dir, split):
+            tables.append(pq.read_table(path).slice(0, rows - sum(map(len, tables))))
+            if sum(map(len, tables)) == rows:
+                break
+        table = pa.concat_tables(tables)
+    except (pa.ArrowException, OSError) as e:
+        raise UserError(f"The split '{split}' in {data_dir} could not be read ({e}); copy it again.") from e
+    folder.mkdir()
+    pq.write_table(table, folder / f'{split}-00000-of-00001.parquet')
+    return len(table)
+
+
+def count_rows(data_dir: Path, split: str) -> int:
+    return sum(pq.read_metadata(path).num_rows for path in find_parquet(data_dir, split)) if split else 0
+
+
+def write_plain_recipe(recipe: Path, path: Path) -> Path:
+    """The recipe less what timm's defaults do not have; its script has no option to turn those off."""
+    values = yaml.safe_load(recipe.read_text(encoding='utf-8'))
+    path.write_text(yaml.safe_dump({name: value for name, value in values.items() if name not in SPEED_OPTIONS}))
+    return path
+
+
+# Throughput
+
+
+def our_rates(folder: Path, _printed: str) -> List[float]:
+    rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    return [row['train']['images_per_second'] for row in rows]
+
+
+def timm_rates(_folder: Path, printed: str) -> List[float]:
+    """Images/s of each epoch, from the mean that the line of its last batch tells."""
+    rates = {}
+    for epoch, batch, batches, rate in TIMM_LINE.findall(printed):
+        if int(batch) + 1 == int(batches):
+            rates[int(epoch)] = float(rate)
+    return [rates[epoch] for epoch in sorted(rates)]
+
+
+def measure_rate(engine: Engine, folder: Path, name: str, epochs: int) -> float:
+    """Images/s of all epochs but the first.
+
+    Raises:
+        UserError: If the run failed, or does not tell its rates.
+    """
+    printed = run([*engine.command, '--output', str(folder / 'runs'), '--experiment', name], folder)
+    rates = engine.rates(folder / 'runs' / name, printed)
+    if len(rates) != epochs:
+        raise UserError(f'{engine.name} told the rates of {len(rates)} epochs of {epochs}; its last lines:\n'
+                        + '\n'.join(printed.splitlines()[-LAST_LINES:]))
+    return statistics.harmonic_mean(rates[1:])  # epochs have the same number of images
+
+
+def measure_rates(engines: List[Engine], folder: Path, epochs: int, rounds: int) -> List[List[float]]:
+    """Images/s of each engine in each round; the engines take turns."""
+    rates: List[List[float]] = [[] for _ in engines]
+    for i in range(1, rounds + 1):
+        for number, engine in enumerate(engines):
+            rate = measure_rate(engine, folder, f'{i}-{number}', epochs)
+            rates[number].append(rate)
+            print(f'round {i}/{rounds}  {rate:9.1f} images/s  {engine.name}', file=sys.stderr, flush=True)
+    return rates
+
+
+# Memory
+
+
+def measure_memory(options: List[str], data_dir: Path, device: str, steps: int, folder: Path) -> Dict[str, Any]:
+    """Peak memory of our engine and of the bare loop.
+
+    Args:
+        options: Command line of a training by the recipe.
+        data_dir: The whole data.
+        device: Device of both.
+        steps: Batches that the bare loop trains on.
+        folder: Temporary folder.
+
+    Returns:
+        ``timm_lm`` and ``bare`` in bytes, ``ratio``, and ``kind`` of memory.
+    """
+    args = parse_options(options)
+    cfg = timm.get_pretrained_cfg(args.model)
+    bare = {name: value for name, value in vars(args).items() if name != 'config'} | dict(
+        device=device,
+        images=count_rows(data_dir, args.train_split) + count_rows(data_dir, args.val_split),
+        input_size=args.input_size or (list(cfg.input_size) if cfg else [3, 224, 224]),
+        num_classes=args.num_classes or (cfg.num_classes if cfg else 1000),
+        steps=steps,
+    )
+    (folder / 'bare.json').write_text(json.dumps(bare, default=str))
+    ours = ['train', *options, '--data-dir', str(data_dir), '--epochs', '1', '--device', device,
+            '--output', str(folder / 'runs'), '--experiment', 'memory']
+    peaks = {}
+    for name, argv in dict(bare=['bare', 'bare.json'], timm_lm=['engine', *ours]).items():
+        report = folder / f'{name}-peak.json'
+        run([sys.executable, str(Path(__file__).resolve().parent / 'peak_memory.py'), str(report), *argv], folder,
+            caches=f'{name}-caches')
+        peaks[name] = json.loads(report.read_text())
+        print(f"memory     {peaks[name]['bytes'] / 2**20:9.1f} MiB       {name}", file=sys.stderr, flush=True)
+    timm_lm, bare_loop = peaks['timm_lm'], peaks['bare']
+    return dict(timm_lm=timm_lm['bytes'], bare=bare_loop['bytes'], ratio=timm_lm['bytes'] / bare_loop['bytes'],
+                kind=bare_loop['kind'])
+
+
+# The comparison
+
+
+def machine(device: str) -> Dict[str, Any]:
+    """Names of processor and GPU, cores and threads."""
+    cpu = platform.processor() or platform.machine()
+    if Path('/proc/cpuinfo').is_file():
+        cpu = next(iter(re.findall(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())), cpu)
+    return dict(cpu=cpu, cores=usable_cores(), threads=torch.get_num_threads(), system=platform.platform(),
+                gpu=torch.cuda.get_device_name() if device == 'cuda' else None)
+
+
+def versions(of_script: Dict[str, str]) -> Dict[str, str]:
+    names = ('timm-lm', 'torch', 'accelerate')
+    return {'python': platform.python_version(), **{name: version(name) for name in names}, **of_script}
+
+
+def compare(args: argparse.Namespace, folder: Path) -> Dict[str, Any]:
+    """Run all engines.
+
+    Returns:
+        Figures, machine, versions and commands, for the table and the file.
+    """
+    of_script = check_timm_script(args.timm_train)
+    data_dir, script = args.data_dir.resolve(), str(args.timm_train.resolve())
+    recipe = args.recipe if Path(args.recipe).is_file() else run(
+        our_command('recipe', args.recipe, '--path'), folder).splitlines()[-1]
+    recipe_path = Path(recipe).resolve()
+
+    mode = ['--torchcompile-mode', args.torchcompile_mode] if args.torchcompile_mode else []
+    # a short run has no room for the recipe's schedule
+    training = ['--model', args.model, '--sched', 'cosine', '--warmup-epochs', '0', '--cooldown-epochs', '0']
+    if args.batch_size is not None:
+        training += ['--batch-size', str(args.batch_size)]
+    same = ['-c', str(recipe_path), *mode, *training]
+    plain = ['-c', str(write_plain_recipe(recipe_path, folder / 'plain.yaml')), *training]
+    options = parse_options(same)
+    images = write_subset(data_dir, options.train_split, args.steps * options.batch_size, folder / 'data')
+    steps = images // options.batch_size
+    if steps == 0:
+        raise UserError(f'The training split in {data_dir} has {images} images, less than a batch of '
+                        f'{options.batch_size}; use a smaller --batch-size.')
+
+    # neither engine counts validation in its rate
+    short = ['--epochs', str(args.epochs), '--val-split', '', '--device', args.device]
+    of_timm = ['--dataset', f'hfds/{folder / "data"}', '--workers', str(args.workers), *short]
+    engines = [
+        Engine('timm-lm train', our_command('train', *same, '--data-dir', str(folder / 'data'), *short), our_rates),
+        Engine('timm train.py, same options', [sys.executable, script, *same, *of_timm], timm_rates),
+        Engine('timm train.py, float32, contiguous, eager', [sys.executable, script, *plain, *of_timm], timm_rates),
+    ]
+    rates = measure_rates(engines, folder, args.epochs, args.rounds)
+    medians = [statistics.median(of_engine) for of_engine in rates]
+    memory = None if args.no_memory else measure_memory(same, data_dir, args.device, steps, folder)
+    return dict(
+        machine=machine(args.device),
+        versions=versions(of_script),
+        settings=dict(
+            recipe=recipe_path.stem, model=args.model, device=args.device, batch_size=options.batch_size, steps=steps,
+            epochs=args.epochs, rounds=args.rounds, workers=args.workers),
+        engines=[
+            dict(name=engine.name, images_per_second=median, rounds=of_engine, ratio=medians[0] / median,
+                 command=shlex.join(engine.command))
+            for engine, of_engine, median in zip(engines, rates, medians)
+        ],
+        memory=memory,
+    )
+
+
+def table(result: Dict[str, Any]) -> str:
+    """The figures, to be read."""
+    where, settings = result['machine'], result['settings']
+    lines = [
+        f"{where['gpu'] + ', ' if where['gpu'] else ''}{where['cpu']}, {where['cores']} core(s), {where['threads']} "
+        f"thread(s), {where['system']}",
+        ', '.join(f'{name} {number}' for name, number in result['versions'].items()),
+        f"{settings['model']} by {settings['recipe']} on {settings['device']}, batch {settings['batch_size']}, "
+        f"{settings['steps']} steps an epoch, epochs 2 to {settings['epochs']}, median of {settings['rounds']} "
+        f"round(s), {settings['workers']} workers of timm's loader",
+        '',
+    ]
+    rows = [('training', 'images/s', 'lowest', 'highest', 'ours is faster by')]
+    for engine in result['engines']:
+        spread = [engine['images_per_second'], min(engine['rounds']), max(engine['rounds'])]
+        ratio = '' if engine is result['engines'][0] else f"{engine['ratio']:.2f} x"
+        rows.append((engine['name'], *(f'{rate:,.0f}' for rate in spread), ratio))
+    lines += columns(rows)
+    memory: Optional[Dict[str, Any]] = result['memory']
+    if memory:
+        lines += ['', *columns([
+            (memory['kind'], 'MiB', 'over the bare loop'),
+            ('timm-lm train, all data', f"{memory['timm_lm'] / 2**20:,.0f}", f"{memory['ratio']:.3f} x"),
+            ('bare loop with the data', f"{memory['bare'] / 2**20:,.0f}", ''),
+        ])]
+    commands: List[str] = [f"  {engine['command']}" for engine in result['engines']]
+    return '\n'.join([*lines, '', 'commands, each with its own --output and --experiment:', *commands])
+
+
+def columns(rows: Sequence[Tuple[str, ...]]) -> List[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ['  '.join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+            for row in rows]
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.epochs < 2 or min(args.steps, args.rounds) < 1 or args.workers < 0:
+        parser.error('--epochs must be at least 2, --steps and --rounds at least 1, --workers not negative')
+    try:
+        if args.json and not args.json.parent.is_dir():
+            raise UserError(f'There is no folder for {args.json}; make it first.')
+        with tempfile.TemporaryDirectory() as folder:
+            result = compare(args, Path(folder).resolve())
+        print(table(result))
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=2) + '\n')
+    except UserError as e:
+        print(f'train_throughput: error: {e}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The data of a training: splits in memory or read by workers, and the batches that are made of them."""
+import argparse
+from typing import Any, Dict, Union
+
+from accelerate import Accelerator
+from timm.data import create_transform, resolve_data_config
+
+from timm_lm.augment import BatchMixup
+from timm_lm.data import EncodedImages, ImageSet, TooLarge, load_images, open_images
+from timm_lm.errors import UserError
+from timm_lm.hub import TimmModel
+from timm_lm.loader import Augmentation, BatchLoader, MemoryLoader, WorkerLoader
+
+from .options import mixes, not_in_memory
+
+
+def resolve_input_config(args: argparse.Namespace, model: TimmModel) -> Dict[str, Any]:
+    """Size, mean, standard deviation and resizing of the images: the options, then the network's own.
+
+    Raises:
+        UserError: If they do not fit the channels of the network.
+    """
+    in_chans = getattr(model, 'in_chans', 3)
+    try:
+        config = resolve_data_config(dict(vars(args), in_chans=in_chans), model=model)
+    except AssertionError as e:
+        raise UserError(f'--mean and --std need one value, or one for each of the {in_chans} channels.') from e
+    config.pop('crop_mode', None)
+    if config['input_size'][0] != in_chans:
+        config['input_size'] = (in_chans, *config['input_size'][1:])
+    if any(len(config[key]) != in_chans for key in ('mean', 'std')):
+        raise UserError(f'The mean and standard deviation of {args.model} are for {len(config["mean"])} channels, the '
+                        f'images have {in_chans}; give --mean and --std.')
+    return config
+
+
+def load_split(args: argparse.Namespace, split: str, data_config: Dict[str, Any], show: bool,
+               is_training: bool = False) -> Union[ImageSet, EncodedImages]:
+    """A split of the data that the options name: decoded in memory, or to be decoded by worker processes."""
+    source: Dict[str, Any] = dict(
+        data_dir=args.data_dir,
+        dataset=args.dataset,
+        input_key=args.input_key,
+        target_key=args.target_key,
+        class_map=args.class_map,
+        download=args.dataset_download,
+    )
+    if args.loader == 'memory' or args.loader == 'auto' and not (is_training and not_in_memory(args)):
+        try:
+            return load_images(
+                split,
+                input_size=data_config['input_size'],
+                crop_pct=data_config['crop_pct'],
+                interpolation=data_config['interpolation'],
+                progress=show,
+                **source,
+            )
+        except TooLarge:
+            if args.loader == 'memory':
+                raise
+    return open_images(split, channels=data_config['input_size'][0], **source)
+
+
+def create_loader(args: argparse.Namespace, data: Union[ImageSet, EncodedImages], data_config: Dict[str, Any],
+                  accelerator: Accelerator, num_classes: int, is_training: bool = False) -> BatchLoader:
+    """Batches of a split for this process.
+
+    Raises:
+        UserError: If the augmentation is impossible.
+    """
+    batch_size = args.batch_size if is_training else args.validation_batch_size or args.batch_size
+    in_memory = isinstance(data, ImageSet)
+    if is_training and args.aug_repeats and accelerator.num_processes == 1:
+        raise UserError('--aug-repeats repeats images over processes and there is one; leave it out, or use several.')
+    common: Dict[str, Any] = dict(
+        is_training=is_training,
+        seed=args.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        channels_last=args.channels_last,
+        repeats=args.aug_repeats,
+    )
+    if is_training:
+        common['augmentation'] = _augmentation(args, num_classes, flips=in_memory)
+    mean, std = data_config['mean'], data_config['std']
+    if isinstance(data, ImageSet):
+        return MemoryLoader(data, batch_size, mean, std, accelerator.device, **common)
+    transform = _transform(args, data_config, is_training)
+    return WorkerLoader(
+        data, batch_size, mean, std, accelerator.device, transform, args.workers, args.pin_mem, **common)
+
+
+def _augmentation(args: argparse.Namespace, num_classes: int, flips: bool) -> Augmentation:
+    """What is done to batches; flips only where timm's transforms have not done them."""
+    mixup = None
+    if mixes(args):
+        mixup = BatchMixup(
+            args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+            label_smoothing=args.smoothing, num_classes=num_classes)
+    return Augmentation(
+        args.pad_crop, args.hflip if flips else 0., args.vflip if flips else 0., args.reprob, args.remode,
+        args.recount, mixup, args.mixup_off_epoch)
+
+
+def _transform(args: argparse.Namespace, data_config: Dict[str, Any], is_training: bool) -> Any:
+    """timm's transform of an image to uint8 (C, H, W)."""
+    common: Dict[str, Any] = dict(input_size=data_config['input_size'], use_prefetcher=True)
+    try:
+        if not is_training:
+            return create_transform(
+                crop_pct=data_config['crop_pct'], interpolation=data_config['interpolation'], **common)
+        return create_transform(
+            is_training=True,
+            no_aug=args.no_aug,
+            train_crop_mode=args.train_crop_mode,
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            vflip=args.vflip,
+            color_jitter=args.color_jitter,
+            color_jitter_prob=args.color_jitter_prob,
+            grayscale_prob=args.grayscale_prob or 0.,
+            gaussian_blur_prob=args.gaussian_blur_prob or 0.,
+            auto_augment=args.aa,
+            interpolation=data_config['interpolation'] if args.no_aug else args.train_interpolation or 'random',
+            mean=data_config['mean'],
+            std=data_config['std'],
+            **common,
+        )
+    except (AssertionError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f'The augmentation can not be made with these options ({type(e).__name__}: {e}); see --aa, '
+                        '--train-interpolation and the others of their group.') from e

@@ -1,0 +1,370 @@
+"""The steps of a training, and the state that they move."""
+import argparse
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from timm.models import model_parameters
+from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
+from timm.utils import dispatch_clip_grad, distribute_bn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from timm_lm.errors import UserError
+from timm_lm.hub import TimmModel
+from timm_lm.layers import TwoStep
+from timm_lm.loader import BatchLoader
+
+from .checkpoint import Checkpoint, CheckpointStore, Progress, random_states, restore_random_states
+from .evaluate import evaluate, sum_dtype
+from .factory import create_average, create_optimizer
+from .losses import create_loss
+from .report import LiveLine
+from .signals import Interrupted, StopSignals
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class Training:
+    """The parts of a training that move, and the steps that move them."""
+
+    def __init__(
+            self,
+            args: argparse.Namespace,
+            accelerator: Any,
+            model: TimmModel,
+            loader: BatchLoader,
+            data_config: Dict[str, Any],
+            store: CheckpointStore,
+            signals: StopSignals,
+    ):
+        """
+        Args:
+            args: Options.
+            accelerator: Owns device, precision and processes.
+            model: The network.
+            loader: Training batches of this process.
+            data_config: ``mean`` and ``std`` of these batches.
+            store: Where checkpoints go.
+            signals: What may stop it.
+
+        Raises:
+            UserError: If optimizer, schedule or loss can not be made with these options.
+        """
+        self.args = args
+        self.accelerator = accelerator
+        self.loader = loader
+        self.store = store
+        self.signals = signals
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.model = model.to(accelerator.device)
+        self.steps = [m for m in model.modules() if isinstance(m, TwoStep)]
+        self.loss = create_loss(args, model, data_config, accelerator)
+        self.average = create_average(args, model, accelerator)
+        self.updates_per_epoch = -(-len(loader) // args.grad_accum_steps)
+        try:
+            self.plain_optimizer = create_optimizer(args, model, self.sharded)
+            self.scheduler, self.num_epochs = create_scheduler_v2(
+                self.plain_optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch)
+        except (AssertionError, ImportError, KeyError, TypeError, ValueError) as e:
+            raise UserError(f'The optimizer {args.opt} or the schedule {args.sched} can not be made with these options '
+                            f'({e or type(e).__name__}).') from e
+        if args.sched != 'none' and self.scheduler is None:
+            raise UserError(f"There is no schedule '{args.sched}'; use cosine, multistep, step, poly, tanh, plateau or "
+                            'none.')
+        self.network, self.optimizer = accelerator.prepare(model, self.plain_optimizer)
+        self.uses_cuda_graphs = bool(args.torchcompile) and accelerator.device.type == 'cuda'
+        # of the running epoch, on the device: summed loss, correct images, 1 + first batch of a loss that is not finite
+        self.sum_dtype = sum_dtype(accelerator.device)
+        self.sums = torch.zeros(3, dtype=self.sum_dtype, device=accelerator.device)
+        self.best: Optional[Dict[str, Any]] = None
+        self.eval_seconds = 0.
+        self.live = LiveLine(self.num_epochs, len(loader), accelerator.is_main_process)
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the fastest parameters."""
+        return max(group['lr'] for group in self.plain_optimizer.param_groups)
+
+    # State
+
+    def _whole_states(self) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
+        """State dicts of network and optimizer, gathered if they are sharded."""
+        if self.sharded:
+            return get_state_dict(self.network, self.plain_optimizer, options=_WHOLE)  # type: ignore[return-value]
+        return self.model.state_dict(), self.plain_optimizer.state_dict()
+
+    def final_weights(self) -> Dict[str, torch.Tensor]:
+        """What the run ends with: the averaged weights if there are, else the network's."""
+        return self.average.module.state_dict() if self.average else self._whole_states()[0]
+
+    def k_values(self) -> Dict[str, List[float]]:
+        """Each ``k`` of the network by its block's name."""
+        if not hasattr(self.model, 'k_values'):
+            return {}
+        if not self.sharded:
+            return {name: k.tolist() for name, k in self.model.k_values().items()}
+        suffix = '.step.k'
+        return {name[:-len(suffix)]: tensor.tolist() for name, tensor in self._whole_states()[0].items()
+                if name.endswith(suffix)}
+
+    def save(self, progress: Progress) -> Path:
+        """Write a checkpoint from the main process; the others give their parts."""
+        self.agree(progress.epoch if progress.batch else progress.epoch - 1)
+        states = gather_object([random_states()]) if self.accelerator.num_processes > 1 else [random_states()]
+        sums = self._reduced_sums()
+        model, optimizer = self._whole_states()
+        if not self.accelerator.is_main_process:
+            return self.store.folder
+        tensors = dict(model=model, epoch=dict(sums=sums))
+        if self.average:
+            tensors['average'] = self.average.module.state_dict()
+        rest = dict(
+            best=self.best,
+            scheduler=_scheduler_state(self.scheduler),
+            scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+        )
+        updates = progress.epoch * self.updates_per_epoch + progress.batch // self.args.grad_accum_steps
+        also_keep = self.best['checkpoint'] if self.best else None
+        return self.store.save(updates, progress, tensors, optimizer, states, rest, also_keep)
+
+    def resume(self, checkpoint: Checkpoint) -> Progress:
+        """Go back to a checkpoint."""
+        if self.sharded:
+            set_state_dict(
+                self.network, self.plain_optimizer, model_state_dict=dict(checkpoint.group('model')),
+                optim_state_dict=checkpoint.optimizer, options=_WHOLE)
+        else:
+            self.model.load_state_dict(checkpoint.group('model'))
+            self.plain_optimizer.load_state_dict(checkpoint.optimizer)
+            _match_layouts(self.plain_optimizer)
+        if self.average:
+            self.average.module.load_state_dict(checkpoint.group('average'))
+        if self.scheduler is not None:
+            _load_scheduler(self.scheduler, checkpoint.state['scheduler'])
+        if self.accelerator.scaler is not None and checkpoint.state['scaler']:
+            self.accelerator.scaler.load_state_dict(checkpoint.state['scaler'])
+        self.best = checkpoint.state['best']
+        sums = checkpoint.group('epoch')['sums']  # of all processes
+        self.sums.copy_(sums if self.accelerator.is_main_process else torch.zeros_like(sums))
+        restore_random_states(checkpoint, self.accelerator.process_index)
+        return checkpoint.progress
+
+    # Agreement of the processes
+
+    def agree(self, epoch: int) -> int:
+        """Read from the device whether every loss of the epoch was finite, and whether a process was sent a signal.
+
+        Processes ask each other, so that they stop at the same step.
+
+        Returns:
+            Number of the signal, 0 for none.
+
+        Raises:
+            UserError: If a loss was not finite; it names the first such batch, the rate and the last good checkpoint.
+        """
+        first_bad, signal_number = int(self.sums[2].item()), self.signals.number
+        if self.accelerator.num_processes > 1:
+            found = self.accelerator.gather(
+                torch.tensor([[first_bad, signal_number]], device=self.accelerator.device)).tolist()
+            first_bad = min((bad for bad, _ in found if bad), default=0)
+            signal_number = max(number for _, number in found)
+        if first_bad:
+            if not self.accelerator.is_main_process:
+                sys.exit(2)  # the main process tells why
+            good = next(iter(self.store.newest_first()), None)
+            rest = f'the last good checkpoint is {good}' if good else 'there is no checkpoint yet'
+            raise UserError(f'The loss is not finite from batch {first_bad} of epoch {epoch + 1} on (learning rate '
+                            f'{self.learning_rate:g}); {rest}. Use a smaller rate.')
+        return signal_number
+
+    def _reduced_sums(self) -> torch.Tensor:
+        return self.accelerator.reduce(self.sums, 'sum') if self.accelerator.num_processes > 1 else self.sums
+
+    # Steps
+
+    def start_epoch(self, epoch: int) -> None:
+        """Hold every ``k`` at 0 before the two-step is switched on; at its epoch, start them as in a new network."""
+        switch = self.args.two_step_epoch
+        if switch and epoch <= switch:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.default_generator.manual_seed(self.args.seed)
+                for step in self.steps:
+                    fresh = TwoStep(step.k.numel(), step.k_init, step.per_channel)
+                    step.k.copy_(fresh.k if epoch == switch else torch.zeros_like(fresh.k))
+
+    def train_epoch(self, epoch: int, first_batch: int = 0) -> Dict[str, float]:
+        """One pass over the data, or the rest of one. Sums are read from the device at the log interval only.
+
+        Returns:
+            Mean ``loss``, accuracy ``top1`` in %, and ``images_per_second`` of the pass.
+
+        Raises:
+            Interrupted: After a signal, with the state saved.
+            UserError: If the loss is not finite.
+        """
+        args, accelerator = self.args, self.accelerator
+        self.loader.set_epoch(epoch)
+        if first_batch == 0:
+            self.sums.zero_()
+            self.start_epoch(epoch)
+        self.network.train()
+        steps = len(self.loader)
+        images_per_step = args.batch_size * accelerator.num_processes
+        start = time.perf_counter()
+        for step, (images, targets) in enumerate(self.loader.batches(first_batch), start=first_batch):
+            done = step + 1
+            is_update = done % args.grad_accum_steps == 0 or done == steps
+            self.step(images, targets, epoch, step, is_update)
+            self.live.advance(epoch, done)
+            is_read = done % args.log_interval == 0
+            signal_number = self.agree(epoch) if is_read else 0
+            if is_read:
+                seconds = (time.perf_counter() - start) / (done - first_batch)
+                left = seconds * (steps - done + (self.num_epochs - epoch - 1) * steps)
+                left += self.eval_seconds * (self.num_epochs - epoch)
+                loss, correct = self.sums[:2].tolist()  # of this process
+                self.live.show(epoch, done, loss / done, 100 - 100 * correct / (done * args.batch_size),
+                               self.learning_rate, images_per_step / seconds, left)
+            if accelerator.num_processes == 1:
+                signal_number = self.signals.number
+            if is_update and done < steps:
+                self._save_or_stop(Progress(epoch, done), signal_number)
+        self.live.close()
+        self.agree(epoch)
+        seconds = time.perf_counter() - start
+        sums = self._reduced_sums()
+        if accelerator.num_processes > 1 and args.dist_bn and not args.sync_bn:
+            distribute_bn(self.model, accelerator.num_processes, args.dist_bn == 'reduce')
+        return dict(
+            loss=sums[0].item() / steps / accelerator.num_processes,
+            top1=100 * sums[1].item() / (steps * images_per_step),
+            images_per_second=(steps - first_batch) * images_per_step / seconds,
+        )
+
+    def step(self, images: torch.Tensor, targets: torch.Tensor, epoch: int, step: int, is_update: bool) -> None:
+        """Forward and backward of one batch, and the update when its batches are complete."""
+        args = self.args
+        steps, accumulate = len(self.loader), args.grad_accum_steps
+        share = min(accumulate, steps - step // accumulate * accumulate)  # the last update may be of fewer batches
+        if self.uses_cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        with nullcontext() if is_update else self.accelerator.no_sync(self.network):
+            logits = self.network(images).float()
+            with self.accelerator.autocast():
+                loss = self.loss(images, logits, targets)
+            self.accelerator.backward(loss / share)
+        if is_update:
+            self._update(epoch, step)
+        loss = loss.detach().to(self.sum_dtype)
+        labels = targets.argmax(1) if targets.ndim == 2 else targets
+        bad = ~loss.isfinite() & (self.sums[2] == 0)
+        self.sums += torch.stack(
+            [loss, (logits.detach().argmax(1) == labels).sum().to(self.sum_dtype), bad.to(self.sum_dtype) * (step + 1)])
+
+    def _update(self, epoch: int, step: int) -> None:
+        args = self.args
+        if epoch < args.two_step_epoch:
+            for two_step in self.steps:
+                if two_step.k.grad is not None:
+                    two_step.k.grad.zero_()
+        if args.clip_grad is not None:
+            self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        updates = epoch * self.updates_per_epoch + step // args.grad_accum_steps + 1
+        if self.scheduler is not None:
+            self.scheduler.step_update(updates)
+        if self.average is not None:
+            self.average.update(self.model, step=updates)
+
+    def _clip(self) -> None:
+        args = self.args
+        if self.sharded and args.clip_mode == 'norm':
+            self.accelerator.clip_grad_norm_(self.network.parameters(), args.clip_grad)
+            return
+        self.accelerator.unscale_gradients()
+        parameters = model_parameters(self.model, exclude_head='agc' in args.clip_mode)
+        dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
+
+    # Between steps
+
+    def _save_or_stop(self, progress: Progress, signal_number: int) -> None:
+        """In the middle of an epoch, after an update: save at the interval, save and stop after a signal."""
+        interval = self.args.recovery_interval
+        if signal_number or interval and progress.batch % interval == 0:
+            folder = self.save(progress)
+            if signal_number:
+                self.live.close()
+                raise Interrupted(signal_number, folder)
+
+    def evaluate(self, loader: BatchLoader) -> Dict[str, float]:
+        """Count the errors of the weights that the run would end with now."""
+        start = time.perf_counter()
+        self.network.eval()
+        several = self.accelerator.num_processes > 1
+        with self._averaged_weights(), self.accelerator.autocast():
+            result = evaluate(
+                self.network, loader,
+                reduce=(lambda totals: self.accelerator.reduce(totals, 'sum')) if several else None)
+        self.eval_seconds = time.perf_counter() - start
+        return result
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """The averaged weights in the network, in place, so that what was compiled stays."""
+        if self.average is None:
+            yield
+            return
+        own = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average.module.state_dict())
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(own)
+
+    def end_epoch(self, epoch: int, evaluation: Optional[Dict[str, float]]) -> None:
+        """Step the schedule, and note the best epoch."""
+        metric = self.args.eval_metric
+        value = evaluation[metric] if evaluation else None
+        if self.scheduler is not None:
+            self.scheduler.step(epoch + 1, value)
+        if value is None:
+            return
+        if self.best is None or (value < self.best['value'] if metric == 'loss' else value > self.best['value']):
+            updates = (epoch + 1) * self.updates_per_epoch
+            self.best = dict(metric=metric, value=value, epoch=epoch, checkpoint=self.store.name(updates))
+
+    def stop_after_epoch(self, progress: Progress, folder: Path) -> None:
+        """Stop between two epochs after a signal; the checkpoint of the epoch is written by then."""
+        number = self.agree(progress.epoch - 1)
+        if number and progress.epoch < self.num_epochs:
+            raise Interrupted(number, folder)
+
+
+def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded states the strides of their parameters: fused kernels read memory in one order for both."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _scheduler_state(scheduler: Any) -> Optional[Dict[str, Any]]:
+    """State of a schedule for JSON; that of timm's plateau is not whole, so the inner one is taken."""
+    if scheduler is None:
+        return None
+    if isinstance(scheduler, PlateauLRScheduler):
+        return dict(plateau=scheduler.lr_scheduler.state_dict(), restore_lr=scheduler.restore_lr)
+    return scheduler.state_dict()
+
+
+def _load_scheduler(scheduler: Any, state: Dict[str, Any]) -> None:
+    if isinstance(scheduler, PlateauLRScheduler):
+        scheduler.lr_scheduler.load_state_dict(state['plateau'])
+        scheduler.restore_lr = state['restore_lr']
+    else:
+        scheduler.load_state_dict(state)

@@ -1,0 +1,128 @@
+"""Losses of a training: on labels or mixed targets, and beside a teacher."""
+import argparse
+from typing import Any, Dict, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from timm.loss import BinaryCrossEntropy
+from torch import nn
+
+from timm_lm.errors import UserError
+from timm_lm.hub import TimmModel, load_model
+
+from .options import mixes
+
+
+def create_criterion(args: argparse.Namespace) -> nn.Module:
+    """Logits (N, classes) and labels (N,) or targets (N, classes) to a loss; mixed targets are smoothed already."""
+    smoothing = 0. if mixes(args) else args.smoothing
+    if args.bce_loss:
+        return BinaryCrossEntropy(
+            smoothing=smoothing, target_threshold=args.bce_target_thresh, sum_classes=args.bce_sum,
+            pos_weight=args.bce_pos_weight)
+    return nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+
+def load_teacher(args: argparse.Namespace, student: TimmModel) -> TimmModel:
+    """The network that is distilled, by any name of ``load_model``.
+
+    Raises:
+        UserError: If there is none, or it does not fit the student.
+    """
+    teacher = load_model(args.kd_model_name)
+    for what in ('num_classes', 'in_chans'):
+        if getattr(teacher, what) != getattr(student, what):
+            raise UserError(f'The teacher {args.kd_model_name} has {what} {getattr(teacher, what)}, the network has '
+                            f'{getattr(student, what)}; choose another --kd-model-name.')
+    return teacher.requires_grad_(False)
+
+
+class PlainLoss(nn.Module):
+    """Loss on logits and targets alone, with the call of ``Distillation``."""
+
+    def __init__(self, criterion: nn.Module):
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, images: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.criterion(logits, targets)
+
+
+class Distillation(nn.Module):
+    """Loss on labels plus divergence from a teacher's logits, both softened by a temperature.
+
+    ``task_weight * loss(logits, targets) + distill_weight * T**2 * KL(teacher / T || student / T)``, as timm's
+    ``LogitDistillationTask``. Source: Hinton, Vinyals, Dean 2015, section 2.
+    """
+
+    def __init__(
+            self,
+            criterion: nn.Module,
+            teacher: Any,
+            student_norm: Dict[str, Sequence[float]],
+            teacher_norm: Dict[str, Sequence[float]],
+            temperature: float = 4.,
+            task_weight: Optional[float] = None,
+            distill_weight: Optional[float] = None,
+    ):
+        """
+        Args:
+            criterion: Loss on logits and targets.
+            teacher: Images (N, C, H, W), normalised its way, to logits (N, classes).
+            student_norm: ``mean`` and ``std`` of the images that come.
+            teacher_norm: ``mean`` and ``std`` of those that the teacher wants.
+            temperature: T.
+            task_weight: Of the loss on targets, 1 if None.
+            distill_weight: Of the divergence; if None, 1 less the task weight, or 1 if that is None too.
+        """
+        super().__init__()
+        self.criterion = criterion
+        self.teacher = teacher
+        self.temperature = temperature
+        self.task_weight = 1. if task_weight is None else task_weight
+        if distill_weight is None:
+            distill_weight = 1. if task_weight is None else 1. - task_weight
+        self.distill_weight = distill_weight
+        scale, shift = _renormalization(student_norm, teacher_norm)
+        self.same_norm = bool((scale == 1).all() and (shift == 0).all())
+        self.register_buffer('scale', scale, persistent=False)
+        self.register_buffer('shift', shift, persistent=False)
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def forward(self, images: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Loss of a batch: images (N, C, H, W), the student's logits (N, classes), labels (N,) or (N, classes)."""
+        with torch.no_grad():
+            wanted = self.teacher(images if self.same_norm else images * self.scale + self.shift).float()
+        divergence = F.kl_div(
+            F.log_softmax(logits / self.temperature, 1), F.log_softmax(wanted / self.temperature, 1),
+            reduction='batchmean', log_target=True) * self.temperature ** 2
+        return self.task_weight * self.criterion(logits, targets) + self.distill_weight * divergence
+
+
+def _renormalization(student: Dict[str, Sequence[float]],
+                     teacher: Dict[str, Sequence[float]]) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Factor and term, shape (C, 1, 1), from the student's to the teacher's normalised images."""
+    mean, std, teacher_mean, teacher_std = (
+        torch.tensor(norm[key], dtype=torch.float64).view(-1, 1, 1)
+        for norm in (student, teacher) for key in ('mean', 'std'))
+    return (std / teacher_std).float(), ((mean - teacher_mean) / teacher_std).float()
+
+
+def create_loss(args: argparse.Namespace, model: TimmModel, data_config: Dict[str, Any],
+                accelerator: Accelerator) -> nn.Module:
+    """The loss (images, logits, targets) on its device, with a teacher if there is to be one."""
+    criterion = create_criterion(args)
+    if not args.kd_model_name:
+        return PlainLoss(criterion).to(accelerator.device)
+    teacher: Any = load_teacher(args, model)
+    norm = {key: teacher.pretrained_cfg[key] for key in ('mean', 'std')}
+    teacher.to(accelerator.device, memory_format=torch.channels_last if args.channels_last else None)
+    if args.torchcompile:
+        teacher = torch.compile(
+            teacher, backend=args.torchcompile, mode=args.torchcompile_mode or 'default', dynamic=False)
+    return Distillation(
+        criterion, teacher, data_config, norm, args.kd_temperature, args.task_loss_weight, args.distill_loss_weight
+    ).to(accelerator.device)

@@ -1,0 +1,92 @@
+"""What a training is going to do, in words and a picture, before it does it."""
+import argparse
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
+from timm_lm.hub import TimmModel
+from timm_lm.loader import BatchLoader, MemoryLoader
+
+from .options import not_in_memory
+
+WIDTH, HEIGHT = 72, 8  # characters of the picture
+_BARS = ' ▁▂▃▄▅▆▇█'
+
+
+def rates(args: argparse.Namespace, updates_per_epoch: int) -> List[float]:
+    """The learning rate at the start of each epoch, or with ``sched_on_updates`` of up to 1,000 points in time."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
+    scheduler, epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
+    if scheduler is None:
+        return [args.lr] * epochs
+    found = []
+    stride = max(1, updates_per_epoch * epochs // 1000)
+    for epoch in range(epochs):
+        found.append(optimizer.param_groups[0]['lr'])
+        for update in range(1, updates_per_epoch if args.sched_on_updates else 0):
+            if update % stride == 0:
+                scheduler.step_update(epoch * updates_per_epoch + update)
+                found.append(optimizer.param_groups[0]['lr'])
+        scheduler.step_update((epoch + 1) * updates_per_epoch)
+        scheduler.step(epoch + 1, 0.)
+    return found
+
+
+def draw(values: List[float], epochs: int) -> str:
+    """A picture of values over the epochs of a run, in lines of text."""
+    columns = [values[i * len(values) // WIDTH] for i in range(WIDTH)]
+    top = max(columns) or 1.
+    heights = [round(value / top * HEIGHT * 8) for value in columns]
+    lines = []
+    for row in reversed(range(HEIGHT)):
+        bars = ''.join(_BARS[min(8, max(0, height - 8 * row))] for height in heights)
+        label = f'{top:.3g}' if row == HEIGHT - 1 else '0' if row == 0 else ''
+        lines.append(f'{label:>8} |{bars}'.rstrip())
+    lines.append(' ' * 9 + '+' + '-' * WIDTH)
+    lines.append(' ' * 10 + '1' + f'epoch {epochs}'.rjust(WIDTH - 1))
+    return '\n'.join(lines)
+
+
+def describe_run(
+        args: argparse.Namespace,
+        model: TimmModel,
+        train_loader: BatchLoader,
+        eval_loader: Optional[BatchLoader],
+        accelerator: Any,
+        folder: Path,
+) -> str:
+    """Network, data, batches and place of a run, a line each."""
+    parameters = sum(p.numel() for p in model.parameters())
+    size = 'x'.join(map(str, model.pretrained_cfg['input_size']))
+    lines: Dict[str, str] = {
+        'network': f'{args.model}: {parameters:,} parameters, {model.num_classes} classes, images {size}',
+        'data': f'{len(train_loader.data):,} images to train on ({_place(args, train_loader)})'
+                + (f', {len(eval_loader.data):,} to validate on' if eval_loader else ', none to validate on'),
+        'batches': f'{args.batch_size} images'
+                   + (f' x {accelerator.num_processes} processes' if accelerator.num_processes > 1 else '')
+                   + (f' x {args.grad_accum_steps} accumulated' if args.grad_accum_steps > 1 else '')
+                   + f', {-(-len(train_loader) // args.grad_accum_steps):,} updates an epoch',
+        'device': f'{accelerator.device}, precision {accelerator.mixed_precision}, '
+                  + (f'compiled by {args.torchcompile}' if args.torchcompile else 'eager'),
+        'run folder': str(folder),
+    }
+    return '\n'.join(f'{name:<11}{text}' for name, text in lines.items())
+
+
+def _place(args: argparse.Namespace, loader: BatchLoader) -> str:
+    if isinstance(loader, MemoryLoader):
+        return 'in memory'
+    asked = not_in_memory(args)
+    why = f" for {', '.join(asked)}" if asked and args.loader == 'auto' else ''
+    return f"timm's transforms in {args.workers} worker processes{why}"
+
+
+def describe_schedule(args: argparse.Namespace, updates_per_epoch: int, epochs: int) -> str:
+    """Optimizer and schedule in a line, and a picture of the rate."""
+    warmup = f', {args.warmup_epochs} epochs of warm-up' if args.warmup_epochs else ''
+    head = (f'{args.opt}, weight decay {args.weight_decay:g}; {args.sched}, rate {args.lr:g}{warmup}; {epochs} epochs, '
+            f'{epochs * updates_per_epoch:,} updates')
+    return f"{'schedule':<11}{head}\n{draw(rates(args, updates_per_epoch), epochs)}"

@@ -1,0 +1,81 @@
+"""The folder of a run: its place, its options, and the checkpoint that a run goes on from."""
+import argparse
+from datetime import datetime
+from pathlib import Path
+from typing import Callable, Optional
+
+import yaml
+from timm.models import safe_model_name
+
+from timm_lm.errors import UserError
+from timm_lm.files import write_text
+from timm_lm.hub import TimmModel
+
+from .checkpoint import Checkpoint, CheckpointStore
+
+# Options that may differ between a run and its resumption.
+FREE_OPTIONS = (
+    'config', 'resume', 'output', 'experiment', 'data_dir', 'log_interval', 'recovery_interval', 'checkpoint_hist',
+    'workers', 'pin_mem', 'dry_run', 'log_tensorboard', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id',
+)
+
+
+def run_folder(args: argparse.Namespace, model: TimmModel) -> Path:
+    """Where the run is to be, not made yet.
+
+    Raises:
+        UserError: If a run is to be gone on with and none is named.
+    """
+    if args.resume not in ('', 'auto'):
+        return Path(args.resume).parent.parent
+    if args.resume == 'auto' and not args.experiment:
+        raise UserError('--resume auto looks in the folder of a run; name it with --experiment.')
+    size = model.pretrained_cfg['input_size'][-1]
+    name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}-{size}'
+    return Path(args.output or 'output/train') / name
+
+
+def find_checkpoint(args: argparse.Namespace, folder: Path, store: CheckpointStore,
+                    tell: Callable[[str], None]) -> Optional[Checkpoint]:
+    """The checkpoint to go on from, None to start anew.
+
+    Raises:
+        UserError: If the folder holds another run, or one of other options.
+    """
+    if any(path.is_file() for path in (folder, *folder.parents)):
+        raise UserError(f'The run folder {folder} can not be made, a file is in its way; choose another --output.')
+    if not args.resume:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f'The run folder {folder} holds another run; give another --experiment, go on with '
+                            '--resume auto, or remove it.')
+        return None
+    if (folder / 'args.yaml').is_file():
+        _compare_options(args, folder)
+    if args.resume != 'auto':
+        return store.read(Path(args.resume))
+    return store.newest(tell)
+
+
+def _compare_options(args: argparse.Namespace, folder: Path) -> None:
+    before = yaml.safe_load((folder / 'args.yaml').read_text())
+    now = yaml.safe_load(yaml.safe_dump(vars(args)))
+    differing = [name for name in now if name not in FREE_OPTIONS and now[name] != before.get(name, now[name])]
+    if differing:
+        shown = ', '.join(f'{name} (was {before[name]}, is {now[name]})' for name in differing)
+        raise UserError(f'The run in {folder} was started with other options: {shown}; give the same, or start another '
+                        'run with another --experiment.')
+
+
+def create_run_folder(folder: Path, args: argparse.Namespace, resumed: bool) -> None:
+    """Make the folder, and write the options of a new run.
+
+    Raises:
+        UserError: If it can not be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not resumed:
+            options = {name: value for name, value in vars(args).items() if name not in ('config', 'resume', 'dry_run')}
+            write_text(folder / 'args.yaml', yaml.safe_dump(options, sort_keys=True))
+    except OSError as e:
+        raise UserError(f'The run folder {folder} can not be written ({e}); choose another place with --output.') from e
