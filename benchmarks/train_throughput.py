@@ -6,7 +6,7 @@ In one run, on the same Parquet data and machine, by turns and each in a process
 
 - `timm-lm train` by the recipe;
 - timm's script by the same recipe, thus in the same precision, memory layout and compilation;
-- timm's script by the recipe less these, that is by timm's defaults: float32, contiguous, eager.
+- timm's script by the recipe less these, that is by timm's defaults: float32, contiguous, eager, 4 worker processes.
 
 An epoch is `--steps` batches of the training split. Both engines measure the seconds of an epoch of training, from
 asking for its first batch to its last update. The first epoch, which compiles, does not count; the rate is that of the
@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--epochs', type=int, default=3, metavar='N', help='the first does not count (default: 3)')
     parser.add_argument('--rounds', type=int, default=3, metavar='N', help='runs of each engine (default: 3)')
     parser.add_argument('--workers', type=int, default=usable_cores(), metavar='N',
-                        help='worker processes of timm\'s loader (default: cores)')
+                        help='worker processes of timm\'s loader at the same options (default: cores)')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--no-memory', action='store_true', help='leave out the memory, which takes a whole epoch')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write all figures there')
@@ -295,11 +295,13 @@ def compare(args: argparse.Namespace, folder: Path) -> Dict[str, Any]:
 
     # neither engine counts validation in its rate
     short = ['--epochs', str(args.epochs), '--val-split', '', '--device', args.device]
-    of_timm = ['--dataset', f'hfds/{folder / "data"}', '--workers', str(args.workers), *short]
+    of_timm = ['--dataset', f'hfds/{folder / "data"}', *short]
     engines = [
         Engine('timm-lm train', our_command('train', *same, '--data-dir', str(folder / 'data'), *short), our_rates),
-        Engine('timm train.py, same options', [sys.executable, script, *same, *of_timm], timm_rates),
-        Engine('timm train.py, float32, contiguous, eager', [sys.executable, script, *plain, *of_timm], timm_rates),
+        Engine('timm train.py, same options', [sys.executable, script, *same, *of_timm, '--workers', str(args.workers)],
+               timm_rates),
+        Engine('timm train.py, float32, contiguous, eager, 4 workers', [sys.executable, script, *plain, *of_timm],
+               timm_rates),
     ]
     rates = measure_rates(engines, folder, args.epochs, args.rounds)
     medians = [statistics.median(of_engine) for of_engine in rates]

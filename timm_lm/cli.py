@@ -45,14 +45,15 @@ def _recipe(argv: List[str]) -> None:
 
 def _validate(argv: List[str]) -> None:
     """count the errors of a network on a data set"""
-    from .training.options import add_data_options
+    from .training.options import COUNT_BATCH_SIZE, add_data_options
 
     parser = _parser('validate', _validate)
     parser.add_argument('model', metavar='MODEL_OR_FOLDER',
                         help='a model name with or without tag, a weights folder, or hf-hub:OWNER/NAME')
     add_data_options(parser)
     parser.set_defaults(val_split='test')
-    parser.add_argument('-b', '--batch-size', type=int, default=250, metavar='N', help='(default: 250)')
+    parser.add_argument('-b', '--batch-size', type=int, default=COUNT_BATCH_SIZE, metavar='N',
+                        help='(default: %(default)s)')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast instead of float32')
     parser.add_argument('--channels-last', action='store_true', help='channels_last memory layout')
     parser.add_argument('--torchcompile', action='store_true', help='compile the network')

@@ -171,9 +171,10 @@ class BatchLoader:
                 images, labels = self.augmentation.after(images, labels, generator, seed, self.epoch)
             yield images, labels
 
-    def on_cpu(self) -> 'BatchLoader':
-        """The same split on the CPU, in the plain memory layout, whole for one process."""
+    def on_cpu(self, batch_size: int) -> 'BatchLoader':
+        """The same split on the CPU, in other batches and the plain memory layout, whole for one process."""
         other = copy.copy(self)
+        other.batch_size = batch_size
         other.device = torch.device('cpu')
         other.mean, other.std = self.mean.cpu(), self.std.cpu()
         other.memory_format = torch.contiguous_format
@@ -211,8 +212,8 @@ class MemoryLoader(BatchLoader):
         for _, index in self._slices(order.to(self.device), start):
             yield self.data.images[index], self.data.labels[index]
 
-    def on_cpu(self) -> 'BatchLoader':
-        other = super().on_cpu()
+    def on_cpu(self, batch_size: int) -> 'BatchLoader':
+        other = super().on_cpu(batch_size)
         other.data = ImageSet(self.data.images.cpu(), self.data.labels.cpu(), self.data.class_names)
         return other
 

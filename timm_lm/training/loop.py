@@ -306,7 +306,7 @@ class Training:
         start = time.perf_counter()
         self.network.eval()
         several = self.accelerator.num_processes > 1
-        with self._averaged_weights(), self.accelerator.autocast():
+        with self._averaged_weights():
             result = evaluate(
                 self.network, loader,
                 reduce=(lambda totals: self.accelerator.reduce(totals, 'sum')) if several else None)

@@ -15,6 +15,7 @@ from timm_lm.hub import CARD_NAME, TimmModel, load_folder, render_card, save_fol
 from timm_lm.loader import BatchLoader
 
 from .evaluate import evaluate
+from .options import COUNT_BATCH_SIZE
 
 DATASET_NAMES = {'uoft-cs/cifar10': 'CIFAR-10', 'uoft-cs/cifar100': 'CIFAR-100'}
 
@@ -56,7 +57,7 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
     weights = save_folder(model, folder / 'weights', card(None), model_args)
     if eval_loader is None:
         return
-    result = evaluate(load_folder(weights), eval_loader.on_cpu())
+    result = evaluate(load_folder(weights), eval_loader.on_cpu(COUNT_BATCH_SIZE))
     write_text(weights / CARD_NAME, card(result))
     write_text(folder / 'result.json', json.dumps(dict(result, seen_in_training=seen), indent=2) + '\n')
     tqdm.write(f"{weights}: error {100 - result['top1']:.2f} % ({result['errors']} of {result['images']} images, "
