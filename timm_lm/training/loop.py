@@ -82,12 +82,19 @@ class Training:
         self.sums = torch.zeros(3, dtype=self.sum_dtype, device=accelerator.device)
         self.best: Optional[Dict[str, Any]] = None
         self.eval_seconds = 0.
+        self.start = time.perf_counter()
+        self.earlier_seconds = 0.  # of the processes that this one goes on from
         self.live = LiveLine(self.num_epochs, len(loader), accelerator.is_main_process)
 
     @property
     def learning_rate(self) -> float:
         """That of the fastest parameters."""
         return max(group['lr'] for group in self.plain_optimizer.param_groups)
+
+    @property
+    def seconds(self) -> float:
+        """Time that the run took so far, with that before it was gone on with."""
+        return self.earlier_seconds + time.perf_counter() - self.start
 
     # State
 
@@ -124,6 +131,7 @@ class Training:
             tensors['average'] = self.average.module.state_dict()
         rest = dict(
             best=self.best,
+            seconds=self.seconds,
             scheduler=_scheduler_state(self.scheduler),
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         )
@@ -148,6 +156,7 @@ class Training:
         if self.accelerator.scaler is not None and checkpoint.state['scaler']:
             self.accelerator.scaler.load_state_dict(checkpoint.state['scaler'])
         self.best = checkpoint.state['best']
+        self.earlier_seconds = checkpoint.state['seconds']
         sums = checkpoint.group('epoch')['sums']  # of all processes
         self.sums.copy_(sums if self.accelerator.is_main_process else torch.zeros_like(sums))
         restore_random_states(checkpoint, self.accelerator.process_index)

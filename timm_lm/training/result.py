@@ -3,7 +3,7 @@ import argparse
 import json
 import shlex
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
@@ -32,6 +32,17 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
         model_args['global_pool'] = args.gp
     dataset, dataset_name = _dataset(args)
 
+    facts: Dict[str, Any] = dict(
+        parameters=sum(p.numel() for p in model.parameters()),
+        input_size=model.pretrained_cfg['input_size'],
+        command=command,
+        epochs=epochs,
+        seed=args.seed,
+        minutes=round(seconds / 60, 1),
+        hardware=_hardware(device) + (f', {num_processes} processes' if num_processes > 1 else ''),
+        versions=f'timm-lm {timm_lm.__version__}, timm {timm.__version__}, torch {torch.__version__}',
+    )
+
     def card(result: Optional[Dict[str, float]]) -> str:
         return render_card(
             name,
@@ -43,15 +54,8 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
             error_count=int(result['errors']) if result else None,
             num_images=int(result['images']) if result else None,
             seen_error=100 - seen['top1'] if seen else None,
-            parameters=sum(p.numel() for p in model.parameters()),
-            input_size=model.pretrained_cfg['input_size'],
             k=_k_summary(model),
-            command=command,
-            epochs=epochs,
-            seed=args.seed,
-            minutes=round(seconds / 60, 1),
-            hardware=_hardware(device) + (f', {num_processes} processes' if num_processes > 1 else ''),
-            versions=f'timm-lm {timm_lm.__version__}, timm {timm.__version__}, torch {torch.__version__}',
+            **facts,
         )
 
     weights = save_folder(model, folder / 'weights', card(None), model_args)
@@ -59,7 +63,8 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
         return
     result = evaluate(load_folder(weights), eval_loader.on_cpu(COUNT_BATCH_SIZE))
     write_text(weights / CARD_NAME, card(result))
-    write_text(folder / 'result.json', json.dumps(dict(result, seen_in_training=seen), indent=2) + '\n')
+    told = dict(result, seen_in_training=seen, model=name, **facts)
+    write_text(folder / 'result.json', json.dumps(told, indent=2) + '\n')
     tqdm.write(f"{weights}: error {100 - result['top1']:.2f} % ({result['errors']} of {result['images']} images, "
                'float32, eager, on the CPU)')
 

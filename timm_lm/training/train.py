@@ -4,12 +4,11 @@ The loop is an ordinary one on Accelerate, which owns device, precision and proc
 """
 import argparse
 import importlib
-import time
 from pathlib import Path
 from typing import Any, Dict, Optional
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from tqdm import tqdm
 
 from timm_lm.data import check_labels
@@ -44,7 +43,6 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
         UserError: If options and data do not fit together, or the loss is no longer finite.
         Interrupted: After SIGTERM or SIGINT, with the state saved.
     """
-    start = time.perf_counter()
     for module in args.device_modules or ():
         try:
             importlib.import_module(module)
@@ -77,7 +75,9 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
 
     # Optimizer, schedule, loss
     describe(model, tag=args.tag or None, class_names=train_set.class_names, **data_config)
-    model.to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    # FSDP shards contiguous weights only; the images are in the chosen layout all the same
+    channels_last = args.channels_last and accelerator.distributed_type != DistributedType.FSDP
+    model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     model = share_batch_statistics(args, model, accelerator)
@@ -135,7 +135,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
                        f"{store.folder / best['checkpoint']}; the weights saved are those of the last epoch")
         seen = evaluation or (log.rows()[-1]['eval'] if log.rows() else None)
         save_weights(args, _finished(args, model, final), folder, eval_loader, seen, training.num_epochs,
-                     time.perf_counter() - start, command, accelerator.device, accelerator.num_processes)
+                     training.seconds, command, accelerator.device, accelerator.num_processes)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
