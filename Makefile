@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-timm lint wheel
+.PHONY: demo test test-timm check-weights lint wheel
 
 demo: $(STAMP)  ## train, save, reload and evaluate on scikit-learn's digits
 	$(BIN)/timm-lm demo
@@ -14,6 +14,9 @@ test: $(STAMP)  ## all tests
 
 test-timm: $(STAMP)  ## timm's own tests of its models, on ours
 	$(BIN)/python tests/timm_suite.py
+
+check-weights: $(STAMP)  ## count the errors of all shipped weights; DATA holds the folders cifar10 and cifar100
+	$(BIN)/python -m timm_lm.check_weights $(DATA)
 
 lint: $(STAMP)  ## lint and types
 	$(BIN)/ruff check .

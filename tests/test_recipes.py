@@ -122,7 +122,7 @@ def test_plain_first_has_no_twin_of_its_own():
 @pytest.mark.parametrize('name', list_recipes())
 def test_tag_of_the_weights(name):
     """A recipe is named like the tag of its weights; ResNeXts differ from paper_c100 by their weight decay alone."""
-    assert values(name)['tag'] == {'resnext_c100': 'paper_c100'}.get(name, name)
+    assert values(name)['tag'] == name
 
 
 # The paper's figures

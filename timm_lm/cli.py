@@ -1,8 +1,10 @@
 """The ``timm-lm`` command: each subcommand reads its options, calls the package, and prints."""
 import argparse
 import importlib
+import os
 import re
 import sys
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -10,6 +12,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 from .errors import UserError
 
 EXIT_USER_ERROR = 2
+PATIENCE = 10  # seconds that other processes of a machine leave the first one to tell of an end
 
 
 def _train(argv: List[str]) -> None:
@@ -20,7 +23,7 @@ def _train(argv: List[str]) -> None:
     try:
         train(parse_options(argv), command_line(['train', *argv]))
     except Interrupted as e:
-        print(f'timm-lm: {e}', file=sys.stderr)
+        _tell(f'timm-lm: {e}')
         sys.exit(e.exit_code)
 
 
@@ -175,6 +178,23 @@ def _verify(argv: List[str]) -> None:
         print(f"{folder}: whole; logits within {differences['output']:.1e} of those recorded")
 
 
+def _report(argv: List[str]) -> None:
+    """write the page of results, and add runs to them"""
+    parser = _parser('report', _report)
+    parser.add_argument('--add', nargs='+', default=[], metavar='RUN', help='folders of runs to add first')
+    parser.add_argument('--results', type=Path, default=Path('results'), metavar='DIR', help='(default: results)')
+    parser.add_argument('--page', type=Path, default=Path('docs/results.md'), metavar='FILE',
+                        help='(default: docs/results.md)')
+    args = parser.parse_args(argv)
+
+    from .results import add_runs, write_report
+
+    for path in add_runs(args.add, args.results):
+        print(path)
+    write_report(args.results, args.page)
+    print(args.page)
+
+
 def _demo(argv: List[str]) -> None:
     """train, save, reload and evaluate on scikit-learn's digits, in two minutes"""
     parser = _parser('demo', _demo)
@@ -188,7 +208,7 @@ def _demo(argv: List[str]) -> None:
 
 COMMANDS: Dict[str, Callable[[List[str]], None]] = {
     'train': _train, 'validate': _validate, 'list': _list, 'info': _info, 'verify': _verify, 'recipe': _recipe,
-    'demo': _demo,
+    'report': _report, 'demo': _demo,
 }
 
 
@@ -269,6 +289,17 @@ def _parser(name: str, command: Callable[[List[str]], None]) -> argparse.Argumen
                            allow_abbrev=False)
 
 
+def _tell(line: str) -> None:
+    """Print a line of error, once for all processes of a machine.
+
+    When one process ends, the launcher ends the others. So those that are not the first wait for that, and speak only
+    if the first one had nothing to tell.
+    """
+    if int(os.environ.get('LOCAL_RANK') or 0) > 0:
+        time.sleep(PATIENCE)
+    print(line, file=sys.stderr)
+
+
 def _usage() -> str:
     lines = [f'  {name:<10}{command.__doc__}' for name, command in COMMANDS.items()]
     return '\n'.join(['usage: timm-lm COMMAND ...', '', 'commands:', *lines, '', '`timm-lm COMMAND --help` tells more'])
@@ -293,7 +324,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise UserError(f"There is no command '{argv[0]}'; the commands are {', '.join(COMMANDS)}.")
         command(argv[1:])
     except UserError as e:
-        print(f'timm-lm: error: {e}', file=sys.stderr)
+        _tell(f'timm-lm: error: {e}')
         return EXIT_USER_ERROR
     except BrokenPipeError:  # the reader of the output went away, as `head` does
         sys.stderr.close()

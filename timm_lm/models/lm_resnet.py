@@ -651,6 +651,7 @@ _C10_TAGS = dict(best_c10=_c10, paper_c10=_c10, best_c100=_c100, paper_c100=_c10
 _C10_SD_TAGS = dict(best_c10=_c10, paper_c10=_c10, sd_c10=_c10, best_c100=_c100, paper_c100=_c100)
 _C10_DEMO_TAGS = dict(best_c10=_c10, paper_c10=_c10, demo_c10=_c10, best_c100=_c100, paper_c100=_c100)
 _C100_TAGS = dict(best_c100=_c100, paper_c100=_c100)
+_RESNEXT_TAGS = dict(best_c100=_c100, resnext_c100=_c100)
 _UNTRAINED_TAGS = dict(untrained=_cfg)
 
 
@@ -668,16 +669,16 @@ _TAGS: Mapping[str, Mapping[str, Callable[..., Dict[str, Any]]]] = {
     'lm_resnet56': _C10_SD_TAGS,
     'lm_resnet110': _C10_SD_TAGS,
     'lm_resnet164': _C100_TAGS,
-    'lm_resnext29_8x64d': _C100_TAGS,
-    'lm_resnext29_16x64d': _C100_TAGS,
+    'lm_resnext29_8x64d': _RESNEXT_TAGS,
+    'lm_resnext29_16x64d': _RESNEXT_TAGS,
     'preact_resnet20': _C10_TAGS,
     'preact_resnet32': _C10_TAGS,
     'preact_resnet44': _C10_TAGS,
     'preact_resnet56': _C10_SD_TAGS,
     'preact_resnet110': _C10_SD_TAGS,
     'preact_resnet164': _C100_TAGS,
-    'preact_resnext29_8x64d': _C100_TAGS,
-    'preact_resnext29_16x64d': _C100_TAGS,
+    'preact_resnext29_8x64d': _RESNEXT_TAGS,
+    'preact_resnext29_16x64d': _RESNEXT_TAGS,
     'lm_resnet18': _resnetv2_tag('resnetv2_ra4_e3600_r224_in1k', 'timm/resnetv2_18.ra4_e3600_r224_in1k', crop_pct=0.9),
     'lm_resnet34': _resnetv2_tag('resnetv2_ra4_e3600_r224_in1k', 'timm/resnetv2_34.ra4_e3600_r224_in1k', crop_pct=0.9),
     'lm_resnet50': _resnetv2_tag('resnetv2_a1h_in1k', 'timm/resnetv2_50.a1h_in1k', crop_pct=0.95),

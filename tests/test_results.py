@@ -1,0 +1,98 @@
+"""The record of runs, and the page that is made of it."""
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+
+from timm_lm.results import COLUMNS, add_runs, read_rows, write_report
+
+RESULTS = Path(__file__).resolve().parents[1] / 'results'
+
+
+def row(model, error, seed=1, epochs=160, recipe='paper_c10', **values):
+    """A row as a run leaves it, with made-up figures."""
+    base = dict(model=f'{model}.{recipe}', top1_err=error, param_count='0.272', dataset='cifar10', recipe=recipe,
+                seed=seed, epochs=epochs, run=f'{model}-{seed}-{epochs}', status='done', k_min='-0.100', k_max='0.200',
+                k='-0.100 0.200')
+    return {name: str((base | values).get(name, '')) for name in COLUMNS}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A folder of results with the tables of this project and runs of our own making."""
+    folder = tmp_path / 'results'
+    folder.mkdir()
+    for name in ('tables.yaml', 'published.csv', 'remarks.md'):
+        shutil.copy(RESULTS / name, folder)
+    rows = [
+        row('lm_resnet20', '8.40', 1), row('lm_resnet20', '8.20', 2), row('lm_resnet20', '8.30', 3),
+        row('preact_resnet20', '8.10', k='', k_min='', k_max=''),
+        row('lm_resnet32', '9.99', epochs=60),
+        row('lm_resnet44', '', epochs=12, status='stopped after epoch 12 of 160'),
+    ]
+    with open(folder / 'cifar10.csv', 'w', newline='') as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def test_page_sets_runs_beside_published_figures(results, tmp_path):
+    page = tmp_path / 'docs' / 'results.md'
+    write_report(results, page)
+    text = page.read_text()
+    lm, plain, other = (next(line for line in text.splitlines() if line.startswith(f'| `{name}`'))
+                        for name in ('lm_resnet20', 'preact_resnet20', 'lm_resnet32'))
+    assert '| 8.33 | 8.30 ± 0.10 (3 seeds) | -0.10 to 0.20 |' in lm
+    assert '| 8.75 (resnet20) | 8.10 (one seed) |  |' in plain
+    assert '`lm_resnet20` does not beat its plain twin: 8.30 against 8.10 %.' in text
+    # a run of fewer epochs fills no row, the row keeps the command that does; the run is listed
+    assert '| 7.18 |  |  | `timm-lm train -c lm_resnet32.paper_c10 --data-dir DIR` |' in other
+    assert '| lm_resnet32-1-60 |' in text and 'stopped after epoch 12 of 160' in text
+    for name in ('error_cifar10.png', 'k_by_depth.png'):
+        assert f'({name})' in text and (page.parent / name).stat().st_size > 5000
+    assert 'error_cifar100.png' not in text
+
+
+def test_a_run_is_added_once_with_what_it_left(run_folder, tmp_path):
+    (path,) = add_runs([run_folder], tmp_path)
+    add_runs([run_folder], tmp_path)
+    (found,) = read_rows(path)
+    assert list(found) == list(COLUMNS)
+    assert path.name == 'few.csv' and found['dataset'] == 'few'
+    assert (found['model'], found['epochs'], found['images']) == ('lm_resnet20.demo_digits', '2', '64')
+    assert found['status'] == 'done' and found['command'] == 'timm-lm train -c demo_digits'
+    assert float(found['top1_err']) == pytest.approx(100 * int(found['errors']) / 64, abs=0.01)
+    assert len(found['k'].split()) == 3 and found['img_size'] == '16'
+    assert float(found['top1']) + float(found['top1_err']) == pytest.approx(100, abs=0.01)
+
+
+def test_a_run_that_did_not_end_is_a_row_too(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / 'cut')
+    (run / 'result.json').unlink()
+    lines = (run / 'metrics.jsonl').read_text().splitlines(keepends=True)
+    (run / 'metrics.jsonl').write_text(lines[0])
+    (path,) = add_runs([run], tmp_path / 'results')
+    (found,) = read_rows(path)
+    assert found['status'] == 'stopped after epoch 1 of 2' and found['top1_err'] == ''
+    assert found['seen_top1_err']
+
+
+def test_report_command_and_its_errors(results, run_folder, tmp_path, command, fails):
+    page = tmp_path / 'page.md'
+    code, out, err = command('report', '--results', results, '--page', page, '--add', run_folder)
+    assert code == 0, err
+    assert out.split() == [str(results / 'few.csv'), str(page)]
+    before = (results / 'few.csv').read_text()
+    line = fails('report', '--results', results, '--page', page, '--add', run_folder, tmp_path / 'nowhere')
+    assert 'nowhere is not the folder of a run' in line
+    assert (results / 'few.csv').read_text() == before
+    assert 'name its results with --results' in fails('report', '--results', tmp_path / 'nowhere', '--page', page)
+
+
+def test_shipped_page_is_the_one_of_the_files(tmp_path):
+    """docs/results.md is never written by hand."""
+    page = tmp_path / 'results.md'
+    write_report(RESULTS, page)
+    assert (RESULTS.parent / 'docs' / 'results.md').read_text() == page.read_text()
