@@ -1,4 +1,4 @@
-"""Data in memory: finding and decoding splits, the cache, and what the loader's batches hold."""
+"""Data in memory: finding and decoding splits, and the cache."""
 import io
 import os
 import shutil
@@ -12,11 +12,8 @@ import torch
 from PIL import Image
 
 from timm_lm import data as data_module
-from timm_lm.data import ImageSet, find_parquet, load_images
+from timm_lm.data import find_parquet, load_images
 from timm_lm.errors import UserError
-from timm_lm.loader import IGNORE_LABEL, Augmentation, MemoryLoader
-
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 def png(array):
@@ -139,9 +136,8 @@ def test_changed_data_and_cut_caches_are_decoded_anew(tmp_path, images, own_cach
 
 
 def test_no_place_for_a_cache_is_no_error(tmp_path, images, monkeypatch):
-    from huggingface_hub import constants
     (tmp_path / 'file').write_text('')
-    monkeypatch.setattr(constants, 'HF_ASSETS_CACHE', str(tmp_path / 'file' / 'assets'))
+    monkeypatch.setattr('huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE', str(tmp_path / 'file' / 'assets'))
     write_parquet(tmp_path / 'data' / 'test.parquet', images)
     assert len(load_images('test', tmp_path / 'data')) == 6
 
@@ -154,59 +150,6 @@ def test_other_data_of_the_same_name_size_and_age_is_not_mistaken(tmp_path):
         os.utime(path, (1, 1))
         loaded.append(load_images('test', path.parent).images.unique().tolist())
     assert loaded == [[1], [2]]
-
-
-# Batches
-
-
-def loader(n=20, **kwargs):
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    return MemoryLoader(ImageSet(images, torch.arange(n)), 6, MEAN, STD, **kwargs)
-
-
-def test_evaluation_counts_every_image_once_in_batches_of_one_shape():
-    batches = list(loader())
-    assert [images.shape for images, _ in batches] == [(6, 3, 8, 8)] * 4
-    labels = torch.cat([labels for _, labels in batches])
-    assert labels[:20].tolist() == list(range(20))
-    assert (labels[20:] == IGNORE_LABEL).all()
-
-
-def test_training_batches_depend_on_seed_epoch_and_batch_alone():
-    def labels_and_sum(start=0, epoch=0, **kwargs):
-        one = loader(is_training=True, augmentation=Augmentation(padding=2, hflip=0.5), **kwargs)
-        one.set_epoch(epoch)
-        return [(labels.tolist(), images.sum().item()) for images, labels in one.batches(start)]
-
-    whole = labels_and_sum()
-    assert len(whole) == 3 and len({label for labels, _ in whole for label in labels}) == 18
-    torch.rand(3)  # the global stream plays no part
-    assert labels_and_sum() == whole
-    assert labels_and_sum(start=1) == whole[1:]
-    assert labels_and_sum(epoch=1) != whole
-    assert labels_and_sum(seed=1) != whole
-
-
-@pytest.mark.parametrize('is_training', [True, False])
-def test_processes_share_the_data_without_overlap(is_training):
-    shards = []
-    for rank in range(3):
-        one = loader(n=20, is_training=is_training, rank=rank, world_size=3)
-        assert len(one) == (1 if is_training else 2)
-        shards.append([label for _, labels in one for label in labels.tolist() if label != IGNORE_LABEL])
-    seen = [label for shard in shards for label in shard]
-    assert len(set(seen)) == len(seen) == (18 if is_training else 20)
-
-
-def test_too_little_data_for_a_batch_is_named():
-    with pytest.raises(UserError, match='5 images, less than one batch of 6'):
-        loader(n=5, is_training=True)
-
-
-def test_memory_format():
-    images, _ = next(iter(loader(channels_last=True)))
-    assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_copied_folder_is_read_alike(digits, tmp_path):

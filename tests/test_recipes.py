@@ -218,7 +218,7 @@ def test_noise_after_each_block(name):
 
 @pytest.mark.parametrize('name, other, differing', [
     ('plain_first_c10', 'paper_c10', {'tag', 'two_step_epoch'}),
-    ('resnext_c100', 'paper_c100', {'model', 'weight_decay'}),
+    ('resnext_c100', 'paper_c100', {'model', 'weight_decay', 'tag'}),
     ('noise_c10', 'sd_c10', {'tag', 'drop_path', 'model_kwargs'}),
     ('best_c100', 'best_c10', {'tag', 'dataset', 'target_key', 'num_classes', 'mean', 'std'}),
 ])

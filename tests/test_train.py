@@ -253,20 +253,6 @@ def test_run_can_be_repeated_from_its_options(run_folder, few_digits, tmp_path, 
     assert all(torch.equal(again[name], first[name]) for name in first)
 
 
-def test_two_processes_train_one_network(few_digits, tmp_path):
-    """Two real processes on the CPU: they share each epoch, write one run, and count every test image once."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m',
-               'timm_lm.cli', 'train', '-c', 'demo_digits', '--data-dir', str(few_digits), '--model-kwargs',
-               'layers=(1,1,1)', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '32', '--no-amp', '--output',
-               str(tmp_path), '--experiment', 'run']
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count('32 images x 2 processes') == 1
-    metrics = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text())
-    assert metrics['eval']['images'] == 64
-    verify_folder(tmp_path / 'run' / 'weights')
-
-
 def test_fine_tuning_of_a_folder_keeps_the_shape_of_its_network(weights, few_digits, tmp_path, command):
     """The folder's network has fewer blocks than its name says; the new folder must say so too."""
     code, _, err = command('train', '-c', 'demo_digits', '--data-dir', few_digits, '--pretrained', '--model',

@@ -17,13 +17,17 @@ PATIENCE = 10  # seconds that other processes of a machine leave the first one t
 
 def _train(argv: List[str]) -> None:
     """train a network by a recipe"""
+    from accelerate import PartialState
+
     from .training.options import parse_options
     from .training.train import Interrupted, command_line, train
 
     try:
         train(parse_options(argv), command_line(['train', *argv]))
-    except Interrupted as e:
-        _tell(f'timm-lm: {e}')
+    except Interrupted as e:  # of all processes at once
+        if PartialState().is_local_main_process:
+            print(f'timm-lm: {e}', file=sys.stderr)
+        PartialState().wait_for_everyone()  # when one process ends, the launcher ends the others
         sys.exit(e.exit_code)
 
 
@@ -166,16 +170,103 @@ def _info(argv: List[str]) -> None:
 
 
 def _verify(argv: List[str]) -> None:
-    """check a weights folder: config, weights, digest, check batch"""
+    """check a weights folder or a repo: config, weights, digest, check batch"""
     parser = _parser('verify', _verify)
-    parser.add_argument('folder', metavar='FOLDER', nargs='+')
+    parser.add_argument('sources', metavar='FOLDER_OR_REPO', nargs='+',
+                        help='a weights folder, or hf-hub:OWNER/NAME, whose files are downloaded to be checked')
     args = parser.parse_args(argv)
 
     from .hub import verify_folder
+    from .publish import verify_repo
 
-    for folder in args.folder:
-        differences = verify_folder(folder)
-        print(f"{folder}: whole; logits within {differences['output']:.1e} of those recorded")
+    for source in args.sources:
+        differences = (verify_repo if source.startswith('hf-hub:') else verify_folder)(source)
+        print(f"{source}: whole; logits within {differences['output']:.1e} of those recorded")
+
+
+def _push(argv: List[str]) -> None:
+    """check weights folders and publish them"""
+    parser = _parser('push', _push)
+    parser.add_argument('folder', metavar='FOLDER', type=Path, nargs='?',
+                        help='a weights folder; with --all one that holds weights folders (default: those that ship)')
+    parser.add_argument('--repo-id', metavar='OWNER/NAME', help='the repo, created if it does not exist')
+    parser.add_argument('--all', action='store_true', help='publish all weights folders, each in a repo of its name')
+    parser.add_argument('--owner', metavar='OWNER', help='with --all: user or organization of the repos')
+    parser.add_argument('--private', action='store_true', help='repos that are created are private')
+    parser.add_argument('--revision', metavar='BRANCH', help='branch to commit to (default: main)')
+    parser.add_argument('--create-pr', action='store_true', help='open a pull request instead')
+    parser.add_argument('--dry-run', action='store_true', help='check, show what would be uploaded, and end')
+    args = parser.parse_args(argv)
+    if args.all and (args.repo_id or not args.owner):
+        raise UserError('--all takes --owner OWNER, and no --repo-id: the repos have the names of the folders.')
+    if not args.all and (args.owner or not args.repo_id or not args.folder):
+        raise UserError('Give FOLDER --repo-id OWNER/NAME, or --all --owner OWNER.')
+
+    from .publish import prepare, prepare_tree, push
+
+    uploads = prepare_tree(args.folder, args.owner) if args.all else [prepare(args.folder, args.repo_id)]
+    if args.dry_run:
+        for upload in uploads:
+            print('\n'.join(upload.describe()))
+        print('Nothing was uploaded (--dry-run).')
+        return
+    for upload in uploads:
+        for remark in upload.remarks:
+            print(f'{upload.folder}: {remark}')
+    for line in push(uploads, private=args.private, revision=args.revision, create_pr=args.create_pr):
+        print(line)
+
+
+def _predict(argv: List[str]) -> int:
+    """name the classes of images"""
+    parser = _parser('predict', _predict)
+    parser.add_argument('images', metavar='IMAGE', nargs='+', help='a file, a folder, or - for a list from stdin')
+    parser.add_argument('--model', metavar='NAME_OR_FOLDER', default='lm_resnet20', help='as in validate')
+    parser.add_argument('--topk', type=int, default=3, metavar='N', help='classes of an image (default: 3)')
+    parser.add_argument('--json', action='store_true', help='a line of JSON for each image')
+    parser.add_argument('--device', metavar='NAME', default='cpu', help='(default: cpu)')
+    args = parser.parse_args(argv)
+    if args.topk < 1:
+        raise UserError(f'--topk must be at least 1, not {args.topk}.')
+
+    import json
+
+    from .hub import load_model
+    from .predict import find_images, predict
+
+    paths = find_images(args.images, sys.stdin)
+    model = load_model(args.model).to(_device(args.device))
+    width = max(map(len, map(str, paths)), default=0)
+    failed = False
+    for found in predict(model, paths, args.topk):
+        if found.error is not None:
+            failed = True
+            print(f'timm-lm: {found.path} is not a readable image ({found.error})', file=sys.stderr)
+        if args.json:
+            print(json.dumps(found.as_dict()))
+        elif found.error is None:
+            classes = '  '.join(f'{name} {100 * probability:.1f} %' for name, probability in found.classes)
+            print(f'{found.path:<{width}}  {classes}')
+    return 1 if failed else 0
+
+
+def _export(argv: List[str]) -> None:
+    """write a network as ONNX, torch.export or TorchScript"""
+    parser = _parser('export', _export)
+    parser.add_argument('model', metavar='MODEL_OR_FOLDER', help='as in validate')
+    parser.add_argument('--format', choices=('onnx', 'torch-export', 'torchscript'), default='onnx',
+                        help='(default: onnx)')
+    parser.add_argument('--output', type=Path, metavar='FILE', help='(default: the model\'s name, in this folder)')
+    args = parser.parse_args(argv)
+
+    from .export import FORMATS, export_model
+    from .hub import load_model
+
+    model = load_model(args.model, **(dict(scriptable=True) if args.format == 'torchscript' else {}))
+    ending = FORMATS[args.format][1]
+    path = args.output or Path(Path(args.model.rpartition(':')[2]).name + ending)
+    difference = export_model(model, args.format, path)
+    print(f'{path}: {path.stat().st_size / 1e6:.1f} MB, logits within {difference:.1e}, batches of any size')
 
 
 def _report(argv: List[str]) -> None:
@@ -206,9 +297,9 @@ def _demo(argv: List[str]) -> None:
     demo(Path(args.output))
 
 
-COMMANDS: Dict[str, Callable[[List[str]], None]] = {
-    'train': _train, 'validate': _validate, 'list': _list, 'info': _info, 'verify': _verify, 'recipe': _recipe,
-    'report': _report, 'demo': _demo,
+COMMANDS: Dict[str, Callable[[List[str]], Optional[int]]] = {
+    'train': _train, 'validate': _validate, 'list': _list, 'info': _info, 'verify': _verify, 'push': _push,
+    'recipe': _recipe, 'predict': _predict, 'export': _export, 'report': _report, 'demo': _demo,
 }
 
 
@@ -282,7 +373,7 @@ def _print_table(header: List[str], rows: List[List[str]]) -> None:
         print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def _parser(name: str, command: Callable[[List[str]], None]) -> argparse.ArgumentParser:
+def _parser(name: str, command: Callable[[List[str]], Optional[int]]) -> argparse.ArgumentParser:
     from .training.options import Parser
 
     return Parser(prog=f'timm-lm {name}', description=(command.__doc__ or '').capitalize() + '.',
@@ -309,7 +400,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command.
 
     Returns:
-        0, or 2 after one line on standard error that says what was wrong with the input and what to do.
+        0; 1 if some of the input could not be used; 2 after one line on standard error that says what was wrong with
+        the input and what to do.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ['--version']:
@@ -322,14 +414,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         if command is None:
             raise UserError(f"There is no command '{argv[0]}'; the commands are {', '.join(COMMANDS)}.")
-        command(argv[1:])
+        return command(argv[1:]) or 0
     except UserError as e:
         _tell(f'timm-lm: error: {e}')
         return EXIT_USER_ERROR
     except BrokenPipeError:  # the reader of the output went away, as `head` does
         sys.stderr.close()
         return 0
-    return 0
 
 
 if __name__ == '__main__':

@@ -204,7 +204,8 @@ class EncodedImages(Dataset):
         """
         try:
             image = self.read(index).convert(self.mode)
-        except (UnidentifiedImageError, OSError, RuntimeError, TypeError, ValueError) as e:
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, TypeError,
+                ValueError) as e:
             raise UserError(f'{self.place(index)} is not a readable image ({e}); repair or remove it.') from e
         return self.transform(image) if self.transform else image, int(self.labels[index])
 
@@ -229,25 +230,33 @@ def _open_parquet(paths: List[Path], mode: str, input_key: Optional[str], target
             raise UserError(f"The column '{label_column}' of {path} is not one of class numbers; name another with "
                             '--target-key.')
         labels.append(column.to_numpy())
-    ends = np.cumsum([len(column) for column in columns])
-    if not ends[-1]:
+    images = _ParquetImages(paths, columns)
+    if not images.ends[-1]:
         raise UserError(f'{paths[0].parent} has no rows in the split; give a folder that has.')
+    return EncodedImages(
+        images.read, torch.from_numpy(np.concatenate(labels).astype(np.int64)), class_names, mode, images.place)
 
-    def locate(index: int) -> Tuple[int, int]:
-        file = int(np.searchsorted(ends, index, side='right'))
-        return file, index - int(ends[file] - len(columns[file]))
 
-    def read(index: int) -> Image.Image:
-        file, row = locate(index)
-        cell = columns[file][row].as_py()
+class _ParquetImages:
+    """The images of some Parquet files, counted through; an object, as worker processes may be sent it."""
+
+    def __init__(self, paths: List[Path], columns: List[Any]):
+        self.paths = paths
+        self.columns = columns
+        self.ends = np.cumsum([len(column) for column in columns])
+
+    def _locate(self, index: int) -> Tuple[int, int]:
+        file = int(np.searchsorted(self.ends, index, side='right'))
+        return file, index - int(self.ends[file] - len(self.columns[file]))
+
+    def read(self, index: int) -> Image.Image:
+        file, row = self._locate(index)
+        cell = self.columns[file][row].as_py()
         return Image.open(io.BytesIO((cell.get('bytes') if isinstance(cell, dict) else cell) or b''))
 
-    def place(index: int) -> str:
-        file, row = locate(index)
-        return f'Row {row} of {paths[file]}'
-
-    return EncodedImages(
-        read, torch.from_numpy(np.concatenate(labels).astype(np.int64)), class_names, mode, place)
+    def place(self, index: int) -> str:
+        file, row = self._locate(index)
+        return f'Row {row} of {self.paths[file]}'
 
 
 def _open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: str, download: bool,
@@ -262,27 +271,40 @@ def _open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map:
             ValueError) as e:
         raise UserError(f"timm could not open the split '{split}' of the data set '{dataset or root}' ({e}).") from e
     names = getattr(getattr(images, 'reader', None), 'class_to_idx', None) or {}
-    source = getattr(images, 'reader', images)  # timm's own getter replaces an image that is broken by the next
+    source = _TimmImages(images)
+    return EncodedImages(
+        source.read, _dataset_labels(images),
+        tuple(str(name) for name in sorted(names, key=names.__getitem__)) or None, mode, source.place)
 
-    def read(index: int) -> Image.Image:
-        image, _ = source[index]
+
+class _TimmImages:
+    """The images of a data set of timm's factory; timm's own getter replaces one that is broken by the next."""
+
+    def __init__(self, images: Any):
+        self.images = images
+        self.source = getattr(images, 'reader', images)
+
+    def read(self, index: int) -> Image.Image:
+        image, _ = self.source[index]
         return image if isinstance(image, Image.Image) else Image.open(image)
 
-    return EncodedImages(
-        read, _dataset_labels(images),
-        tuple(str(name) for name in sorted(names, key=names.__getitem__)) or None, mode,
-        lambda index: f'Image {index} of the data')
+    def place(self, index: int) -> str:
+        try:
+            name = self.images.filename(index, absolute=True)
+        except (AttributeError, KeyError, NotImplementedError, TypeError):
+            name = None
+        return f'Image {index} of the data' + (f' ({name})' if name else '')
 
 
 def _dataset_labels(images: Any) -> torch.Tensor:
     """Class numbers without decoding images, where the data set has them apart."""
     reader = getattr(images, 'reader', images)
+    targets = getattr(reader, 'targets', None)
+    if targets is not None and len(targets) == len(images):
+        return torch.as_tensor(targets).long()
     samples = getattr(reader, 'samples', None)
     if samples is not None and len(samples) == len(images):
         return torch.tensor([int(label) for _, label in samples])
-    targets = getattr(images, 'targets', None)
-    if targets is not None and len(targets) == len(images):
-        return torch.as_tensor(targets).long()
     table: Any = getattr(reader, 'dataset', None)  # of the package datasets
     if hasattr(table, 'column_names'):
         return torch.as_tensor(table[reader.label_key]).long()
@@ -436,7 +458,7 @@ def _check_memory(split: str, count: int, input_size: Sequence[int]) -> None:
     size = count * int(np.prod(input_size))
     if size > MEMORY_LIMIT:
         raise TooLarge(f"The split '{split}' takes {size / 2**30:.1f} GiB decoded, more than the "
-                       f'{MEMORY_LIMIT / 2**30:.0f} GiB held in memory; use a smaller --input-size.')
+                       f'{MEMORY_LIMIT / 2**30:.0f} GiB held in memory; use --loader timm or a smaller --input-size.')
 
 
 def _parquet_folder(data_dir: Optional[Union[str, Path]], dataset: str, split: str) -> Optional[Path]:

@@ -124,7 +124,8 @@ class BatchLoader:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.sampler = None
         if is_training and repeats and world_size > 1:
-            self.sampler = RepeatAugSampler(data, world_size, rank, num_repeats=repeats)
+            rounding = 256 if len(data) >= 256 else 0  # older versions of timm round less down to none
+            self.sampler = RepeatAugSampler(data, world_size, rank, num_repeats=repeats, selected_round=rounding)
         self.epoch = 0
         if is_training and len(self) == 0:
             raise UserError(f'The training split has {len(data)} images, less than one batch of '
@@ -246,7 +247,8 @@ class WorkerLoader(BatchLoader):
             for images, labels in self.loader:
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         except UserError as e:  # of a worker process, which puts its traceback before the message
-            raise UserError(str(e).strip().splitlines()[-1].partition('UserError: ')[2] or str(e)) from e
+            message = str(e).strip().splitlines()[-1].partition('UserError: ')[2] or str(e)
+            raise UserError(message) from e.with_traceback(None)  # its frames hold the processes, which then end late
 
 
 class _Plan(Sampler[List[Tuple[int, int]]]):

@@ -18,6 +18,7 @@ from timm_lm.files import atomic_folder, sha256
 
 TENSORS, STATE = 'state.safetensors', 'state.json'
 PREFIX = 'step-'
+_GROUP = 'param_groups/'  # of the names of tensors that belong to a group of parameters
 
 
 @dataclass
@@ -61,15 +62,27 @@ def _split_optimizer(state: Dict[str, Any]) -> Tuple[Dict[str, torch.Tensor], Di
                 tensors[f'{index}.{key}'] = value
             else:
                 rest[f'{index}.{key}'] = value
-    return tensors, dict(values=rest, param_groups=state['param_groups'])
+    groups = []
+    for number, group in enumerate(state['param_groups']):  # some optimizers count their steps there
+        found = {key: value for key, value in group.items() if isinstance(value, torch.Tensor)}
+        tensors.update({f'{_GROUP}{number}/{key}': value for key, value in found.items()})
+        groups.append({key: str(value) if isinstance(value, torch.dtype) else value
+                       for key, value in group.items() if key not in found})
+    return tensors, dict(values=rest, param_groups=groups)
 
 
 def _join_optimizer(tensors: Dict[str, torch.Tensor], rest: Dict[str, Any]) -> Dict[str, Any]:
     state: Dict[Any, Dict[str, Any]] = {}
+    groups = [{key: getattr(torch, value[6:]) if str(value).startswith('torch.') else value
+               for key, value in group.items()} for group in rest['param_groups']]
     for name, value in {**tensors, **rest['values']}.items():
+        if name.startswith(_GROUP):
+            number, _, key = name.removeprefix(_GROUP).partition('/')
+            groups[int(number)][key] = value
+            continue
         index, _, key = name.rpartition('.')
         state.setdefault(int(index) if index.isdigit() else index, {})[key] = value
-    return dict(state=state, param_groups=rest['param_groups'])
+    return dict(state=state, param_groups=groups)
 
 
 def random_states() -> Dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 """The steps of a training, and the state that they move."""
 import argparse
-import sys
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,7 +10,12 @@ from accelerate.utils import DistributedType, gather_object
 from timm.models import model_parameters
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
 from timm.utils import dispatch_clip_grad, distribute_bn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from timm_lm.errors import UserError
 from timm_lm.hub import TimmModel
@@ -26,6 +30,7 @@ from .report import LiveLine
 from .signals import Interrupted, StopSignals
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_SOME = StateDictOptions(full_state_dict=True, strict=False)
 
 
 class Training:
@@ -61,10 +66,13 @@ class Training:
         self.signals = signals
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self.model = model.to(accelerator.device)
-        self.steps = [m for m in model.modules() if isinstance(m, TwoStep)]
+        self.steps = {name: m for name, m in model.named_modules() if isinstance(m, TwoStep)}
+        self.k_sizes = {name: step.k.numel() for name, step in self.steps.items()}  # sharded ones tell a part
         self.loss = create_loss(args, model, data_config, accelerator)
         self.average = create_average(args, model, accelerator)
         self.updates_per_epoch = -(-len(loader) // args.grad_accum_steps)
+        if self.sharded and args.clip_grad is not None and args.clip_mode == 'agc':
+            raise UserError('--clip-mode agc can not clip sharded weights; use norm or value, or train without FSDP.')
         try:
             self.plain_optimizer = create_optimizer(args, model, self.sharded)
             self.scheduler, self.num_epochs = create_scheduler_v2(
@@ -157,8 +165,8 @@ class Training:
             self.accelerator.scaler.load_state_dict(checkpoint.state['scaler'])
         self.best = checkpoint.state['best']
         self.earlier_seconds = checkpoint.state['seconds']
-        sums = checkpoint.group('epoch')['sums']  # of all processes
-        self.sums.copy_(sums if self.accelerator.is_main_process else torch.zeros_like(sums))
+        sums = checkpoint.group('epoch')['sums']  # of all processes; each takes its share, which the live line shows
+        self.sums.copy_(sums / self.accelerator.num_processes)
         restore_random_states(checkpoint, self.accelerator.process_index)
         return checkpoint.progress
 
@@ -182,8 +190,6 @@ class Training:
             first_bad = min((bad for bad, _ in found if bad), default=0)
             signal_number = max(number for _, number in found)
         if first_bad:
-            if not self.accelerator.is_main_process:
-                sys.exit(2)  # the main process tells why
             good = next(iter(self.store.newest_first()), None)
             rest = f'the last good checkpoint is {good}' if good else 'there is no checkpoint yet'
             raise UserError(f'The loss is not finite from batch {first_bad} of epoch {epoch + 1} on (learning rate '
@@ -199,11 +205,17 @@ class Training:
         """Hold every ``k`` at 0 before the two-step is switched on; at its epoch, start them as in a new network."""
         switch = self.args.two_step_epoch
         if switch and epoch <= switch:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
+            with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(self.args.seed)
-                for step in self.steps:
-                    fresh = TwoStep(step.k.numel(), step.k_init, step.per_channel)
-                    step.k.copy_(fresh.k if epoch == switch else torch.zeros_like(fresh.k))
+                fresh: Dict[str, Any] = {
+                    f'{name}.k': TwoStep(self.k_sizes[name], step.k_init, step.per_channel).k.detach()
+                    for name, step in self.steps.items()}
+            if epoch < switch:
+                fresh = {name: torch.zeros_like(k) for name, k in fresh.items()}
+            if self.sharded:
+                set_model_state_dict(self.network, fresh, options=_SOME)
+            else:
+                self.model.load_state_dict(fresh, strict=False)
 
     def train_epoch(self, epoch: int, first_batch: int = 0) -> Dict[str, float]:
         """One pass over the data, or the rest of one. Sums are read from the device at the log interval only.
@@ -224,14 +236,15 @@ class Training:
         steps = len(self.loader)
         images_per_step = args.batch_size * accelerator.num_processes
         start = time.perf_counter()
+        signal_number = 0
         for step, (images, targets) in enumerate(self.loader.batches(first_batch), start=first_batch):
             done = step + 1
             is_update = done % args.grad_accum_steps == 0 or done == steps
             self.step(images, targets, epoch, step, is_update)
             self.live.advance(epoch, done)
             is_read = done % args.log_interval == 0
-            signal_number = self.agree(epoch) if is_read else 0
             if is_read:
+                signal_number = self.agree(epoch)
                 seconds = (time.perf_counter() - start) / (done - first_batch)
                 left = seconds * (steps - done + (self.num_epochs - epoch - 1) * steps)
                 left += self.eval_seconds * (self.num_epochs - epoch)
@@ -247,7 +260,9 @@ class Training:
         seconds = time.perf_counter() - start
         sums = self._reduced_sums()
         if accelerator.num_processes > 1 and args.dist_bn and not args.sync_bn:
-            distribute_bn(self.model, accelerator.num_processes, args.dist_bn == 'reduce')
+            for model in (self.model, self.average.module if self.average else None):
+                if model is not None:
+                    distribute_bn(model, accelerator.num_processes, args.dist_bn == 'reduce')
         return dict(
             loss=sums[0].item() / steps / accelerator.num_processes,
             top1=100 * sums[1].item() / (steps * images_per_step),
@@ -277,7 +292,7 @@ class Training:
     def _update(self, epoch: int, step: int) -> None:
         args = self.args
         if epoch < args.two_step_epoch:
-            for two_step in self.steps:
+            for two_step in self.steps.values():
                 if two_step.k.grad is not None:
                     two_step.k.grad.zero_()
         if args.clip_grad is not None:
@@ -307,6 +322,7 @@ class Training:
         if signal_number or interval and progress.batch % interval == 0:
             folder = self.save(progress)
             if signal_number:
+                self.accelerator.wait_for_everyone()  # when one process ends, the launcher ends the others
                 self.live.close()
                 raise Interrupted(signal_number, folder)
 

@@ -31,10 +31,11 @@ def load_teacher(args: argparse.Namespace, student: TimmModel) -> TimmModel:
         UserError: If there is none, or it does not fit the student.
     """
     teacher = load_model(args.kd_model_name)
-    for what in ('num_classes', 'in_chans'):
-        if getattr(teacher, what) != getattr(student, what):
-            raise UserError(f'The teacher {args.kd_model_name} has {what} {getattr(teacher, what)}, the network has '
-                            f'{getattr(student, what)}; choose another --kd-model-name.')
+    for what, usual in (('num_classes', None), ('in_chans', 3)):  # a few networks of timm tell no in_chans
+        theirs, ours = getattr(teacher, what, usual), getattr(student, what, usual)
+        if theirs != ours:
+            raise UserError(f'The teacher {args.kd_model_name} has {what} {theirs}, the network has {ours}; choose '
+                            'another --kd-model-name.')
     return teacher.requires_grad_(False)
 
 

@@ -199,9 +199,9 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group = parser.add_argument_group('Augmentation')
     group.add_argument('--no-aug', action='store_true', default=False, help='no augmentation at all')
     group.add_argument('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'), help='timm\'s kind of random crop')
-    group.add_argument('--scale', type=float, nargs='+', default=[0.08, 1.0], metavar='X',
+    group.add_argument('--scale', type=float, nargs=2, default=[0.08, 1.0], metavar='X',
                        help='areas of random resized crops')
-    group.add_argument('--ratio', type=float, nargs='+', default=[3 / 4, 4 / 3], metavar='X',
+    group.add_argument('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], metavar='X',
                        help='aspect ratios of random resized crops')
     group.add_argument('--hflip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip')
     group.add_argument('--vflip', type=float, default=0., metavar='P', help='probability of a vertical flip')
@@ -361,7 +361,8 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
         UserError: If an option is unknown, refused, or has an impossible value.
     """
     parser = build_parser(prog)
-    given = defaults = {action.dest: action.default for action in parser._actions if action.dest not in REFUSED}
+    given = defaults = {
+        action.dest: action.default for action in parser._actions if action.dest not in (*REFUSED, 'help')}
     actions = {action.dest: action for action in parser._actions if action.dest not in (*REFUSED, 'help', 'config')}
     actions['torchcompile'] = next(a for a in parser._actions if '--torchcompile' in a.option_strings)
     first = Parser(prog=prog, add_help=False, allow_abbrev=False)

@@ -4,8 +4,9 @@ The loop is an ordinary one on Accelerate, which owns device, precision and proc
 """
 import argparse
 import importlib
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterator, Optional
 
 import torch
 from accelerate.utils import DistributedType, set_seed
@@ -64,7 +65,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
 
     # Data
     data_config = resolve_input_config(args, model)
-    with accelerator.local_main_process_first():
+    with _first_of_machine_first(accelerator):
         train_set = load_split(args, args.train_split, data_config, is_main, is_training=True)
         eval_set = load_split(args, args.val_split, data_config, is_main) if args.val_split else None
     for data in (train_set, eval_set):
@@ -141,9 +142,23 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     return folder
 
 
+@contextmanager
+def _first_of_machine_first(accelerator: Any) -> Iterator[None]:
+    """As ``local_main_process_first``, but the others are let go too if the first one fails, to fail likewise."""
+    if not accelerator.is_local_main_process:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if accelerator.is_local_main_process:
+            accelerator.wait_for_everyone()
+
+
 def _finished(args: argparse.Namespace, model: TimmModel, state: Dict[str, torch.Tensor]) -> TimmModel:
     """A network of its own with the final weights, free of what training wrapped around the first one."""
-    finished = create_model(argparse.Namespace(**{**vars(args), 'pretrained_path': None, 'initial_checkpoint': ''}))
+    from_source = args.pretrained and not args.pretrained_path  # a weights folder has the shape of its network
+    finished = create_model(argparse.Namespace(**{
+        **vars(args), 'pretrained': from_source, 'pretrained_path': None, 'initial_checkpoint': ''}))
     finished.pretrained_cfg = model.pretrained_cfg
     finished.load_state_dict({name: tensor.cpu() for name, tensor in state.items()})
     return finished

@@ -1,0 +1,490 @@
+"""The parts of a training at work in short runs: averages, the two-step's switch, teachers, schedules, optimizers,
+what is shown, trackers."""
+import csv
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
+from timm_lm.data import load_images
+from timm_lm.hub import load_folder
+from timm_lm.loader import MemoryLoader
+from timm_lm.training.evaluate import evaluate
+from timm_lm.training.factory import create_model, create_optimizer
+from timm_lm.training.loop import Training
+from timm_lm.training.options import parse_options
+from timm_lm.training.train import train
+
+# float32 on the CPU; 256 images in batches of 64 are 4 updates an epoch
+BASE = ['-c', 'demo_digits', '--model-kwargs', 'layers=(1,1,1)', '--warmup-epochs', '0', '--no-amp']
+TWO_STEP = ['--model-kwargs', 'layers=(2,1,1)']  # with one k
+AT_REST = ['--lr', '1e-12', '--weight-decay', '0', '--epochs', '1']  # no weight moves
+BY_EPOCH = ['--no-sched-on-updates']
+
+
+@pytest.fixture
+def run(few_digits, tmp_path, command):
+    """Train by the command line, in a folder of this name: returns (run folder, standard output, standard error)."""
+    def run(name, *options, base=tmp_path):
+        code, out, err = command('train', *BASE, '--data-dir', few_digits, '--output', base, '--experiment', name,
+                                 *options)
+        assert code == 0, err
+        return base / name, out, err
+    return run
+
+
+@pytest.fixture(scope='module')
+def plain(few_digits, tmp_path_factory):
+    """A run of two epochs, with a checkpoint after each update."""
+    output = tmp_path_factory.mktemp('plain')
+    return train(parse_options([
+        *BASE, '--data-dir', str(few_digits), '--epochs', '2', '--recovery-interval', '1', '--checkpoint-hist', '100',
+        '--output', str(output), '--experiment', 'run']))
+
+
+def summary(folder):
+    with open(folder / 'summary.csv') as f:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(f)]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+def rates(folder):
+    return [row['lr'] for row in summary(folder)]
+
+
+def weights_of(folder):
+    return load_file(folder / 'weights' / 'model.safetensors')
+
+
+def checkpoint(folder, updates, group='model'):
+    tensors = load_file(folder / 'checkpoints' / f'step-{updates:09d}' / 'state.safetensors')
+    return {name.partition('/')[2]: tensor for name, tensor in tensors.items() if name.startswith(f'{group}/')}
+
+
+def state(folder, updates):
+    return json.loads((folder / 'checkpoints' / f'step-{updates:09d}' / 'state.json').read_text())
+
+
+def checkpoint_names(folder):
+    return sorted(path.name for path in (folder / 'checkpoints').iterdir())
+
+
+def equal(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+
+
+def parameters(state):
+    return {name: tensor for name, tensor in state.items() if 'running_' not in name and 'num_batches' not in name}
+
+
+def first_weights(*options):
+    """Those that a run with these options begins with."""
+    args = parse_options([*BASE, *map(str, options)])
+    torch.manual_seed(args.seed)
+    return create_model(args).state_dict()
+
+
+def cut(folder, updates, target):
+    """A copy of a finished run as it was after so many updates."""
+    shutil.copytree(folder, target)
+    for name in ('weights', 'result.json'):
+        shutil.rmtree(target / name) if (target / name).is_dir() else (target / name).unlink()
+    for path in (target / 'checkpoints').iterdir():
+        if int(path.name.removeprefix('step-')) > updates:
+            shutil.rmtree(path)
+    return target
+
+
+# Averaged weights
+
+
+@pytest.mark.parametrize('options, decay', [
+    (['--model-ema-decay', 0.5], lambda update: 0.5),
+    # timm's warm-up of the decay, gamma 1 and power 2/3
+    (['--model-ema-warmup'], lambda update: min(1 - update ** (-2 / 3), 0.9998)),
+])
+def test_average_of_the_weights(run, plain, few_digits, tmp_path, options, decay):
+    """The average is the one of the plain run's checkpoints; it is what is validated and saved."""
+    options = ['--model-ema', *options, '--epochs', 2]
+    folder, *_ = run('ema', *options)
+    average = checkpoint(plain, 1)  # the average begins with the weights after the first update
+    for update in range(2, 9):
+        share = decay(update)
+        average = {name: share * average[name] + (1 - share) * tensor if tensor.is_floating_point() else tensor
+                   for name, tensor in checkpoint(plain, update).items()}
+    found = weights_of(folder)
+    torch.testing.assert_close(found, average, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(found['stem.conv.weight'], weights_of(plain)['stem.conv.weight'], atol=1e-4)
+    # the network goes on as if nothing had been averaged or validated
+    assert equal(checkpoint(folder, 8), checkpoint(plain, 8)) and equal(checkpoint(folder, 4), checkpoint(plain, 4))
+    # what was validated is the average
+    data = load_images('test', few_digits, input_size=(1, 16, 16))
+    counted = evaluate(load_folder(folder / 'weights'), MemoryLoader(data, 64, [0.3053], [0.3760]))
+    seen = metrics(folder)[-1]['eval']
+    assert seen['errors'] == counted['errors'] and seen['loss'] == pytest.approx(counted['loss'], rel=1e-5)
+    assert seen['loss'] != pytest.approx(metrics(plain)[-1]['eval']['loss'], rel=1e-4)
+    # and it is in the checkpoints
+    resumed = cut(folder, 4, tmp_path / 'resumed')
+    run('resumed', *options, '--resume', 'auto')
+    assert equal(weights_of(resumed), found)
+
+
+# The two-step's switch
+
+
+def test_two_step_is_switched_on_at_its_epoch(run, tmp_path):
+    """Until then the run is that of the plain network, bit for bit; then k moves from where a new network starts."""
+    torch.manual_seed(0)
+    start = timm.create_model('lm_resnet20', layers=(2, 1, 1), in_chans=1).state_dict()
+    save_file(start, tmp_path / 'two_step.safetensors')
+    save_file({name: tensor for name, tensor in start.items() if not name.endswith('step.k')},
+              tmp_path / 'twin.safetensors')
+    common = [*TWO_STEP, '--epochs', 3]
+    options = [*common, '--initial-checkpoint', tmp_path / 'two_step.safetensors', '--two-step-epoch', 1]
+    folder, *_ = run('lm', *options, '--recovery-interval', 1, '--checkpoint-hist', 100)
+    twin, *_ = run('twin', *common, '--model', 'preact_resnet20', '--initial-checkpoint',
+                   tmp_path / 'twin.safetensors')
+
+    name = 'stages.0.blocks.1.step.k'
+    ks = [checkpoint(folder, update)[name].item() for update in range(1, 13)]
+    assert ks[:4] == [0] * 4 and 0 not in ks[4:] and len(set(ks[4:])) > 6
+    found, plain = metrics(folder), metrics(twin)
+    assert [row['k']['stages.0.blocks.1'] for row in found] == [[0.], [ks[7]], [ks[11]]]
+    state = checkpoint(folder, 4)
+    del state[name]
+    assert equal(state, checkpoint(twin, 4))
+    assert found[0]['train']['loss'] == plain[0]['train']['loss']
+    assert {key: found[0]['eval'][key] for key in ('loss', 'errors')} == {
+        key: plain[0]['eval'][key] for key in ('loss', 'errors')}
+    assert found[1]['train']['loss'] != plain[1]['train']['loss']
+
+    for updates in (2, 4, 6):  # before, at and after the switch
+        resumed = cut(folder, updates, tmp_path / f'from{updates}')
+        run(resumed.name, *options, '--resume', 'auto')
+        assert equal(weights_of(resumed), weights_of(folder)), updates
+
+
+def test_two_step_starts_as_in_a_new_network(run):
+    kwargs = ['--model-kwargs', 'layers=(2,2,2)', 'k_init=(0.2,0.3)']
+    folder, *_ = run('run', *AT_REST, *kwargs, '--epochs', 2, '--two-step-epoch', 1)
+    before, after = (list(row['k'].values()) for row in metrics(folder))
+    assert before == [[0.]] * 3
+    assert all(0.2 < k < 0.3 for (k,) in after) and len({k for (k,) in after}) == 3
+
+
+# A teacher
+
+
+def test_distillation_adds_the_weighted_losses(run, weights):
+    """No weight moves, so that the losses of the same batches can be compared."""
+    def loss(name, *options):
+        return metrics(run(name, *AT_REST, *options)[0])[0]['train']['loss']
+
+    teacher = ['--kd-model-name', weights]
+    task = loss('task', *teacher, '--task-loss-weight', 1, '--distill-loss-weight', 0)
+    divergence = loss('distill', *teacher, '--task-loss-weight', 0, '--distill-loss-weight', 1)
+    assert task == loss('plain') and divergence > 0.01
+    assert loss('both', *teacher) == pytest.approx(task + divergence, rel=1e-5)
+    assert loss('share', *teacher, '--task-loss-weight', 0.3) == pytest.approx(0.3 * task + 0.7 * divergence, rel=1e-5)
+    assert loss('warm', *teacher, '--task-loss-weight', 0, '--distill-loss-weight', 1, '--kd-temperature', 1) != (
+        pytest.approx(divergence, rel=1e-3))
+
+
+def test_student_comes_near_its_teacher(run, weights):
+    folder, *_ = run('run', '--kd-model-name', weights, '--task-loss-weight', 0, '--epochs', 3)
+    losses = [row['train_loss'] for row in summary(folder)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+# Schedules
+
+
+def rates_of_timm(*options):
+    """The rate at the end of each epoch, where timm's train.py stepped its schedule."""
+    args = parse_options([*BASE, *map(str, options)])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
+    updates_per_epoch = 256 // args.batch_size
+    scheduler, epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
+    found, num_updates = [], 0
+    for epoch in range(epochs):
+        for _ in range(updates_per_epoch):
+            num_updates += 1
+            scheduler.step_update(num_updates=num_updates)
+        found.append(optimizer.param_groups[0]['lr'])
+        scheduler.step(epoch + 1, None)
+    return found
+
+
+@pytest.mark.parametrize('options, epochs, different', [
+    ([*BY_EPOCH, '--sched', 'step', '--decay-epochs', 2, '--decay-rate', 0.5, '--epochs', 6], 6, 3),
+    ([*BY_EPOCH, '--sched', 'multistep', '--decay-milestones', 2, 5, '--epochs', 6, '--warmup-epochs', 2,
+      '--warmup-lr', 0.01, '--warmup-prefix'], 8, 5),
+    (['--sched', 'cosine', '--lr-cycle-limit', 2, '--lr-cycle-decay', 0.5, '--epochs', 3, '--min-lr', 0.001,
+      '--cooldown-epochs', 1], 7, 5),
+    ([*BY_EPOCH, '--sched', 'cosine', '--lr-noise', 0.3, 0.9, '--lr-noise-pct', 0.5, '--epochs', 6], 6, 6),
+    (['--sched', 'tanh', '--lr-noise', 0.5, '--epochs', 4, '--warmup-epochs', 1, '--warmup-lr', 0.02], 4, 4),
+    ([*BY_EPOCH, '--sched', 'poly', '--decay-rate', 0.5, '--lr-k-decay', 2, '--epochs', 5], 5, 5),
+], ids=['step', 'multistep', 'cycles', 'noise', 'tanh', 'poly'])
+def test_rates_are_those_of_timm(run, options, epochs, different):
+    options = [*options, '--batch-size', 128]
+    folder, *_ = run('run', *options, '--val-split', '')
+    assert rates(folder) == pytest.approx(rates_of_timm(*options), rel=1e-12)
+    assert len(rates(folder)) == epochs and len(set(rates(folder))) >= different
+
+
+@pytest.mark.filterwarnings('ignore:PlateauLRScheduler:FutureWarning')
+def test_plateau_lowers_the_rate_and_resumes(run, tmp_path):
+    options = [*BY_EPOCH, '--sched', 'plateau', '--patience-epochs', 1, '--decay-rate', 0.5, '--epochs', 8,
+               '--batch-size', 128]
+    folder, *_ = run('whole', *options)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode='max', patience=1, factor=0.5)
+    expected = []
+    for row in summary(folder):
+        expected.append(optimizer.param_groups[0]['lr'])
+        scheduler.step(row['eval_top1'])
+    assert rates(folder) == expected and expected[-1] < 0.1
+    for epoch in (3, 4, 5):
+        resumed = cut(folder, 2 * epoch, tmp_path / f'from{epoch}')
+        _, out, _ = run(resumed.name, *options, '--resume', 'auto')
+        assert f'epoch {epoch + 1}, batch 1' in out
+        assert rates(resumed) == expected and equal(weights_of(resumed), weights_of(folder))
+
+
+@pytest.mark.parametrize('metric, better', [('loss', min), ('top5', max)])
+def test_checkpoint_of_the_best_epoch_stays(run, metric, better):
+    """The rate rises until the network is worse than at the start."""
+    folder, out, _ = run(
+        'run', *BY_EPOCH, '--model', 'preact_resnet20', '--epochs', 4, '--warmup-epochs', 3, '--warmup-lr', 1e-3,
+        '--lr', 5, '--eval-metric', metric, '--checkpoint-hist', 1)
+    values = [row[f'eval_{metric}'] for row in summary(folder)]
+    epoch = values.index(better(values))
+    assert epoch < 3
+    best = f'step-{4 * (epoch + 1):09d}'
+    assert checkpoint_names(folder) == [best, 'step-000000016']
+    line = next(line for line in out.splitlines() if line.startswith('best '))
+    assert line.startswith(f'best {metric} {values[epoch]:.4g} after epoch {epoch + 1}, in ') and best in line
+    assert equal(weights_of(folder), checkpoint(folder, 16))
+
+
+# First weights
+
+
+@pytest.mark.parametrize('model, classes', [('lm_resnet20', 10), ('lm_resnet20', 12), ('preact_resnet20', 12)])
+def test_pretrained_weights_from_a_file(run, plain, model, classes):
+    """As with timm's script, all but the head, which is made anew for any number of classes."""
+    path = plain / 'weights' / 'model.safetensors'
+    folder, *_ = run('run', *AT_REST, '--model', model, '--pretrained', '--pretrained-path', path, '--num-classes',
+                     classes)
+    found, before = parameters(weights_of(folder)), parameters(load_file(path))
+    heads = [(state.pop('head.fc.weight'), state.pop('head.fc.bias')) for state in (found, before)]
+    assert equal(found, before)
+    assert heads[0][0].shape == (classes, 64, 1, 1) and not torch.equal(heads[0][0][:10], heads[1][0])
+    config = (folder / 'weights' / 'config.json').read_text()
+    assert f'"num_classes": {classes}' in config and str(path) not in config
+    assert load_folder(folder / 'weights').num_classes == classes
+
+
+def test_head_starts_from_scale_and_bias(run):
+    folder, *_ = run('run', *AT_REST, '--head-init-scale', 0.5, '--head-init-bias', -2)
+    found, first = weights_of(folder), first_weights()
+    assert torch.equal(found['head.fc.weight'], 0.5 * first['head.fc.weight']) and (found['head.fc.bias'] == -2).all()
+    assert torch.equal(found['stem.conv.weight'], first['stem.conv.weight'])
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize('name', ['sgd', 'momentum', 'adamw'])
+def test_fused_where_there_is_a_kernel(name):
+    args = parse_options([*BASE, '--opt', name])
+    optimizer = create_optimizer(args, create_model(args))
+    assert all(group['fused'] for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize('name', ['lion', 'lamb'])
+def test_optimizers_without_a_fused_kernel_train(run, name):
+    folder, *_ = run('run', '--opt', name, '--lr', 0.01, '--epochs', 3)
+    losses = [row['train_loss'] for row in summary(folder)]
+    assert losses[2] < losses[0]
+    assert not torch.equal(weights_of(folder)['stem.conv.weight'], first_weights()['stem.conv.weight'])
+
+
+@pytest.mark.parametrize('name', ['momentum', 'adamw', 'lamb'])
+def test_resumed_states_have_the_layout_of_their_weights(run, tmp_path, monkeypatch, name):
+    """Fused kernels read both in the order of memory, which is channels_last here; lamb has no such kernel, and counts
+    its steps by group."""
+    options = ['--opt', name, '--lr', 0.01, '--epochs', 2]
+    folder, *_ = run('whole', *options)
+    resumed = cut(folder, 4, tmp_path / 'resumed')
+    found = []
+    resume = Training.resume
+
+    def spy(training, checkpoint):
+        progress = resume(training, checkpoint)
+        found.extend(training.plain_optimizer.state.items())
+        return progress
+
+    monkeypatch.setattr(Training, 'resume', spy)
+    run('resumed', *options, '--resume', 'auto')
+    assert any(not p.is_contiguous() for p, _ in found)
+    for p, values in found:
+        moments = [value for value in values.values() if isinstance(value, torch.Tensor) and value.shape == p.shape]
+        assert len(moments) >= (1 if name == 'momentum' else 2)
+        assert all(moment.stride() == p.stride() for moment in moments)
+    assert equal(weights_of(resumed), weights_of(folder))
+
+
+@pytest.mark.parametrize('mode', ['norm', 'value', 'agc'])
+def test_clipped_gradients_move_nothing(run, mode):
+    """Clipped to next to nothing; adaptive clipping leaves the head out."""
+    folder, *_ = run('run', '--epochs', 1, '--weight-decay', 0, '--clip-grad', 1e-9, '--clip-mode', mode)
+    found, first = parameters(weights_of(folder)), first_weights()
+    moved = {name for name, tensor in found.items() if (tensor - first[name]).abs().max() > 1e-6}
+    assert moved == ({'head.fc.weight', 'head.fc.bias'} if mode == 'agc' else set())
+
+
+def test_layer_decay_slows_the_lower_layers(run):
+    folder, *_ = run('run', *BY_EPOCH, '--layer-decay', 0.5, '--sched', 'step', '--decay-epochs', 100, '--epochs', 1)
+    groups = state(folder, 4)['optimizer']['param_groups']
+    assert {group['lr'] for group in groups} == {0.1 * 0.5 ** i for i in range(5)}  # stem, three blocks, head
+    assert rates(folder) == [0.1]
+    assert all(group['lr'] == pytest.approx(0.1 * group['lr_scale']) for group in groups)
+
+
+def test_gradient_checkpointing_trains_alike(run):
+    options = [*TWO_STEP, '--epochs', 2]
+    (folder, *_), (saving, *_) = run('plain', *options), run('saving', *options, '--grad-checkpointing')
+    found, expected = parameters(weights_of(saving)), parameters(weights_of(folder))
+    assert equal(found, expected) and 'stages.0.blocks.1.step.k' in found
+    assert [row['train_loss'] for row in summary(saving)] == [row['train_loss'] for row in summary(folder)]
+
+
+# What is shown
+
+
+def test_dry_run_shows_the_plan_and_makes_nothing(few_digits, tmp_path, command):
+    code, out, err = command(
+        'train', *BASE, *BY_EPOCH, '--data-dir', few_digits, '--output', tmp_path / 'output', '--dry-run', '--sched',
+        'multistep', '--decay-milestones', 6, '--epochs', 12, '--grad-accum-steps', 2)
+    assert code == 0, err
+    assert not (tmp_path / 'output').exists()
+    lines = dict(re.match(r'(\S+(?: folder)?)\s+(.*)', line).groups() for line in out.splitlines()[:6])
+    assert lines['network'].startswith('lm_resnet20: 77,658 parameters, 10 classes, images 1x16x16')
+    assert lines['data'] == '256 images to train on (in memory), 64 to validate on'
+    assert lines['batches'] == '64 images x 2 accumulated, 2 updates an epoch'
+    assert lines['device'] == 'cpu, precision no, eager'
+    assert str(tmp_path / 'output') in lines['run folder']
+    assert lines['schedule'] == 'sgd, weight decay 0.0005; multistep, rate 0.1; 12 epochs, 24 updates'
+    top, *_, bottom, axis, epochs = out.splitlines()[6:]
+    # 72 columns for 12 epochs; in timm's multistep the rate of a milestone begins one epoch early
+    assert re.fullmatch(r' +0\.1 \|█{30}', top) and re.fullmatch(r' +0 \|█{30}[▁▂▃▄▅▆▇]{42}', bottom)
+    assert axis.strip() == '+' + '-' * 72 and epochs.split() == ['1', 'epoch', '12']
+
+
+LIVE = r'loss ([\d.]+), error ([\d.]+) %, lr ([\d.e+-]+), [\d,]+ images/s, (?:\d+:)?\d\d:\d\d left'
+
+
+def test_lines_at_the_log_interval_and_tables(run):
+    folder, out, _ = run('run', '--epochs', 3, '--log-interval', 2, '--val-interval', 2)
+    found = [match.groups() for match in re.finditer(rf'^epoch (\d)/3 step (\d)/4: {LIVE}$', out, re.M)]
+    assert [(epoch, step) for epoch, step, *_ in found] == [(e, s) for e in '123' for s in '24']
+    rows = summary(folder)
+    for (_, _, loss, error, lr), row in zip(found[1::2], rows, strict=True):  # at the end of an epoch
+        assert loss == f"{row['train_loss']:.3f}" and error == f"{100 - row['train_top1']:.2f}"
+        assert lr == f"{row['lr']:.2e}"
+
+    blocks = re.split(r'^(?=epoch \d/3 +loss)', out, flags=re.M)[1:]
+    for epoch, (block, row) in enumerate(zip(blocks, rows, strict=True), 1):
+        header, train, *more = block.splitlines()
+        assert header.split() == ['epoch', f'{epoch}/3', 'loss', 'error', '%', 'top-5', '%', 'images/s', 'lr']
+        name, loss, error, _, lr = train.split()
+        assert (name, loss, error, lr) == (
+            'train', f"{row['train_loss']:.4f}", f"{100 - row['train_top1']:.2f}", f"{row['lr']:.2e}")
+        assert ('eval_loss' in row) == (epoch > 1)
+        if epoch > 1:
+            name, loss, error, top5, _ = more[0].split()
+            assert (name, loss, error, top5) == (
+                'test', f"{row['eval_loss']:.4f}", f"{100 - row['eval_top1']:.2f}", f"{100 - row['eval_top5']:.2f}")
+        assert any(line.startswith('  test') for line in more) == (epoch > 1)
+
+
+def test_one_line_on_a_terminal(run, monkeypatch):
+    fcntl, termios = pytest.importorskip('fcntl'), pytest.importorskip('termios')
+    controller, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, b'\x20\x00\x78\x00' + bytes(4))  # 32 rows of 120 columns
+    shown = []
+
+    def read():
+        try:
+            while data := os.read(controller, 4096):
+                shown.append(data)
+        except OSError:  # the other end is closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(terminal, 'w') as stderr:
+        monkeypatch.setattr(sys, 'stderr', stderr)
+        _, out, _ = run('run', '--epochs', 2, '--log-interval', 2)
+        monkeypatch.undo()
+    reader.join()
+    os.close(controller)
+    text = b''.join(shown).decode()
+    assert '\n' not in text and text.count('\r') >= 4
+    for epoch in (1, 2):
+        assert re.search(rf'epoch {epoch}/2 4/4 [^\r]*{LIVE}', text)
+    assert 'step' not in out.split('run folder')[1].split('best')[0]
+    assert text.rpartition('\r')[0].endswith(' ') and not text.rpartition('\r')[2].strip()  # wiped at the end
+
+
+# Trackers
+
+
+def test_tensorboard_reads_what_the_summary_tells(run):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    folder, *_ = run('run', '--epochs', 2, '--log-tensorboard')
+    events = [path.parent for path in folder.rglob('events.out.tfevents.*')]
+    read = {}
+    for path in events:
+        accumulator = EventAccumulator(str(path)).Reload()
+        for tag in accumulator.Tags()['scalars']:
+            read[tag] = [(event.step, event.value) for event in accumulator.Scalars(tag)]
+    rows = summary(folder)
+    for tag, column in (('eval/top1', 'eval_top1'), ('eval/loss', 'eval_loss'), ('train/loss', 'train_loss'),
+                        ('train/top1', 'train_top1'), ('lr', 'lr')):
+        steps, values = zip(*read[tag])
+        assert steps == (0, 1) and values == pytest.approx([row[column] for row in rows], rel=1e-6)
+
+
+def test_wandb_keeps_an_offline_run(run, tmp_path, monkeypatch):
+    wandb = pytest.importorskip('wandb')
+    for name, value in (('MODE', 'offline'), ('DIR', str(tmp_path)), ('SILENT', 'true'), ('CACHE_DIR', str(tmp_path)),
+                        ('CONFIG_DIR', str(tmp_path)), ('DATA_DIR', str(tmp_path))):
+        monkeypatch.setenv(f'WANDB_{name}', value)
+    run('run', '--epochs', 2, '--log-wandb', '--wandb-project', 'digits', '--wandb-tags', 'short', 'small')
+    wandb.teardown()  # its process writes the rest
+    (file,) = tmp_path.glob('wandb/offline-run-*/run-*.wandb')
+    content = file.read_bytes()
+    assert all(word in content for word in (b'eval/top1', b'train/loss', b'digits', b'short', b'small'))
+
+
+@pytest.mark.parametrize('name', ['tensorboard', 'wandb'])
+def test_a_tracker_that_is_not_installed_is_named(few_digits, tmp_path, fails, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)  # as Python itself marks what can not be imported
+    line = fails('train', *BASE, '--data-dir', few_digits, '--output', tmp_path / 'output', f'--log-{name}')
+    assert f"--log-{name} needs the package {name}; install `pip install 'timm-lm[trackers]'`." in line
+    assert not (tmp_path / 'output').exists()

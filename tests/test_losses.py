@@ -1,0 +1,154 @@
+"""Losses: that timm's own give the same value and gradient, and which teachers fit."""
+import pytest
+import timm
+import torch
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.task import LogitDistillationTask
+
+from timm_lm.errors import UserError
+from timm_lm.hub import describe, save_folder
+from timm_lm.training.losses import Distillation, create_criterion, load_teacher
+from timm_lm.training.options import parse_options
+
+CLASSES = 10
+STUDENT_NORM = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+TEACHER_NORM = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def logits():
+    return (3 * torch.randn(8, CLASSES, generator=seeded())).requires_grad_()
+
+
+LABELS = torch.arange(8) % CLASSES
+MIXED = torch.randn(8, CLASSES, generator=seeded(1)).softmax(1)
+
+
+def value_and_gradient(loss, targets):
+    x = logits()
+    value = loss(x, targets)
+    value.backward()
+    return value.detach(), x.grad
+
+
+# On labels and mixed targets
+
+@pytest.mark.parametrize('options, targets, expected', [
+    ([], LABELS, LabelSmoothingCrossEntropy(0.1)),
+    (['--smoothing', '0.3'], LABELS, LabelSmoothingCrossEntropy(0.3)),
+    (['--smoothing', '0'], LABELS, torch.nn.CrossEntropyLoss()),
+    # mixed targets are smoothed by the mixing
+    (['--mixup', '0.2'], MIXED, SoftTargetCrossEntropy()),
+    (['--cutmix', '1', '--smoothing', '0.3'], MIXED, SoftTargetCrossEntropy()),
+    (['--cutmix-minmax', '0.2', '0.8'], MIXED, SoftTargetCrossEntropy()),
+    (['--bce-loss'], LABELS, BinaryCrossEntropy(smoothing=0.1)),
+    (['--bce-loss', '--bce-sum', '--smoothing', '0.3'], LABELS, BinaryCrossEntropy(smoothing=0.3, sum_classes=True)),
+    (['--bce-loss', '--bce-target-thresh', '0.2', '--mixup', '0.2'], MIXED, BinaryCrossEntropy(target_threshold=0.2)),
+    (['--bce-loss', '--bce-pos-weight', '3'], LABELS, BinaryCrossEntropy(smoothing=0.1, pos_weight=3.)),
+], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
+def test_loss_of_the_options_is_that_of_timm(options, targets, expected):
+    criterion = create_criterion(parse_options(options))
+    torch.testing.assert_close(value_and_gradient(criterion, targets), value_and_gradient(expected, targets))
+
+
+# Beside a teacher
+
+
+def network(name, seed, norm):
+    torch.manual_seed(seed)
+    model = timm.create_model(name, num_classes=CLASSES, layers=(1, 1, 1)).eval()
+    torch.nn.init.normal_(model.head.fc.weight)  # logits that differ, as those of a trained network
+    describe(model, input_size=(3, 16, 16), **norm)
+    return model
+
+
+@pytest.mark.parametrize('weights', [
+    {},
+    dict(task_loss_weight=0.3),
+    dict(distill_loss_weight=0.6),
+    dict(task_loss_weight=0.3, distill_loss_weight=0.6),
+    dict(task_loss_weight=0., distill_loss_weight=1.),
+], ids=str)
+@pytest.mark.parametrize('teacher_norm', [STUDENT_NORM, TEACHER_NORM], ids=['same norm', 'other norm'])
+def test_distillation_is_that_of_timm(teacher_norm, weights):
+    student, teacher = network('preact_resnet20', 0, STUDENT_NORM), network('preact_resnet20', 1, teacher_norm)
+    images = torch.randn(8, 3, 16, 16, generator=seeded())
+
+    def gradients(forward):
+        student.zero_grad()
+        loss = forward()
+        loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in student.named_parameters()}
+
+    task = LogitDistillationTask(
+        student, teacher, criterion=torch.nn.CrossEntropyLoss(), temperature=3., verbose=False, **weights)
+    ours = Distillation(
+        torch.nn.CrossEntropyLoss(), teacher, STUDENT_NORM, teacher_norm, 3., weights.get('task_loss_weight'),
+        weights.get('distill_loss_weight'))
+    expected, expected_gradients = gradients(lambda: task(images, LABELS)['loss'])
+    loss, found = gradients(lambda: ours(images, student(images), LABELS))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, expected_gradients, rtol=1e-4, atol=1e-5)
+    assert expected_gradients['stem.conv.weight'].abs().max() > 1e-2
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_teacher_of_other_norm_sees_the_images_its_way():
+    """The divergence is none if the student's logits are those that the teacher gives to its own images."""
+    teacher = network('preact_resnet20', 1, TEACHER_NORM)
+    pixels = torch.rand(8, 3, 16, 16, generator=seeded())
+
+    def normalized(norm):
+        mean, std = (torch.tensor(norm[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+        return (pixels - mean) / std
+
+    loss = Distillation(
+        torch.nn.CrossEntropyLoss(), teacher, STUDENT_NORM, TEACHER_NORM, task_weight=0., distill_weight=1.)
+    with torch.no_grad():
+        own, other = (teacher(normalized(norm)) for norm in (TEACHER_NORM, STUDENT_NORM))
+        right, wrong = (loss(normalized(STUDENT_NORM), logits, LABELS) for logits in (own, other))
+    assert right < 1e-4 * wrong and wrong > 0.01
+
+
+@pytest.fixture(scope='module')
+def teachers(tmp_path_factory):
+    """Weights folders: a network of ours and one of timm's, for colour images and ten classes."""
+    folder = tmp_path_factory.mktemp('teachers')
+    torch.manual_seed(0)
+    for name, kwargs in (('preact_resnet20', dict(layers=(1, 1, 1))), ('resnet10t', {})):
+        model = timm.create_model(name, num_classes=CLASSES, **kwargs)
+        describe(model, input_size=(3, 32, 32), **TEACHER_NORM)
+        save_folder(model, folder / name, '', kwargs)
+    return folder
+
+
+@pytest.mark.parametrize('name', ['preact_resnet20', 'resnet10t'])
+def test_teacher_of_a_folder(teachers, name):
+    args = parse_options(['--kd-model-name', str(teachers / name)])
+    student = timm.create_model('lm_resnet20', num_classes=CLASSES, layers=(1, 1, 1))
+    teacher = load_teacher(args, student)
+    assert teacher.pretrained_cfg['architecture'] == name
+    assert tuple(teacher.pretrained_cfg['mean']) == TEACHER_NORM['mean']
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize('name', ['preact_resnet20', 'resnet10t'])
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(num_classes=5), 'has num_classes 10, the network has 5; choose another --kd-model-name.'),
+    (dict(in_chans=1), 'has in_chans 3, the network has 1; choose another --kd-model-name.'),
+])
+def test_teacher_that_does_not_fit_is_refused_in_one_line(teachers, name, kwargs, message):
+    args = parse_options(['--kd-model-name', str(teachers / name)])
+    student = timm.create_model('lm_resnet20', **(dict(num_classes=CLASSES, layers=(1, 1, 1)) | kwargs))
+    with pytest.raises(UserError) as e:
+        load_teacher(args, student)
+    assert str(e.value) == f'The teacher {teachers / name} {message}'
+
+
+def test_teacher_that_is_not_there_is_named():
+    args = parse_options(['--kd-model-name', 'preact_resnet110'])
+    with pytest.raises(UserError, match='There are no weights of preact_resnet110'):
+        load_teacher(args, timm.create_model('lm_resnet20', layers=(1, 1, 1)))

@@ -1,0 +1,99 @@
+"""Classes of single images, and the networks as files of other tools, through the command line."""
+import io
+import json
+import sys
+
+import onnxruntime
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from timm_lm.data import load_images
+from timm_lm.loader import normalize
+
+
+@pytest.fixture(scope='module')
+def pictures(few_digits, tmp_path_factory):
+    """Folder of the first five test digits as PNG files, one of them in a subfolder, and a file of another kind."""
+    folder = tmp_path_factory.mktemp('pictures')
+    (folder / 'sub').mkdir()
+    data = load_images('test', few_digits, input_size=(1, 8, 8))
+    for i in range(5):
+        Image.fromarray(data.images[i, 0].numpy()).save(folder / ('sub' if i == 4 else '') / f'{i}.png')
+    (folder / 'notes.txt').write_text('no image')
+    return folder
+
+
+def test_predictions_are_those_of_the_network(pictures, weights, few_digits, command):
+    code, out, err = command('predict', pictures, '--model', weights, '--json', '--topk', 10)
+    assert code == 0, err
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [line['image'] for line in found] == [
+        str(pictures / name) for name in ('0.png', '1.png', '2.png', '3.png', 'sub/4.png')]
+    images = load_images('test', few_digits, input_size=(1, 16, 16)).images[:5]
+    model = timm.create_model(f'local-dir:{weights}', pretrained=True).eval()
+    with torch.inference_mode():
+        expected = model(normalize(images, [0.3053], [0.3760])).softmax(1)
+    for line, row in zip(found, expected):
+        probabilities = {entry['class']: entry['probability'] for entry in line['classes']}
+        assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)
+        actual = torch.tensor([probabilities[str(i)] for i in range(10)])
+        torch.testing.assert_close(actual, row, rtol=1e-4, atol=1e-5)
+
+
+def test_table_has_names_and_shares(pictures, command):
+    """The shipped network knows CIFAR-10's classes; grey digits are turned to RGB and enlarged."""
+    code, out, err = command('predict', pictures / '0.png', '--model', 'lm_resnet20')
+    assert code == 0, err
+    (line,) = out.splitlines()
+    assert line.startswith(f"{pictures / '0.png'}  ") and line.count('%') == 3
+    assert sum(name in line for name in (
+        'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')) == 3
+
+
+def test_broken_images_are_named_and_the_rest_go_on(pictures, weights, tmp_path, command, monkeypatch):
+    (tmp_path / 'cut.png').write_bytes((pictures / '0.png').read_bytes()[:60])
+    listed = '\n'.join(map(str, (tmp_path / 'cut.png', pictures / '1.png', tmp_path / 'gone.png'))) + '\n'
+    monkeypatch.setattr(sys, 'stdin', io.StringIO(listed))
+    code, out, err = command('predict', '-', '--model', weights)
+    assert code == 1
+    assert [line.split()[0] for line in out.splitlines()] == [str(pictures / '1.png')]
+    assert [f'{name} is not a readable image' in line for name, line in zip(
+        (tmp_path / 'cut.png', tmp_path / 'gone.png'), err.splitlines(), strict=True)] == [True, True]
+
+
+def test_bad_input_of_predict(tmp_path, weights, fails):
+    (tmp_path / 'empty').mkdir()
+    assert 'holds no images' in fails('predict', tmp_path / 'empty', '--model', weights)
+    assert '--topk must be at least 1' in fails('predict', tmp_path, '--topk', 0)
+    assert "no model 'lm_resnet21'" in fails('predict', __file__, '--model', 'lm_resnet21')
+
+
+@pytest.mark.parametrize('kind, ending', [('onnx', '.onnx'), ('torch-export', '.pt2'), ('torchscript', '.pt')])
+@pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning')
+def test_exported_file_computes_the_same(kind, ending, weights, tmp_path, command):
+    path = tmp_path / 'out' / f'model{ending}'
+    code, out, err = command('export', weights, '--format', kind, '--output', path)
+    assert code == 0, err
+    assert out.startswith(f'{path}: ') and 'batches of any size' in out
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing else is left
+    images = torch.randn(7, 1, 16, 16)
+    if kind == 'onnx':
+        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        logits = torch.from_numpy(session.run(['logits'], {'images': images.numpy()})[0])
+    else:
+        logits = (torch.export.load(path).module() if kind == 'torch-export' else torch.jit.load(path))(images)
+    with torch.inference_mode():
+        expected = timm.create_model(f'local-dir:{weights}', pretrained=True).eval()(images)
+    torch.testing.assert_close(logits.detach(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_export_that_fails_leaves_nothing(weights, tmp_path, fails, monkeypatch):
+    (tmp_path / 'file').write_text('')
+    assert 'choose another --output' in fails('export', weights, '--output', tmp_path / 'file' / 'model.onnx')
+    import timm_lm.export as export
+    monkeypatch.setattr(export, 'TOLERANCE', -1.)  # no file is that close
+    line = fails('export', weights, '--format', 'torch-export', '--output', tmp_path / 'model.pt2')
+    assert 'computes something else' in line
+    assert [path.name for path in tmp_path.iterdir()] == ['file']

@@ -1,0 +1,591 @@
+"""Publishing: through huggingface_hub's client to a Hub on loopback, with the faults that real networks have."""
+import json
+import os
+import pickle
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from hub_server import Hub, running, sha256
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors.torch import save_file
+
+import timm_lm
+from timm_lm.hub import CARD_NAME, CHECK_NAME, render_card, save_folder, write_digests
+from timm_lm.models._weights import weights_dir
+from timm_lm.publish import FILES, published_card
+
+NAME = 'lm_resnet20.demo_c10'
+SHIPPED = weights_dir() / NAME
+TOKEN = 'hf_of_the_tests'
+
+# One process runs many commands: each line of its input is a command with its environment.
+DRIVER = '''
+import contextlib, io, json, os, sys, time
+
+time.sleep = lambda seconds: None  # the client waits between tries
+from timm_lm import publish
+from timm_lm.cli import main
+
+for line in sys.stdin:
+    argv, env = json.loads(line)
+    before = dict(os.environ)
+    os.environ.update(env)
+    publish.SILENCE = float(os.environ.get('SILENCE', 60))
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(argv)
+    os.environ.clear()
+    os.environ.update(before)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+'''
+
+
+@pytest.fixture(scope='module')
+def package(tmp_path_factory):
+    """A copy of the package with two weights folders, as an install has them; returns the folder that holds it."""
+    folder = tmp_path_factory.mktemp('package')
+    source = Path(timm_lm.__file__).parent
+    shutil.copytree(source, folder / 'timm_lm', ignore=shutil.ignore_patterns('__pycache__', 'weights'))
+    shutil.copy(source.parent / 'MODEL_CARD.md', folder / 'timm_lm')
+    tree = folder / 'timm_lm' / 'weights'
+    shutil.copytree(SHIPPED, tree / NAME)
+    save_folder(small_network(), tree / 'lm_resnet20.small', small_card(), dict(layers=(1, 1, 1)))
+    write_digests(tree)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def tree(package):
+    return package / 'timm_lm' / 'weights'
+
+
+def small_network():
+    torch.manual_seed(0)
+    return timm.create_model('lm_resnet20', layers=(1, 1, 1))
+
+
+def small_card(error=12.5, dataset='owner/digits'):
+    return render_card(
+        'lm_resnet20.small', dataset=dataset, dataset_name='digits', split='test', error=error, error_count=45,
+        num_images=360, parameters=76_000, input_size=(3, 32, 32), train_split='train', command='timm-lm train',
+        epochs=1, seed=0, minutes=0.1, hardware='CPU', versions='timm-lm', seen_error=None, k='')
+
+
+@pytest.fixture(scope='module')
+def hub():
+    hub = Hub()
+    hub.tokens = {TOKEN: {'owner'}, 'hf_of_a_reader': set()}
+    with running(hub):
+        yield hub
+
+
+@pytest.fixture(autouse=True)
+def no_faults_left(request):
+    yield
+    if 'hub' in request.fixturenames:
+        request.getfixturevalue('hub').faults.clear()
+
+
+@pytest.fixture(scope='module')
+def client_env(hub, package, tmp_path_factory):
+    """The environment of a process that uses the Hub on loopback and the copy of the package."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith('HF_')}
+    home = tmp_path_factory.mktemp('home')
+    return dict(env, HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE='0', HF_HUB_DISABLE_XET='1', HF_HOME=str(home),
+                PYTHONPATH=str(package), TIMM_LM_AUTOLOAD='0')
+
+
+@pytest.fixture(scope='module')
+def client(client_env, package):
+    """Runs commands in another process: (exit code, standard output, standard error)."""
+    with subprocess.Popen([sys.executable, '-c', DRIVER], env=client_env, cwd=package, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        def run(*argv, HF_TOKEN=TOKEN, **env):
+            process.stdin.write(json.dumps([[str(word) for word in argv], dict(env, HF_TOKEN=HF_TOKEN)]) + '\n')
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+        yield run
+        process.stdin.close()
+
+
+@pytest.fixture
+def done(client):
+    """Runs a command that must succeed, and returns its output."""
+    def run(*argv, **env):
+        code, out, err = client(*argv, **env)
+        assert code == 0, err
+        return out
+    return run
+
+
+@pytest.fixture
+def refused(client):
+    """Runs a command that must end with one line of error, and returns the line."""
+    def run(*argv, **env):
+        code, _, err = client(*argv, **env)
+        lines = err.splitlines()
+        assert code == 2 and len(lines) == 1 and lines[0].startswith('timm-lm: error: '), err
+        assert TOKEN not in err
+        return lines[0]
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(SHIPPED, tmp_path / 'weights')
+
+
+def commits(hub, repo_id):
+    """The commits of a repo after the one that made it."""
+    repo = hub.repos.get(repo_id)
+    return list(repo.commits)[1:] if repo else []
+
+
+# The card
+
+
+def front_matter(text):
+    return yaml.safe_load(text.split('---\n')[1])
+
+
+@pytest.mark.parametrize('text', [(SHIPPED / CARD_NAME).read_text(), small_card(), small_card(None, '')],
+                         ids=['shipped', 'rendered', 'without error and data set'])
+def test_front_matter_goes_through_the_classes_of_the_hub(text):
+    written = front_matter(text)
+    card = ModelCard(text)
+    assert isinstance(card.data, ModelCardData) and card.data.to_dict() == written
+    assert front_matter(str(card)) == written and ModelCard(str(card)).text == card.text
+    assert front_matter(published_card(text, 'owner/name')) == written
+    assert written['library_name'] == 'timm' and written['license'] == 'apache-2.0'
+    assert {'timm', 'image-classification'} <= {*written['tags']} and written['metrics'] == ['accuracy']
+
+
+def test_shipped_card_tells_data_set_and_error():
+    data = ModelCard.load(SHIPPED / CARD_NAME).data
+    assert data.datasets == ['uoft-cs/cifar10']
+    error = next(result for result in data.eval_results if result.metric_type == 'error')
+    assert isinstance(error, EvalResult) and (error.dataset_split, error.metric_value) == ('test', 9.23)
+    assert front_matter((SHIPPED / CARD_NAME).read_text())['model-index'][0]['name'] == NAME
+
+
+def test_published_card_differs_in_its_use_alone():
+    text = (SHIPPED / CARD_NAME).read_text()
+    published = published_card(text, 'owner/name')
+    assert "timm.create_model('hf-hub:owner/name', pretrained=True)" in published and 'FOLDER' not in published
+    assert '{{' not in published and '{%' not in published
+    start, end = text.index('## Use'), text.index('## Training')
+    assert published.startswith(text[:start] + '## Use\n\n```python\nimport timm\n')
+    assert published.endswith('\n\n' + text[end:])
+    assert published_card(published, 'owner/name') == published
+
+
+def test_a_section_on_use_of_the_author_stays():
+    text = re.sub(r'(?s)## Use.*?## Training', '## Use\n\nAsk me.\n\n## Training', small_card())
+    assert published_card(text, 'owner/name') == text
+
+
+def test_local_cards_are_as_before():
+    section = re.compile(r'(?s)## Use\n.*?(?=## Training)')
+    shipped = section.search((SHIPPED / CARD_NAME).read_text()).group()
+    assert section.search(small_card()).group().replace('lm_resnet20.small', NAME) == shipped
+
+
+@pytest.mark.parametrize('old, new, message', [
+    ('license: apache-2.0\n', '', 'does not tell license'),
+    ('library_name: timm\n', 'library_name: keras\n', "library_name 'keras'; it must be timm"),
+    ('      name: CIFAR-10\n', '      name: CIFAR-10\n      note: mine\n', 'under model-index that huggingface_hub'),
+    ('    metrics:\n', '    measures:\n', 'is not readable'),
+    ('tags:\n', 'tags: [\n', 'is not readable'),
+    ('---\n', '', 'does not tell library_name, license, tags, metrics'),
+], ids=['license', 'library', 'lost', 'index', 'yaml', 'none'])
+def test_bad_card_is_named(folder, fails, old, new, message):
+    text = (folder / CARD_NAME).read_text()
+    assert old in text
+    (folder / CARD_NAME).write_text(text.replace(old, new))
+    line = fails('push', folder, '--repo-id', 'owner/name', '--dry-run')
+    assert message in line and str(folder / CARD_NAME) in line
+
+
+# Without a network
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def connect(*args):
+        raise AssertionError('a connection was tried')
+    monkeypatch.setattr(socket.socket, 'connect', connect)
+
+
+def test_dry_run_shows_what_would_be_uploaded(folder, command, no_network):
+    (folder / 'optimizer.pt').write_bytes(pickle.dumps({}))
+    code, out, _ = command('push', folder, '--repo-id', 'owner/name', '--dry-run')
+    assert code == 0 and out.startswith(f'{folder} -> owner/name\n')
+    for name in FILES:
+        size = (folder / name).stat().st_size
+        assert re.search(rf'  {re.escape(name)} +{size:,} bytes\n', out) or name == CARD_NAME
+    assert 'left out, not part of a weights folder: optimizer.pt\n' in out
+    assert 'Nothing was uploaded' in out
+    assert (folder / CARD_NAME).read_bytes() == (SHIPPED / CARD_NAME).read_bytes()
+
+
+def test_dry_run_of_all_shipped_weights(command, no_network):
+    code, out, _ = command('push', '--all', '--owner', 'owner', '--dry-run')
+    shipped = sorted(path.parent.name for path in weights_dir().glob('*/model.safetensors'))
+    assert code == 0
+    assert re.findall(r'-> owner/(\S+)', out) == shipped and 'left out' not in out and 'the card' not in out
+
+
+def test_offline_is_told(folder, fails, monkeypatch, no_network):
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    assert 'because HF_HUB_OFFLINE is set; unset it' in fails('push', folder, '--repo-id', 'owner/name')
+    assert 'because HF_HUB_OFFLINE is set; unset it' in fails('verify', 'hf-hub:owner/name')
+
+
+def test_weights_of_unknown_quality_are_told(tmp_path, command):
+    folder = save_folder(small_network(), tmp_path / 'weights', small_card(None, ''), dict(layers=(1, 1, 1)))
+    _, out, _ = command('push', folder, '--repo-id', 'owner/name', '--dry-run')
+    assert 'the card names no data set of the Hub\n' in out and 'the card records no test error\n' in out
+
+
+@pytest.mark.parametrize('options, message', [
+    ([], 'Give FOLDER --repo-id OWNER/NAME'),
+    (['--repo-id', 'owner/name', '--owner', 'owner'], 'Give FOLDER --repo-id OWNER/NAME'),
+    (['--all', '--repo-id', 'owner/name'], '--all takes --owner OWNER'),
+    (['--repo-id', 'name'], "'name' can not name a repo"),
+    (['--repo-id', 'owner/na--me'], "'owner/na--me' can not name a repo"),
+    (['--repo-id', 'https://huggingface.co/owner/name'], 'can not name a repo'),
+    (['--all', '--owner', 'owner'], 'There are no weights folders in'),
+])
+def test_options_that_do_not_fit(folder, fails, options, message):
+    assert message in fails('push', folder, *options)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def pickled(path):
+    path.write_bytes(pickle.dumps({'stem.conv.weight': [1.0]}))
+
+
+@pytest.mark.parametrize('name, damage, message', [
+    ('model.safetensors', flip_a_bit, 'damaged or was changed'),
+    ('model.safetensors', pickled, 'not a whole safetensors file'),
+    (CHECK_NAME, pickled, 'not a whole safetensors file'),
+    (CHECK_NAME, Path.unlink, f'has no {CHECK_NAME}'),
+    ('config.json', Path.unlink, 'has no config.json'),
+    (CARD_NAME, Path.unlink, f'has no {CARD_NAME}'),
+])
+def test_damaged_folders_are_not_published(folder, fails, no_network, name, damage, message):
+    damage(folder / name)
+    line = fails('push', folder, '--repo-id', 'owner/name')
+    assert message in line and str(folder) in line
+
+
+# Published
+
+
+def test_published_weights_are_those_of_the_folder(hub, done, tree, client_env, tmp_path):
+    """Pushed, pushed again, recorded; a fresh process has the same logits by repo and by name."""
+    (tree / NAME / 'notes.txt').write_text('mine')
+    repo_id = f'owner/{NAME}'
+    out = done('push', tree / NAME, '--repo-id', repo_id)
+    (tree / NAME / 'notes.txt').unlink()
+    [sha] = commits(hub, repo_id)
+    assert f'/commit/{sha}; recorded in published.json' in out and 'left out, not part of a weights folder' in out
+    files = hub.repos[repo_id].files()
+    assert sorted(files) == sorted(['.gitattributes', *FILES])
+    for name in set(FILES) - {CARD_NAME}:
+        assert files[name] == (tree / NAME / name).read_bytes()
+    assert files[CARD_NAME].decode() == published_card((tree / NAME / CARD_NAME).read_text(), repo_id)
+    assert json.loads((tree / 'published.json').read_text())[NAME] == dict(repo_id=repo_id, revision=sha)
+
+    hub.log.clear()
+    assert done('push', tree / NAME, '--repo-id', repo_id) == f'{repo_id}: nothing to do, commit {sha} is equal\n'
+    assert commits(hub, repo_id) == [sha] and not any('commit' in request for request in hub.log)
+    assert done('verify', f'hf-hub:{repo_id}').startswith(f'hf-hub:{repo_id}: whole; logits within ')
+
+    # an install without the weights finds them by the record
+    shutil.copytree(tree.parent, tmp_path / 'timm_lm', ignore=shutil.ignore_patterns('__pycache__', '*.safetensors'))
+    code = (
+        'import sys, timm, timm_lm, torch\n'
+        'from safetensors.torch import load_file\n'
+        'images = load_file(sys.argv[1] + "/test/rand_tensors.safetensors")["input"]\n'
+        'def logits(name):\n'
+        '    with torch.inference_mode():\n'
+        '        return timm.create_model(name, pretrained=True).eval()(images)\n'
+        f'print(timm.get_pretrained_cfg("{NAME}").hf_hub_id)\n'
+        'local = logits("local-dir:" + sys.argv[1])\n'
+        f'print(torch.equal(logits("hf-hub:{repo_id}"), local), torch.equal(logits("{NAME}"), local))\n'
+    )
+    result = subprocess.run([sys.executable, '-c', code, str(SHIPPED)], text=True, capture_output=True, cwd=tmp_path,
+                            env=dict(client_env, PYTHONPATH=str(tmp_path)))
+    assert result.stdout == f'{repo_id}@{sha}\nTrue True\n', result.stderr
+
+
+def test_all_leaves_what_is_equal_and_uploads_what_changed(hub, done, refused, tree):
+    done('push', '--all', '--owner', 'owner')
+    names = [NAME, 'lm_resnet20.small']
+    before = {name: commits(hub, f'owner/{name}') for name in names}
+    assert len(before[NAME]) == len(before['lm_resnet20.small']) == 1
+
+    card = tree / 'lm_resnet20.small' / CARD_NAME
+    card.write_text(card.read_text().replace('Top-1', 'top-1'))
+    hub.log.clear()
+    first, second = done('push', '--all', '--owner', 'owner').splitlines()
+    assert first.startswith(f'owner/{NAME}: nothing to do') and second.startswith('owner/lm_resnet20.small: 1 files')
+    assert commits(hub, f'owner/{NAME}') == before[NAME] and not any('PUT' in request for request in hub.log)
+    [_, sha] = commits(hub, 'owner/lm_resnet20.small')
+    published = json.loads((tree / 'published.json').read_text())
+    assert list(published) == names
+    assert published['lm_resnet20.small'] == dict(repo_id='owner/lm_resnet20.small', revision=sha)
+
+    # nothing is uploaded if one of them is broken
+    whole = card.read_text()
+    card.unlink()
+    hub.log.clear()
+    assert 'has no README.md' in refused('push', '--all', '--owner', 'owner') and not hub.log
+    card.write_text(whole)
+
+
+def test_folders_elsewhere_are_not_recorded(done, tree, folder):
+    before = (tree / 'published.json').read_bytes() if (tree / 'published.json').exists() else None
+    assert 'recorded' not in done('push', folder, '--repo-id', 'owner/elsewhere')
+    assert 'recorded' not in done('push', '--all', folder.parent, '--owner', 'owner')
+    assert ((tree / 'published.json').read_bytes() if before else None) == before
+
+
+def test_private_repos(hub, done, refused, tree):
+    small = tree / 'lm_resnet20.small'
+    record = tree / 'published.json'
+    before = record.read_bytes() if record.exists() else None
+    assert 'recorded' not in done('push', small, '--repo-id', 'owner/secret', '--private')
+    assert hub.repos['owner/secret'].private
+    assert 'nothing to do' in done('push', small, '--repo-id', 'owner/secret', '--private')
+    assert (record.read_bytes() if record.exists() else None) == before
+    assert 'There is no owner/secret' in refused('verify', 'hf-hub:owner/secret', HF_TOKEN='')
+
+    done('push', small, '--repo-id', 'owner/open')
+    count = len(hub.repos['owner/open'].commits)
+    line = refused('push', small, '--repo-id', 'owner/open', '--private')
+    assert 'owner/open exists and is public' in line and len(hub.repos['owner/open'].commits) == count
+
+
+def test_branches_and_pull_requests(hub, done, refused, folder):
+    assert 'There is no owner/branches to open a pull request on' in refused(
+        'push', folder, '--repo-id', 'owner/branches', '--create-pr')
+    done('push', folder, '--repo-id', 'owner/branches')
+    repo = hub.repos['owner/branches']
+    main = repo.refs['main']
+    card = folder / CARD_NAME
+    card.write_text(card.read_text().replace('## Citation', '## To cite'))
+    done('push', folder, '--repo-id', 'owner/branches', '--revision', 'next')
+    assert repo.refs['main'] == main and b'## To cite' in repo.files('next')[CARD_NAME]
+    assert 'nothing to do' in done('push', folder, '--repo-id', 'owner/branches', '--revision', 'next')
+    # anybody may open a pull request
+    out = done('push', folder, '--repo-id', 'owner/branches', '--create-pr', HF_TOKEN='hf_of_a_reader')
+    assert out.endswith('/owner/branches/discussions/1\n')
+    assert repo.refs['main'] == main and b'## To cite' in repo.files('refs/pr/1')[CARD_NAME]
+
+
+# Faults
+
+
+def no_token(hub):
+    return dict(HF_TOKEN=''), 'There is no token of the Hub; set HF_TOKEN'
+
+
+def wrong_token(hub):
+    return dict(HF_TOKEN='hf_wrong'), 'does not accept the token (401); set HF_TOKEN'
+
+
+def garbled_token(hub):
+    return dict(HF_TOKEN='hf_a\tb'), 'holds characters that no token has'
+
+
+def no_right(hub):
+    return dict(HF_TOKEN='hf_of_a_reader'), 'has no right to write to owner/faults'
+
+
+def log_in_fails(hub):
+    hub.fail('whoami')
+    return {}, 'is not working as it should (500'
+
+
+def creation_fails(hub):
+    hub.fail('repos/create')
+    return {}, 'is not working as it should (500'
+
+
+def upload_fails(hub):
+    hub.fail('PUT /lfs', times=100)
+    return {}, 'is not working as it should (500'
+
+
+def commit_fails(hub):
+    hub.fail('/commit/')
+    return {}, 'is not working as it should (500'
+
+
+def too_many_requests(hub):
+    hub.fail('/commit/', status=429)
+    return {}, 'is not working as it should (429'
+
+
+def commit_refused(hub):
+    hub.fail('/commit/', status=409)
+    return {}, 'refused owner/faults (409: the server was told to fail)'
+
+
+def card_refused(hub):
+    hub.fail('validate-yaml', status=400)
+    return {}, 'refused owner/faults (400: the server was told to fail)'
+
+
+def not_a_hub(hub):
+    hub.fail('whoami', status=200, page=b'<html>Log in to this network</html>')
+    return {}, 'Expecting value'
+
+
+def upload_cut(hub):
+    hub.cut('PUT /lfs', times=100)
+    return {}, 'The connection to http'
+
+
+def commit_cut(hub):
+    hub.cut('/commit/')
+    return {}, 'The connection to http'
+
+
+def upload_stalls(hub):
+    hub.stall('PUT /lfs', times=100)
+    return dict(SILENCE='0.3'), 'The connection to http'
+
+
+FAULTS = [no_token, wrong_token, garbled_token, no_right, log_in_fails, creation_fails, upload_fails, commit_fails,
+          too_many_requests, commit_refused, card_refused, not_a_hub, upload_cut, commit_cut, upload_stalls]
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_fault_is_one_line_and_the_next_try_completes(hub, done, refused, folder, fault):
+    hub.repos.pop('owner/faults', None)
+    hub.large.clear()
+    env, message = fault(hub)
+    line = refused('push', folder, '--repo-id', 'owner/faults', **env)
+    assert message in line
+    assert commits(hub, 'owner/faults') == []
+    hub.faults.clear()
+    done('push', folder, '--repo-id', 'owner/faults')
+    assert len(commits(hub, 'owner/faults')) == 1
+    assert {*FILES} <= {*hub.repos['owner/faults'].files()}
+
+
+def test_no_connection(hub, refused, done, folder):
+    hub.repos.pop('owner/faults', None)
+    hub.stop()
+    try:
+        line = refused('push', folder, '--repo-id', 'owner/faults')
+        assert f'The connection to {hub.endpoint} failed (' in line and 'refused); check the network' in line
+        assert 'The connection to' in refused('verify', 'hf-hub:owner/faults')
+    finally:
+        hub.start()
+    done('push', folder, '--repo-id', 'owner/faults')
+
+
+@pytest.mark.parametrize('trouble', [Hub.fail, Hub.cut])
+def test_client_tries_an_upload_again(hub, done, folder, trouble):
+    hub.repos.pop('owner/again', None)
+    hub.large.clear()
+    trouble(hub, 'PUT /lfs', times=2)
+    done('push', folder, '--repo-id', 'owner/again')
+    assert len(commits(hub, 'owner/again')) == 1 and not any(fault.times for fault in hub.faults)
+
+
+def test_lost_answer_of_a_commit(hub, done, folder, monkeypatch, client):
+    """The commit was made but its answer is lost: the next try finds it."""
+    from hub_server import _Handler
+    answer = _Handler._json
+
+    def lost(self, content):
+        if 'commitOid' in content:
+            self._cut()
+        else:
+            answer(self, content)
+    monkeypatch.setattr(_Handler, '_json', lost)
+    code, _, err = client('push', folder, '--repo-id', 'owner/lost')
+    assert code == 2 and 'what is already there is left alone' in err
+    monkeypatch.undo()
+    assert 'nothing to do' in done('push', folder, '--repo-id', 'owner/lost')
+    assert len(commits(hub, 'owner/lost')) == 1
+
+
+# Verified where they are published
+
+
+def tampered_weights(files):
+    files['model.safetensors'] = files['model.safetensors'][:-4] + b'\0\0\0\1'
+
+
+def tampered_check(files):
+    files[CHECK_NAME] = b'\x80\x04}.'
+
+
+def tampered_config(files):
+    files['config.json'] = files['config.json'].replace(b'lm_resnet20', b'lm_resnet32')
+
+
+def lost_weights(files):
+    del files['model.safetensors']
+
+
+@pytest.mark.parametrize('damage, message', [
+    (tampered_weights, 'hf-hub:owner/tampered/model.safetensors is damaged or was changed'),
+    (tampered_check, f'hf-hub:owner/tampered/{CHECK_NAME} is not a whole safetensors file'),
+    (tampered_config, "hf-hub:owner/tampered/model.safetensors holds another network than the 'lm_resnet32'"),
+    (lost_weights, 'hf-hub:owner/tampered has no model.safetensors'),
+])
+def test_tampered_repo_is_named(hub, done, refused, damage, message):
+    repo = hub.add('owner/tampered', SHIPPED)
+    whole = repo.refs['main']
+    done('verify', 'hf-hub:owner/tampered')
+    files = dict(repo.files())
+    damage(files)
+    repo.commit(files)
+    assert message in refused('verify', 'hf-hub:owner/tampered')
+    assert 'whole' in done('verify', f'hf-hub:owner/tampered@{whole}')
+
+
+def test_changed_weights_with_a_new_digest_in_a_repo(hub, refused, tmp_path):
+    """A repo whose digest was made again for other weights fails its check batch."""
+    from safetensors.torch import load_file
+    folder = shutil.copytree(SHIPPED, tmp_path / 'weights')
+    state = load_file(folder / 'model.safetensors')
+    state['head.fc.weight'] += 0.1
+    save_file(state, folder / 'model.safetensors', metadata=dict(format='pt'))
+    digest = sha256((folder / 'model.safetensors').read_bytes())
+    save_file(load_file(folder / CHECK_NAME), folder / CHECK_NAME, metadata=dict(model_sha256=digest))
+    hub.add('owner/other', folder)
+    assert "hf-hub:owner/other computes other 'output' than recorded" in refused('verify', 'hf-hub:owner/other')
+
+
+def test_verify_of_repos_that_are_not_there(hub, refused):
+    assert 'There is no owner/nothing' in refused('verify', 'hf-hub:owner/nothing')
+    assert 'can not name a repo' in refused('verify', 'hf-hub:nothing')
+    hub.add('owner/one', SHIPPED)
+    assert 'There is no such revision of owner/one' in refused('verify', 'hf-hub:owner/one@next')
+
+
+def test_verify_takes_folders_and_repos(hub, done, folder):
+    hub.add('owner/both', SHIPPED)
+    lines = done('verify', folder, 'hf-hub:owner/both').splitlines()
+    assert [line.split(': whole')[0] for line in lines] == [str(folder), 'hf-hub:owner/both']

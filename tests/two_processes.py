@@ -1,0 +1,233 @@
+"""What two processes do under a launcher for test_processes.py: one thing after another in one group of processes.
+
+Each process leaves ``facts<rank>.json``; the last thing is a training that must fail.
+"""
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+import zlib
+from contextlib import contextmanager
+from copy import copy, deepcopy
+from pathlib import Path
+
+import accelerate
+import torch
+import torch.nn.functional as F
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, set_seed
+
+from timm_lm import cli
+from timm_lm.loader import IGNORE_LABEL, BatchLoader
+from timm_lm.training import loop
+from timm_lm.training.batches import create_loader, load_split, resolve_input_config
+from timm_lm.training.checkpoint import CheckpointStore
+from timm_lm.training.factory import create_accelerator, create_model
+from timm_lm.training.options import parse_options
+from timm_lm.training.report import RunLog
+from timm_lm.training.signals import StopSignals
+
+# Batch norm, random crops, 8 batches an epoch; the last batch of the validation is not full.
+LONG = ['--epochs', '3', '--batch-size', '16', '--validation-batch-size', '24', '--log-interval', '1',
+        '--resume', 'auto']
+# Nothing that depends on how a global batch of 64 is cut into pieces; 4 updates an epoch.
+PIECES = ['--model-kwargs', 'layers=(2,1,1)', 'norm_layer=groupnorm1', '--no-aug', '--epochs', '2', '--lr', '0.01',
+          '--clip-grad', '0.5', '--two-step-epoch', '1']
+CUTS = dict(one=['--batch-size', '64'], two=['--batch-size', '32'],
+            four=['--batch-size', '16', '--grad-accum-steps', '2'])
+# What `accelerate launch --use_fsdp --fsdp_version 2` with a wrap policy gives to its processes.
+SHARDED = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP',
+               FSDP_TRANSFORMER_CLS_TO_WRAP='BasicBlock')
+CAN_SHARD = hasattr(accelerate.utils.fsdp_utils, 'fsdp2_prepare_model')
+
+
+def train_command(data, output, name, *more):
+    """Arguments of ``timm-lm`` for a small network with one two-step block, in float32."""
+    return ['train', '-c', 'demo_digits', '--data-dir', str(data), '--model-kwargs', 'layers=(2,1,1)',
+            '--warmup-epochs', '0', '--no-amp', '--output', str(output), '--experiment', name, *more]
+
+
+def kill_in_the_middle(data, output, port):
+    """Start a training in copies of these processes, and kill them in the middle of the second epoch."""
+    child = os.fork()
+    if not child:
+        os.environ.pop('TORCHELASTIC_USE_AGENT_STORE', None)  # a meeting place of their own
+        os.environ['MASTER_PORT'] = port
+        os._exit(cli.main(train_command(data, output, 'killed', *LONG, '--recovery-interval', '1')))
+    folder = output / 'killed' / 'checkpoints'
+    try:
+        while not any(folder.glob('step-*1[1-9]')) and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.005)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def loaders(data, accelerator, *more):
+    """(arguments, data config, batches of training, batches of validation) of this process."""
+    args = parse_options(train_command(data, 'none', 'none', *more)[1:])
+    config = resolve_input_config(args, create_model(args))
+    batches = [create_loader(args, load_split(args, split, config, False, is_training), config, accelerator, 10,
+                             is_training) for split, is_training in (('train', True), ('test', False))]
+    return args, config, *batches
+
+
+def identities(batches):
+    """A number for each image that counts, by its pixels."""
+    return [zlib.crc32(image.numpy().tobytes()) for images, labels in batches
+            for image, label in zip(images.contiguous(), labels.tolist()) if label != IGNORE_LABEL]
+
+
+def shares(data, accelerator):
+    """The images that this process gets, by kind of loader."""
+    found = {}
+    for kind in ('memory', 'timm'):
+        _, _, training, validation = loaders(
+            data, accelerator, '--loader', kind, '--no-aug', '--workers', '0', '-b', '16', '-vb', '24')
+        found[kind] = dict(train=identities(training), test=identities(validation))
+    _, _, training, _ = loaders(data, accelerator, '--no-aug', '-b', '16', '--aug-repeats', '2')
+    found['repeated'] = identities(training)
+    return found
+
+
+def gradient(data, accelerator, folder):
+    """The engine's gradient against that of plain PyTorch, the mean over the batches of both processes.
+
+    Returns:
+        Largest differences, as shares of the largest value: between both, and of this process alone from the mean.
+    """
+    args, config, loader, _ = loaders(data, accelerator, '-b', '16')
+    set_seed(0)
+    model = create_model(args).to(memory_format=torch.channels_last)
+    plain = deepcopy(model).train()
+    training = loop.Training(args, accelerator, model, loader, config, CheckpointStore(folder), StopSignals())
+    training._update = lambda epoch, step: None
+    training.network.train()
+    training.step(*next(iter(loader)), epoch=0, step=0, is_update=True)
+    means, own = [torch.zeros_like(p) for p in plain.parameters()], None
+    for rank in range(accelerator.num_processes):
+        other = copy(loader)
+        other.rank = rank
+        images, labels = next(iter(other))
+        gradients = torch.autograd.grad(F.cross_entropy(plain(images), labels), list(plain.parameters()))
+        means = [mean + g / accelerator.num_processes for mean, g in zip(means, gradients)]
+        own = gradients if rank == loader.rank else own
+    scale = max(g.abs().max().item() for g in means)
+
+    def apart(others):
+        return max((g - other).abs().max().item() for g, other in zip(means, others)) / scale
+
+    return dict(engine=apart([p.grad for p in training.model.parameters()]), own=apart(own))
+
+
+@contextmanager
+def watched_statistics(seen):
+    """Note what ``distribute_bn`` finds in the processes and leaves there."""
+    distribute_bn = loop.distribute_bn
+
+    def gathered(model):
+        own = torch.cat([b.flatten() for name, b in model.named_buffers() if 'running' in name])
+        all_ranks = [torch.empty_like(own) for _ in range(2)]
+        torch.distributed.all_gather(all_ranks, own)
+        return all_ranks
+
+    def watched(model, *rest):
+        before = gathered(model)
+        distribute_bn(model, *rest)
+        after = gathered(model)
+        seen.append(dict(apart_before=(before[0] - before[1]).abs().max().item(),
+                         equal_after=torch.equal(*after),
+                         from_mean=(after[0] - (before[0] + before[1]) / 2).abs().max().item()))
+
+    loop.distribute_bn = watched
+    try:
+        yield
+    finally:
+        loop.distribute_bn = distribute_bn
+
+
+@contextmanager
+def sharding():
+    """Have Accelerate shard on the CPU, too, which PyTorch can; by itself it leaves out FSDP there."""
+    os.environ.update(SHARDED)
+    PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU
+    try:
+        yield
+    finally:
+        for name in SHARDED:
+            del os.environ[name]
+        PartialState._shared_state['distributed_type'] = DistributedType.MULTI_CPU
+
+
+def cut_back(folder, target, updates):
+    """A copy of a run as it was when it had made so many updates."""
+    shutil.copytree(folder, target)
+    shutil.rmtree(target / 'weights')
+    for path in (target / 'checkpoints').glob('step-*'):
+        if int(path.name[5:]) > updates:
+            shutil.rmtree(path)
+
+
+def poison_one_process():
+    """Make the third batch of the second epoch of process 1 unusable."""
+    batches = BatchLoader.batches
+
+    def poisoned(self, start=0):
+        for step, (images, labels) in enumerate(batches(self, start), start):
+            if self.is_training and self.rank == 1 and self.epoch == 1 and step == 2:
+                images = images * float('nan')
+            yield images, labels
+
+    BatchLoader.batches = poisoned
+
+
+def main(data, output, port):
+    rank = int(os.environ['RANK'])
+    written = []
+
+    def note(event, arguments):
+        writes = event == 'open' and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if writes or event in ('os.mkdir', 'os.rename', 'os.remove', 'os.rmdir', 'shutil.rmtree'):
+            written.append(str(arguments[0]))
+
+    def train(name, *more):
+        try:
+            cli.main(train_command(data, output, name, *more))
+        except Exception:  # the tests of the other trainings are to go on
+            traceback.print_exc()
+
+    kill_in_the_middle(data, output, port)
+    PartialState.destroy_process_group = lambda self, group=None: None  # one group for all trainings
+    RunLog.plot = lambda self: None  # pictures take time
+    accelerator = create_accelerator(parse_options([]), output)
+    facts = dict(shares=shares(data, accelerator), gradient=gradient(data, accelerator, output))
+
+    sys.addaudithook(note)
+    train('alone', *LONG)
+    train('stopped', *LONG)
+    train('killed', *LONG)
+    for name in ('two', 'four'):
+        train(name, *PIECES, *CUTS[name])
+    facts['statistics'] = []
+    with watched_statistics(facts['statistics']):
+        train('own', '--epochs', '1', '--batch-size', '32', '--no-ddp-bb', '--model-ema', '--model-ema-decay', '0.5')
+    facts['written'] = [path for path in written if str(output) in path]
+    (output / f'facts{rank}.json').write_text(json.dumps(facts))
+
+    if CAN_SHARD:
+        with sharding():
+            train('sharded', *PIECES, *CUTS['two'], '--recovery-interval', '2')
+        if rank == 0:
+            cut_back(output / 'sharded', output / 'resumed', 6)
+        torch.distributed.barrier()
+        with sharding():
+            train('resumed', *PIECES, *CUTS['two'], '--resume', 'auto')
+    poison_one_process()
+    return cli.main(train_command(data, output, 'poisoned', '--epochs', '2', '--batch-size', '16'))
+
+
+if __name__ == '__main__':
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]))

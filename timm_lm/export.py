@@ -1,0 +1,99 @@
+"""The networks as files of other tools: ONNX, torch.export and TorchScript, each checked against the network."""
+import os
+import tempfile
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Callable, Dict, Tuple
+
+import torch
+
+from .errors import UserError
+from .hub import TimmModel
+
+TOLERANCE = 1e-4  # of the largest logit: other kernels add in another order
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _batch() -> Tuple[Dict[int, Any]]:
+    return ({0: torch.export.Dim('batch', min=1, max=65536)},)
+
+
+def _to_onnx(model: TimmModel, images: torch.Tensor, path: Path) -> Run:
+    missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if find_spec(name) is None]
+    if missing:
+        raise UserError(f"ONNX needs {', '.join(missing)}; install `pip install 'timm-lm[export]'`.")
+    import onnxruntime
+    names: Dict[str, Any] = dict(input_names=['images'], output_names=['logits'])
+    if torch.__version__ >= '2.6':
+        program = torch.onnx.export(model, (images,), dynamo=True, dynamic_shapes=_batch(), verbose=False, **names)
+        assert program is not None
+        program.save(str(path))
+    else:  # the newer exporter of torch 2.5 fails where the batch is dynamic
+        axes = dict(images={0: 'batch'}, logits={0: 'batch'})
+        torch.onnx.export(model, (images,), str(path), dynamo=False, dynamic_axes=axes, **names)
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def _to_program(model: TimmModel, images: torch.Tensor, path: Path) -> Run:
+    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=_batch()), path)
+    return torch.export.load(path).module()
+
+
+def _to_script(model: TimmModel, images: torch.Tensor, path: Path) -> Run:
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.torch.jit', FutureWarning)  # deprecated, and still asked for
+        torch.jit.save(torch.jit.script(model), path)
+        return torch.jit.load(path)
+
+
+# Format -> (how, ending of the file)
+FORMATS: Dict[str, Tuple[Callable[[TimmModel, torch.Tensor, Path], Run], str]] = {
+    'onnx': (_to_onnx, '.onnx'),
+    'torch-export': (_to_program, '.pt2'),
+    'torchscript': (_to_script, '.pt'),
+}
+
+
+@torch.no_grad()
+def export_model(model: TimmModel, kind: str, path: Path) -> float:
+    """Write a network in another form, for batches of any size.
+
+    The file is written beside its place, loaded, and compared with the network on batches of 1, 2 and 5 images before
+    it takes its name.
+
+    Args:
+        model: A network in evaluation mode on the CPU; one that was made with ``scriptable=True`` for TorchScript.
+        kind: A name of ``FORMATS``.
+        path: The file.
+
+    Returns:
+        The largest difference of the logits, as a share of the largest logit.
+
+    Raises:
+        UserError: If a package is missing, the file can not be written, or it computes something else.
+    """
+    write, ending = FORMATS[kind]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(5, *model.pretrained_cfg['input_size'], generator=generator)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
+            temporary = Path(folder) / f'model{ending}'
+            run = write(model, images[:2], temporary)
+            difference = 0.
+            for batch in (images[:1], images[:2], images):
+                expected = model(batch)
+                found = (run(batch) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+                difference = max(difference, found.item())
+            if not difference <= TOLERANCE:
+                raise UserError(f'The exported file computes something else (difference {difference:.1e} of the '
+                                'largest logit); nothing was written. Try another --format.')
+            os.replace(temporary, path)
+            for data in Path(folder).iterdir():  # weights beside an ONNX file that is too large for one
+                os.replace(data, path.parent / data.name)
+    except OSError as e:
+        raise UserError(f'{path} can not be written ({e}); choose another --output.') from e
+    return difference

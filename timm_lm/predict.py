@@ -1,0 +1,94 @@
+"""Classes of single images: files, folders, or lists of them."""
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_transform, resolve_data_config
+from timm.data.readers.img_extensions import get_img_extensions
+
+from .errors import UserError
+from .hub import TimmModel
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network says of an image.
+
+    Attributes:
+        path: The image as it was named.
+        classes: (name, probability), the most probable first; empty if the image is not readable.
+        error: Why it is not readable, None if it is.
+    """
+
+    path: str
+    classes: Tuple[Tuple[str, float], ...] = ()
+    error: Optional[str] = None
+
+    def as_dict(self) -> Dict[str, Any]:
+        """For a line of JSON."""
+        if self.error is not None:
+            return dict(image=self.path, error=self.error)
+        return dict(image=self.path, classes=[{'class': name, 'probability': p} for name, p in self.classes])
+
+
+def find_images(names: Sequence[str], lines: Iterable[str] = ()) -> List[Path]:
+    """Image files: those named, all below the folders named, and for ``-`` those that the lines name.
+
+    Raises:
+        UserError: If a folder holds no image.
+    """
+    found: List[Path] = []
+    for name in names:
+        if name == '-':
+            found += [Path(line.rstrip('\r\n')) for line in lines if line.strip()]
+        elif Path(name).is_dir():
+            endings = get_img_extensions(as_set=True)
+            images = sorted(path for path in Path(name).rglob('*') if path.suffix.lower() in endings)
+            if not images:
+                raise UserError(f'The folder {name} holds no images ({", ".join(sorted(endings))}).')
+            found += images
+        else:
+            found.append(Path(name))
+    return found
+
+
+@torch.inference_mode()
+def predict(model: TimmModel, paths: Sequence[Union[str, Path]], topk: int = 5,
+            batch_size: int = 64) -> Iterator[Prediction]:
+    """Classify image files, in their order.
+
+    Args:
+        model: A network in evaluation mode; images are resized, cropped and normalised as its config says.
+        paths: The files.
+        topk: Classes of each image.
+        batch_size: Images of a batch.
+
+    Yields:
+        A prediction for each file; one that is not readable has an error, and the others go on.
+    """
+    config = resolve_data_config({}, model=model)
+    transform: Any = create_transform(**config)
+    mode = 'RGB' if config['input_size'][0] == 3 else 'L'
+    names = model.pretrained_cfg.get('label_names') or [str(i) for i in range(model.num_classes)]
+    device = next(model.parameters()).device
+    for start in range(0, len(paths), batch_size):
+        some = [str(path) for path in paths[start:start + batch_size]]
+        images, errors = {}, {}
+        for path in some:
+            try:
+                with Image.open(path) as image:
+                    images[path] = transform(image.convert(mode))
+            except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as e:
+                errors[path] = ' '.join(str(e).split()) or type(e).__name__
+        probabilities: Dict[str, torch.Tensor] = {}
+        if images:
+            batch = torch.stack(list(images.values())).to(device)
+            probabilities = dict(zip(images, model(batch).float().softmax(1).cpu()))
+        for path in some:
+            if path in errors:
+                yield Prediction(path, error=errors[path])
+                continue
+            values, indices = probabilities[path].topk(min(topk, len(names)))
+            yield Prediction(path, tuple((names[i], value) for i, value in zip(indices.tolist(), values.tolist())))

@@ -1,0 +1,372 @@
+"""Weights folders to the Hub and back: checked, published in one commit, and verified where they are published."""
+import hashlib
+import json
+import re
+import sys
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type, Union
+
+import huggingface_hub
+import jinja2
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token, metadata_load
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import _http, disable_progress_bars, validate_repo_id
+from yaml import YAMLError
+
+from . import __version__
+from .errors import UserError
+from .files import write_text
+from .hub import CARD_NAME, CHECK_NAME, CONFIG_NAME, card_template, recorded_error, verify_folder
+from .models._weights import PUBLISHED_NAME, WEIGHTS_NAME, weights_dir
+
+FILES = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, CHECK_NAME)  # what is published; nothing else ever is
+CARD_KEYS = ('library_name', 'license', 'tags', 'metrics')  # what the front matter of a card must tell
+LOCAL_SOURCE = 'local-dir:FOLDER'  # how a local card tells to load the network
+SILENCE = 60  # seconds without a byte after which a connection is given up
+SHOWN = 5  # names of files that are left out
+AGAIN = 'run the same command again, what is already there is left alone'
+
+# requests up to huggingface_hub 0.x, httpx from 1.0: the base of either is the base of this error
+_HUB_ERRORS: Tuple[Type[BaseException], ...] = (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)
+_USE = re.compile(r'^## Use\n.*?(?=^## |\Z)', re.MULTILINE | re.DOTALL)
+
+
+# What is uploaded
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A weights folder that was checked, and what goes to the Hub from it."""
+
+    folder: Path
+    repo_id: str
+    files: Dict[str, Union[Path, bytes]]  # by path in the repo
+    remarks: List[str]
+
+    def describe(self) -> List[str]:
+        """Lines that tell the files, their sizes in bytes, and what a reader should know."""
+        sizes = {
+            name: len(content) if isinstance(content, bytes) else content.stat().st_size
+            for name, content in self.files.items()
+        }
+        return [f'{self.folder} -> {self.repo_id}', *(f'  {name:<30}{size:>12,} bytes' for name, size in sizes.items()),
+                *(f'  {remark}' for remark in self.remarks)]
+
+
+def prepare(folder: Union[str, Path], repo_id: str) -> Upload:
+    """Check a weights folder, its card too, and gather what of it is published.
+
+    Args:
+        folder: A weights folder. It is not changed.
+        repo_id: ``OWNER/NAME`` of the repo.
+
+    Raises:
+        UserError: If the name is not that of a repo, or anything in the folder is missing or damaged.
+    """
+    _check_repo_id(repo_id)
+    folder = Path(folder)
+    verify_folder(folder)
+    card = published_card(_read_card(folder), repo_id)
+    files: Dict[str, Union[Path, bytes]] = {name: folder / name for name in FILES}
+    files[CARD_NAME] = card.encode()
+    remarks = []
+    if not (metadata_load(folder / CARD_NAME) or {}).get('datasets'):
+        remarks.append('the card names no data set of the Hub')
+    if recorded_error(folder) is None:
+        remarks.append('the card records no test error')
+    others = sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*') if not path.is_dir())
+    left_out = [name for name in others if name not in FILES]
+    if left_out:
+        more = f' and {len(left_out) - SHOWN} more' if len(left_out) > SHOWN else ''
+        remarks.append(f"left out, not part of a weights folder: {', '.join(left_out[:SHOWN])}{more}")
+    return Upload(folder, repo_id, files, remarks)
+
+
+def prepare_tree(tree: Optional[Path], owner: str) -> List[Upload]:
+    """Check all weights folders of a folder, by default those that ship; each repo has the name of its folder.
+
+    Raises:
+        UserError: If there are none, or one of them is not whole.
+    """
+    tree = weights_dir() if tree is None else Path(tree)
+    if not tree.is_dir():
+        raise UserError(f'The folder {tree} does not exist; give one that holds weights folders.')
+    folders = [path for path in sorted(tree.iterdir()) if any((path / name).is_file() for name in FILES)]
+    if not folders:
+        raise UserError(f'There are no weights folders in {tree}; give a folder that holds some.')
+    return [prepare(folder, f'{owner}/{folder.name}') for folder in folders]
+
+
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+        if repo_id.count('/') != 1:
+            raise HFValidationError('it needs an owner and a name')
+    except HFValidationError as e:
+        raise UserError(f"'{repo_id}' can not name a repo ({_one_line(e)}); give OWNER/NAME.") from e
+
+
+def _read_card(folder: Path) -> str:
+    """The text of a card whose front matter goes through huggingface_hub's classes and back without a change."""
+    path = folder / CARD_NAME
+    try:
+        text = path.read_text(encoding='utf-8')
+        written = metadata_load(path) or {}
+        understood = ModelCard(text).data.to_dict()
+    except FileNotFoundError:
+        raise UserError(f'{folder} has no {CARD_NAME}; weights are published with their card, restore it.') from None
+    except (OSError, ValueError, TypeError, KeyError, YAMLError) as e:
+        raise UserError(f'The front matter of {path} is not readable ({_one_line(e)}); mend it.') from e
+    missing = [key for key in CARD_KEYS if not written.get(key)]
+    if missing:
+        raise UserError(f"The front matter of {path} does not tell {', '.join(missing)}; add that.")
+    if written['library_name'] != 'timm':
+        raise UserError(f"The front matter of {path} has library_name '{written['library_name']}'; it must be timm.")
+    changed = sorted(key for key in {*written, *understood} if written.get(key) != understood.get(key))
+    if changed:
+        raise UserError(f"The front matter of {path} has something under {', '.join(changed)} that huggingface_hub "
+                        'drops or changes; write it as `timm-lm train` does.')
+    return text
+
+
+def published_card(text: str, repo_id: str) -> str:
+    """The card of a folder as that of a repo: the section on use of the card's template, with the name of the repo.
+
+    A section on use that does not speak of the local folder is its author's own and stays.
+    """
+    template = _USE.search(card_template().read_text(encoding='utf-8'))
+    assert template is not None
+    section = jinja2.Template(template.group(), keep_trailing_newline=True).render(source=f'hf-hub:{repo_id}')
+    return _USE.sub(lambda match: section if LOCAL_SOURCE in match.group() else match.group(), text, count=1)
+
+
+# Publishing
+
+
+def push(
+        uploads: Sequence[Upload],
+        private: bool = False,
+        revision: Optional[str] = None,
+        create_pr: bool = False,
+) -> Iterator[str]:
+    """Publish checked folders, each in one commit. What is there and equal is left alone.
+
+    What becomes public of the shipped weights is recorded in their ``published.json``.
+
+    Args:
+        uploads: From ``prepare``.
+        private: Repos that are created are private.
+        revision: Branch to commit to, created if it does not exist; main if None.
+        create_pr: Open a pull request with each commit.
+
+    Yields:
+        A line for each folder.
+
+    Raises:
+        UserError: If the Hub can not be reached or refuses.
+    """
+    _set_up_client()
+    token = get_token()
+    owner = uploads[0].repo_id.partition('/')[0]
+    if not token:
+        raise UserError(f'There is no token of the Hub; set HF_TOKEN to one with write access to {owner}, or log in '
+                        'with `hf auth login`.')
+    if not re.fullmatch('[!-~]+', token):
+        raise UserError('The token of the Hub holds characters that no token has; set HF_TOKEN to it again.')
+    api = HfApi(token=token, library_name='timm-lm', library_version=__version__)
+    with _told(uploads[0].repo_id):
+        api.whoami()
+    for upload in uploads:
+        yield _push(api, upload, private, revision, create_pr)
+
+
+def _push(api: HfApi, upload: Upload, private: bool, revision: Optional[str], create_pr: bool) -> str:
+    repo_id = upload.repo_id
+    with _told(repo_id):
+        is_private = _find_or_create(api, repo_id, private, create_pr)
+        there = _digests(api, repo_id, revision)
+        new = {name: content for name, content in upload.files.items()
+               if (there or {}).get(name) not in _possible_digests(content)}
+        if new:
+            if there is None and not create_pr:
+                api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+            commit = api.create_commit(
+                repo_id,
+                [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in new.items()],
+                commit_message=f'Upload {upload.folder.resolve().name} with timm-lm {__version__}',
+                revision=revision,
+                create_pr=create_pr)
+            sha = commit.oid
+            line = f"{repo_id}: {len(new)} files in one commit, {commit.pr_url if create_pr else commit.commit_url}"
+        else:
+            sha = str(api.model_info(repo_id, revision=revision).sha)
+            line = f'{repo_id}: nothing to do, commit {sha} is equal'
+    if not is_private and not (new and create_pr) and _record(upload.folder, repo_id, sha):
+        line += f'; recorded in {PUBLISHED_NAME}'
+    return line
+
+
+def _find_or_create(api: HfApi, repo_id: str, private: bool, create_pr: bool) -> bool:
+    """Find a repo or create it; whether it is private."""
+    try:
+        there = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        there = None
+    if there is None:
+        if create_pr:
+            raise UserError(f'There is no {repo_id} to open a pull request on; push without --create-pr to create it.')
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        there = api.model_info(repo_id)
+    if private and not there.private:
+        raise UserError(f'{repo_id} exists and is public; make it private in its settings, or push without --private.')
+    return bool(there.private)
+
+
+def _digests(api: HfApi, repo_id: str, revision: Optional[str]) -> Optional[Dict[str, str]]:
+    """Digests of the published files of a repo by path, None if there is no such revision."""
+    try:
+        infos: List[Any] = api.get_paths_info(repo_id, list(FILES), revision=revision)
+    except RevisionNotFoundError:
+        return None
+    return {info.path: info.lfs.sha256 if getattr(info, 'lfs', None) else getattr(info, 'blob_id', '')
+            for info in infos}
+
+
+def _possible_digests(content: Union[Path, bytes]) -> Tuple[str, str]:
+    """How the Hub names a content: SHA-256 where it is stored as a large file, git's blob id where it is not."""
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    return hashlib.sha256(data).hexdigest(), hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
+
+
+def _record(folder: Path, repo_id: str, revision: str) -> bool:
+    """Record what was published of the shipped weights; whether there was anything to write."""
+    tree = weights_dir()
+    if folder.resolve().parent != tree.resolve():
+        return False
+    path = tree / PUBLISHED_NAME
+    try:
+        published = json.loads(path.read_text()) if path.is_file() else {}
+        record = dict(repo_id=repo_id, revision=revision)
+        if published.get(folder.resolve().name) == record:
+            return False
+        published[folder.resolve().name] = record
+        write_text(path, json.dumps(dict(sorted(published.items())), indent=2) + '\n')
+    except (OSError, ValueError) as e:
+        raise UserError(f'{repo_id} is published, but {path} can not be written ({_one_line(e)}); mend that and '
+                        f'{AGAIN}.') from e
+    return True
+
+
+# Verifying
+
+
+def verify_repo(source: str) -> Dict[str, float]:
+    """Download the files of a repo of the Hub, and check them like a weights folder.
+
+    Args:
+        source: ``hf-hub:OWNER/NAME``, or ``hf-hub:OWNER/NAME@REVISION``.
+
+    Returns:
+        As ``timm_lm.hub.verify_folder``.
+
+    Raises:
+        UserError: If the Hub can not be reached, or anything is missing, damaged, or computes something else.
+    """
+    repo_id, _, revision = source.removeprefix('hf-hub:').partition('@')
+    _check_repo_id(repo_id)
+    _set_up_client()
+    api = HfApi(library_name='timm-lm', library_version=__version__)
+    with tempfile.TemporaryDirectory(prefix='timm-lm-') as folder:
+        with _told(repo_id, again='run the same command again'):
+            info = api.model_info(repo_id, revision=revision or None)
+            for name in sorted({file.rfilename for file in info.siblings or []} & {*FILES}):
+                # not from the cache: what is checked is what stands on the Hub
+                api.hf_hub_download(repo_id, name, revision=info.sha, local_dir=folder, force_download=True)
+        try:
+            return verify_folder(folder)
+        except UserError as e:
+            raise UserError(str(e).replace(folder, source)) from e
+
+
+# What can go wrong on the way
+
+
+def _set_up_client() -> None:
+    """Have huggingface_hub give up on a server that says nothing, and draw no progress bars into files.
+
+    By itself it waits for ever.
+    """
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    modern = hasattr(huggingface_hub, 'set_client_factory')
+    make: Any = getattr(_http, 'default_client_factory' if modern else '_default_backend_factory', None)
+    if make is None:  # it is not public
+        return
+
+    def factory() -> Any:
+        client = make()
+        request = client.request
+        client.timeout = SILENCE
+        client.request = lambda *args, timeout=None, **kwargs: request(*args, timeout=timeout or SILENCE, **kwargs)
+        return client
+
+    if modern:
+        huggingface_hub.set_client_factory(factory)
+    else:
+        getattr(huggingface_hub, 'configure_http_backend')(factory)  # noqa: B009
+
+
+@contextmanager
+def _told(repo_id: str, again: str = AGAIN) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except _HUB_ERRORS as e:
+        raise UserError(_explain(e, repo_id, again)) from e
+
+
+def _explain(error: BaseException, repo_id: str, again: str) -> str:
+    """One line on what was wrong on the way to the Hub, and what to do."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    endpoint, owner = huggingface_hub.constants.ENDPOINT, repo_id.partition('/')[0]
+    if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
+        return f'{endpoint} is not asked, because HF_HUB_OFFLINE is set; unset it, and {again}.'
+    answered = next((e for e in chain if getattr(e, 'response', None) is not None), None)
+    if answered is None:
+        failures = [e for e in chain if isinstance(e, (OSError, *HfHubHTTPError.__bases__))]
+        if not failures:
+            return f'{endpoint} did not answer like a Hub ({_one_line(error)}); check the network, and {again}.'
+        deepest = next((e for e in reversed(failures) if isinstance(e, OSError)), failures[-1])
+        return f'The connection to {endpoint} failed ({_one_line(deepest)}); check the network, and {again}.'
+    status = getattr(answered, 'response').status_code  # noqa: B009
+    message = _one_line(getattr(answered, 'server_message', None) or answered)
+    if isinstance(answered, RepositoryNotFoundError):
+        return f'There is no {repo_id} on {endpoint}, or it is private and not open to the token; check the name.'
+    if isinstance(answered, RevisionNotFoundError):
+        return f'There is no such revision of {repo_id} on {endpoint}; check its name.'
+    if status == 401:
+        return (f'{endpoint} does not accept the token (401); set HF_TOKEN to one with write access to {owner}, or log '
+                f'in with `hf auth login`, and {again}.')
+    if status == 403:
+        return (f'The token has no right to write to {repo_id} (403: {message}); use one that has, or another name, '
+                f'and {again}.')
+    if status == 429 or status >= 500:
+        return f'{endpoint} is not working as it should ({status}: {message}); wait a while, and {again}.'
+    return f'{endpoint} refused {repo_id} ({status}: {message}); mend it, and {again}.'
+
+
+def _one_line(what: object) -> str:
+    text = ' '.join(str(what).split()) or type(what).__name__
+    return text if len(text) <= 200 else f'{text[:200]}...'
