@@ -189,8 +189,9 @@ def test_installed_wheel_works_from_an_empty_folder(wheel, tmp_path):
     assert Path(found['hook']) == site / '_timm_lm_autoload.py'
     assert Path(found['weights']) == site / 'timm_lm' / 'weights'
     assert found['loaded'] == shipped_checkpoints()
-    recipes = run(scripts / 'timm-lm', 'recipe', cwd=tmp_path / 'empty').split()
-    assert set(recipes) == {name.removesuffix('.yaml') for name in shipped('timm_lm/recipes', '*.yaml')}
+    recipes = run(scripts / 'timm-lm', 'recipe', cwd=tmp_path / 'empty').splitlines()
+    names = {name.removesuffix('.yaml') for name in shipped('timm_lm/recipes', '*.yaml')}
+    assert {line.split()[0] for line in recipes[1:]} == names
 
 
 def test_editable_install_uses_the_checkout(editable_wheel, tmp_path):

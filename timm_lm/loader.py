@@ -241,10 +241,14 @@ class WorkerLoader(BatchLoader):
     def read(self, order: torch.Tensor, start: int) -> Iterator[Batch]:
         self.plan.batches = [
             [(index, _seed(self.seed, self.epoch, self.rank, first + i)) for i, index in enumerate(indices.tolist())]
+            or [(0, 0)]  # no image is left for this process; the first one stands in, without a label
             for first, indices in self._slices(order, start)
         ]
+        empty = [len(indices) == 0 for _, indices in self._slices(order, start)]
         try:
-            for images, labels in self.loader:
+            for is_empty, (images, labels) in zip(empty, self.loader):
+                if is_empty:
+                    labels = torch.full_like(labels, IGNORE_LABEL)
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         except UserError as e:  # of a worker process, which puts its traceback before the message
             message = str(e).strip().splitlines()[-1].partition('UserError: ')[2] or str(e)

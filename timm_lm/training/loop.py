@@ -260,9 +260,9 @@ class Training:
         seconds = time.perf_counter() - start
         sums = self._reduced_sums()
         if accelerator.num_processes > 1 and args.dist_bn and not args.sync_bn:
-            for model in (self.model, self.average.module if self.average else None):
-                if model is not None:
-                    distribute_bn(model, accelerator.num_processes, args.dist_bn == 'reduce')
+            averages = [self.average.module] if self.average else []
+            for model in (self.model, *averages):
+                distribute_bn(model, accelerator.num_processes, args.dist_bn == 'reduce')
         return dict(
             loss=sums[0].item() / steps / accelerator.num_processes,
             top1=100 * sums[1].item() / (steps * images_per_step),

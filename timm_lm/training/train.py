@@ -58,6 +58,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     # Device, precision and processes
     accelerator = create_accelerator(args, folder)
     is_main = accelerator.is_main_process
+    set_learning_rate(args, accelerator.num_processes)  # before the options are compared with those of the run
 
     # The checkpoint to go on from
     store = CheckpointStore(folder / 'checkpoints', keep=args.checkpoint_hist)
@@ -82,7 +83,6 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     model = share_batch_statistics(args, model, accelerator)
-    set_learning_rate(args, accelerator.num_processes)
     set_seed(args.seed, device_specific=True)  # each process drops other paths
     signals = StopSignals()
     training = Training(args, accelerator, model, train_loader, data_config, store, signals)
