@@ -11,10 +11,12 @@ import time
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from timm_lm.errors import UserError
 from timm_lm.training.checkpoint import CheckpointStore
+from timm_lm.training.recipes import find_recipe
 
 # A network with dropped paths and noise, so that random states count; float32 on the CPU.
 OPTIONS = [
@@ -197,3 +199,25 @@ def test_missing_checkpoint_is_named(few_digits, tmp_path, fails):
     with pytest.raises(UserError, match='not whole'):
         CheckpointStore(tmp_path).read(folder)
     assert os.listdir(tmp_path) == []
+
+
+def test_another_number_of_processes_is_refused(few_digits, left_alone, tmp_path, fails):
+    shutil.copytree(left_alone / 'run', tmp_path / 'run')
+    for path in (tmp_path / 'run' / 'checkpoints').glob('*/state.json'):
+        path.write_text(json.dumps(dict(json.loads(path.read_text()), processes=2)))
+    line = fails(*arguments(few_digits, tmp_path, '--resume', 'auto')[3:])
+    assert 'was started with 2 process(es) and can not go on with 1' in line
+
+
+def test_a_run_whose_rate_follows_the_batch_goes_on(few_digits, tmp_path, command):
+    """Without --lr the rate is worked out of the batch, by timm's rule: 0.1 for 256 images."""
+    text = find_recipe('demo_digits')[0].read_text()
+    (tmp_path / 'recipe.yaml').write_text(re.sub(r'(?m)^lr: .*\n', '', text))
+    words = ['train', '-c', tmp_path / 'recipe.yaml', '--data-dir', few_digits, *OPTIONS, '--epochs', '1', '--output',
+             tmp_path, '--resume', 'auto']
+    assert command(*words)[0] == 0
+    shutil.rmtree(checkpoints(tmp_path)[-1])
+    code, out, err = command(*words)
+    assert code == 0, err
+    assert 'Going on from' in out
+    assert yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())['lr'] == 0.1 * 32 / 256

@@ -85,9 +85,10 @@ class Training:
                             'none.')
         self.network, self.optimizer = accelerator.prepare(model, self.plain_optimizer)
         self.uses_cuda_graphs = bool(args.torchcompile) and accelerator.device.type == 'cuda'
-        # of the running epoch, on the device: summed loss, correct images, 1 + first batch of a loss that is not finite
+        # of the running epoch, on the device: summed loss, correct images; of the first batch whose loss is not finite,
+        # its number from 1 and its learning rate
         self.sum_dtype = sum_dtype(accelerator.device)
-        self.sums = torch.zeros(3, dtype=self.sum_dtype, device=accelerator.device)
+        self.sums = torch.zeros(4, dtype=self.sum_dtype, device=accelerator.device)
         self.best: Optional[Dict[str, Any]] = None
         self.eval_seconds = 0.
         self.start = time.perf_counter()
@@ -140,6 +141,7 @@ class Training:
         rest = dict(
             best=self.best,
             seconds=self.seconds,
+            processes=self.accelerator.num_processes,
             scheduler=_scheduler_state(self.scheduler),
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         )
@@ -148,7 +150,15 @@ class Training:
         return self.store.save(updates, progress, tensors, optimizer, states, rest, also_keep)
 
     def resume(self, checkpoint: Checkpoint) -> Progress:
-        """Go back to a checkpoint."""
+        """Go back to a checkpoint.
+
+        Raises:
+            UserError: If it is of another number of processes, whose batches were others.
+        """
+        processes = checkpoint.state['processes']
+        if processes != self.accelerator.num_processes:
+            raise UserError(f'The run was started with {processes} process(es) and can not go on with '
+                            f'{self.accelerator.num_processes}; start as many again.')
         if self.sharded:
             set_state_dict(
                 self.network, self.plain_optimizer, model_state_dict=dict(checkpoint.group('model')),
@@ -183,18 +193,18 @@ class Training:
         Raises:
             UserError: If a loss was not finite; it names the first such batch, the rate and the last good checkpoint.
         """
-        first_bad, signal_number = int(self.sums[2].item()), self.signals.number
+        found = [[*self.sums[2:].tolist(), self.signals.number]]
         if self.accelerator.num_processes > 1:
-            found = self.accelerator.gather(
-                torch.tensor([[first_bad, signal_number]], device=self.accelerator.device)).tolist()
-            first_bad = min((bad for bad, _ in found if bad), default=0)
-            signal_number = max(number for _, number in found)
-        if first_bad:
+            ours = torch.tensor(found, dtype=self.sum_dtype, device=self.accelerator.device)
+            found = self.accelerator.gather(ours).tolist()
+        bad = [(int(batch), lr) for batch, lr, _ in found if batch]
+        if bad:
+            first_bad, lr = min(bad)
             good = next(iter(self.store.newest_first()), None)
             rest = f'the last good checkpoint is {good}' if good else 'there is no checkpoint yet'
             raise UserError(f'The loss is not finite from batch {first_bad} of epoch {epoch + 1} on (learning rate '
-                            f'{self.learning_rate:g}); {rest}. Use a smaller rate.')
-        return signal_number
+                            f'{lr:g}); {rest}. Use a smaller rate.')
+        return int(max(number for *_, number in found))
 
     def _reduced_sums(self) -> torch.Tensor:
         return self.accelerator.reduce(self.sums, 'sum') if self.accelerator.num_processes > 1 else self.sums
@@ -274,6 +284,7 @@ class Training:
         args = self.args
         steps, accumulate = len(self.loader), args.grad_accum_steps
         share = min(accumulate, steps - step // accumulate * accumulate)  # the last update may be of fewer batches
+        lr = self.learning_rate
         if self.uses_cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         with nullcontext() if is_update else self.accelerator.no_sync(self.network):
@@ -285,9 +296,9 @@ class Training:
             self._update(epoch, step)
         loss = loss.detach().to(self.sum_dtype)
         labels = targets.argmax(1) if targets.ndim == 2 else targets
-        bad = ~loss.isfinite() & (self.sums[2] == 0)
-        self.sums += torch.stack(
-            [loss, (logits.detach().argmax(1) == labels).sum().to(self.sum_dtype), bad.to(self.sum_dtype) * (step + 1)])
+        correct = (logits.detach().argmax(1) == labels).sum().to(self.sum_dtype)
+        bad = (~loss.isfinite() & (self.sums[2] == 0)).to(self.sum_dtype)
+        self.sums += torch.stack([loss, correct, bad * (step + 1), bad * lr])
 
     def _update(self, epoch: int, step: int) -> None:
         args = self.args

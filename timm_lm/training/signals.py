@@ -19,9 +19,13 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT, so that the running step can end; the second one acts as ever."""
+    """Notes SIGTERM and SIGINT, so that the running step can end; the second one acts as ever.
 
-    def __init__(self) -> None:
+    Of several processes each may be sent the same signal twice, by its launcher too; there the second one is nothing.
+    """
+
+    def __init__(self, several: bool = False):
+        self.several = several
         self.number = 0
         self.before: Dict[int, Any] = {}
 
@@ -35,7 +39,8 @@ class StopSignals:
 
     def _note(self, number: int, _frame: Any) -> None:
         self.number = number
-        self._give_back()
+        if not self.several:
+            self._give_back()
 
     def _give_back(self) -> None:
         for number, handler in self.before.items():

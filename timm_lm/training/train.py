@@ -84,7 +84,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
         model.set_grad_checkpointing()
     model = share_batch_statistics(args, model, accelerator)
     set_seed(args.seed, device_specific=True)  # each process drops other paths
-    signals = StopSignals()
+    signals = StopSignals(several=accelerator.num_processes > 1)
     training = Training(args, accelerator, model, train_loader, data_config, store, signals)
     if is_main:
         print(describe_run(args, model, train_loader, eval_loader, accelerator, folder), flush=True)
