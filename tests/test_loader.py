@@ -380,3 +380,15 @@ def test_loader_that_is_refused(few_digits, tmp_path, fails, monkeypatch):
     line = fails(*train, *LARGE)
     assert "The split 'train' takes" in line and 'held in memory; use --loader timm or a smaller --input-size' in line
     assert not (tmp_path / 'output').exists()
+
+
+def test_validate_reads_what_does_not_fit_in_memory_by_workers(weights, few_digits, command, monkeypatch):
+    words = ['validate', weights, '--data-dir', few_digits, '--workers', '1']
+    code, out, err = command(*words)
+    assert code == 0, err
+    size = (few_digits / 'test-00000-of-00001.parquet').stat().st_size
+    assert size < 64 * 16 * 16  # between them is a limit for decoded images that encoded ones keep
+    monkeypatch.setattr(data_module, 'MEMORY_LIMIT', size)
+    code, other, err = command(*words)
+    assert code == 0, err
+    assert other.rpartition(',')[0] == out.rpartition(',')[0] and '64 images' in out

@@ -61,6 +61,8 @@ def _validate(argv: List[str]) -> None:
     parser.set_defaults(val_split='test')
     parser.add_argument('-b', '--batch-size', type=int, default=COUNT_BATCH_SIZE, metavar='N',
                         help='(default: %(default)s)')
+    parser.add_argument('-j', '--workers', type=int, default=4, metavar='N',
+                        help='processes that read images, where they do not fit in memory (default: 4)')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast instead of float32')
     parser.add_argument('--channels-last', action='store_true', help='channels_last memory layout')
     parser.add_argument('--torchcompile', action='store_true', help='compile the network')
@@ -70,22 +72,32 @@ def _validate(argv: List[str]) -> None:
         raise UserError(f'--batch-size must be at least 1, not {args.batch_size}.')
 
     import torch
-    from timm.data import resolve_data_config
+    from timm.data import create_transform, resolve_data_config
     from tqdm import tqdm
 
-    from .data import check_labels, load_images
+    from .data import TooLarge, check_labels, load_images, open_images
     from .hub import load_model
-    from .loader import MemoryLoader
+    from .loader import BatchLoader, MemoryLoader, WorkerLoader
     from .training.evaluate import evaluate
 
     model = load_model(args.model)
     config = resolve_data_config({}, model=model)
-    data = load_images(
-        args.val_split, data_dir=args.data_dir, dataset=args.dataset, input_size=config['input_size'],
-        crop_pct=config['crop_pct'], interpolation=config['interpolation'], input_key=args.input_key,
-        target_key=args.target_key, class_map=args.class_map, download=args.dataset_download, progress=True)
-    check_labels(data, model.num_classes)
+    source: Dict[str, Any] = dict(
+        data_dir=args.data_dir, dataset=args.dataset, input_key=args.input_key, target_key=args.target_key,
+        class_map=args.class_map, download=args.dataset_download)
+    size = dict(input_size=config['input_size'], crop_pct=config['crop_pct'], interpolation=config['interpolation'])
     device = _device(args.device)
+    common: Dict[str, Any] = dict(
+        batch_size=args.batch_size, mean=config['mean'], std=config['std'], device=device,
+        channels_last=args.channels_last)
+    loader: BatchLoader
+    try:
+        loader = MemoryLoader(load_images(args.val_split, progress=True, **size, **source), **common)
+    except TooLarge:
+        data = open_images(args.val_split, channels=config['input_size'][0], **source)
+        transform = create_transform(use_prefetcher=True, **size)
+        loader = WorkerLoader(data, transform=transform, workers=args.workers, **common)
+    check_labels(loader.data, model.num_classes)
     model = model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     network = torch.compile(model, dynamic=False) if args.torchcompile else model
 
@@ -93,9 +105,6 @@ def _validate(argv: List[str]) -> None:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.amp):
             return network(images)
 
-    loader = MemoryLoader(
-        data, args.batch_size, config['mean'], config['std'], device,
-        channels_last=args.channels_last)
     result = evaluate(forward, loader, progress=lambda batches: tqdm(batches, unit='batch', leave=False, disable=None))
     print(f"{args.model}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}, "
           f"{result['errors']} errors of {result['images']} images ({100 - result['top1']:.2f} %), "

@@ -314,8 +314,13 @@ def _dataset_labels(images: Any) -> torch.Tensor:
 def _decode_all(images: EncodedImages, decode: _Decoder, progress: bool) -> ImageSet:
     images.transform = decode
     bar = tqdm(range(len(images)), desc='decoding', unit='image', disable=None if progress else True, leave=False)
-    decoded = [images[i][0] for i in bar]
-    return ImageSet(torch.from_numpy(np.ascontiguousarray(np.stack(decoded))), images.labels, images.class_names)
+    decoded = torch.empty(0, dtype=torch.uint8)
+    for i in bar:
+        image, _ = images[i]
+        if i == 0:
+            decoded = torch.empty(len(images), *image.shape, dtype=torch.uint8)
+        decoded[i] = torch.as_tensor(image)
+    return ImageSet(decoded, images.labels, images.class_names)
 
 
 # The cache of decoded splits

@@ -99,7 +99,7 @@ def create_model(args: argparse.Namespace) -> TimmModel:
     )
     kwargs = {name: value for name, value in kwargs.items() if value is not None} | args.model_kwargs
     if args.pretrained_path:
-        overlay = dict(file=args.pretrained_path, num_classes=-1)  # -1: the head is made anew where classes differ
+        overlay = dict(file=args.pretrained_path, num_classes=-1)  # -1: the head is made anew
         kwargs.update(pretrained=True, pretrained_cfg_overlay=overlay)
     try:
         from_source = args.pretrained and not args.pretrained_path

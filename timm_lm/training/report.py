@@ -33,15 +33,16 @@ class LiveLine:
             return
         if self.bar is None:
             self.bar = tqdm(total=self.steps, unit='batch', leave=False, desc=f'epoch {epoch + 1}/{self.epochs}',
-                            bar_format='{desc} {n_fmt}/{total_fmt} {bar:10}{postfix}')
+                            bar_format='{desc} {n_fmt}/{total_fmt}{postfix}')
         self.bar.update(step - self.bar.n)
 
     def show(self, epoch: int, step: int, loss: float, error: float, lr: float, rate: float, left: float) -> None:
         """Loss, error in %, rate of learning, images/s and seconds left of the run."""
         if not self.enabled:
             return
-        text = (f'loss {loss:.3f}, error {error:.2f} %, lr {lr:.2e}, {rate:,.0f} images/s, '
-                f'{tqdm.format_interval(left)} left')
+        # what matters most comes first: a terminal of 80 columns cuts the rest
+        text = (f'loss {loss:.3f}, error {error:.2f} %, {tqdm.format_interval(left)} left, {rate:,.0f} images/s, '
+                f'lr {lr:.2e}')
         if self.bar is not None:
             self.bar.set_postfix_str(text)
         else:

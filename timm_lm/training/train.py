@@ -99,7 +99,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     if is_main:
         create_run_folder(folder, args, resumed=checkpoint is not None)
         log.truncate(checkpoint.progress.epoch if checkpoint else 0)
-    _start_trackers(args, accelerator)
+    _start_trackers(args, accelerator, folder)
     progress = Progress()
     if checkpoint is not None:
         progress = training.resume(checkpoint)
@@ -164,10 +164,10 @@ def _finished(args: argparse.Namespace, model: TimmModel, state: Dict[str, torch
     return finished
 
 
-def _start_trackers(args: argparse.Namespace, accelerator: Any) -> None:
+def _start_trackers(args: argparse.Namespace, accelerator: Any, folder: Path) -> None:
     if not accelerator.log_with:
         return
-    wandb = dict(name=args.experiment or None, tags=args.wandb_tags)
+    wandb = dict(name=args.experiment or None, tags=args.wandb_tags, dir=str(folder))
     if args.wandb_resume_id:
         wandb.update(id=args.wandb_resume_id, resume='must')
     options = {name: str(value) for name, value in vars(args).items()}
