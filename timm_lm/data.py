@@ -414,6 +414,7 @@ def load_images(
     if data is None:
         _check_memory(split, _count_rows(paths), input_size)
         data = _decode_all(_open_parquet(paths, mode, input_key, target_key), decode, progress)
+        _release_arrow_memory()
         _write_cache(cache, data)
     return data
 
@@ -448,6 +449,12 @@ def open_images(
     keys = dict(input_key=input_key, target_key=target_key)
     return _open_dataset(split, None, f'hfds/{folder}', mode, class_map, download,
                          {name: key for name, key in keys.items() if key})
+
+
+def _release_arrow_memory() -> None:
+    """Give back what the encoded images took; pyarrow keeps it for later otherwise."""
+    import pyarrow as pa
+    pa.default_memory_pool().release_unused()
 
 
 def _count_rows(paths: List[Path]) -> int:
