@@ -1,6 +1,7 @@
 """Batches of a split: from memory, or decoded by worker processes; finished on the device in either case."""
 import copy
 import random
+from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
@@ -71,7 +72,7 @@ class Augmentation:
         return self.mixup(images, labels, seed)
 
 
-class BatchLoader:
+class BatchLoader(ABC):
     """Batches of a split for one process; what they hold depends on (seed, epoch, batch, process) alone.
 
     Subclasses read the images of batches, as uint8.
@@ -154,9 +155,9 @@ class BatchLoader:
         generator = torch.Generator().manual_seed(_seed(self.seed, self.epoch))
         return torch.randperm(len(self.data), generator=generator)[self.rank::self.world_size]
 
+    @abstractmethod
     def read(self, order: torch.Tensor, start: int) -> Iterator[Batch]:
         """Batches in this order from the given one on: uint8 images on the device and labels."""
-        raise NotImplementedError
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """The batches of this epoch from the given one on: images (N, C, H, W) float32 and labels (N,), or targets."""
