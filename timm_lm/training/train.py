@@ -12,7 +12,8 @@ import torch
 from accelerate.utils import DistributedType, set_seed
 from tqdm import tqdm
 
-from timm_lm.data import check_labels
+from timm_lm.allocator import keep_freed_memory
+from timm_lm.data import check_class_names, check_labels
 from timm_lm.errors import UserError
 from timm_lm.hub import TimmModel, describe
 
@@ -72,6 +73,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     for data in (train_set, eval_set):
         if data is not None:
             check_labels(data, model.num_classes)
+            check_class_names(data, train_set.class_names, of='the training split')
     train_loader = create_loader(args, train_set, data_config, accelerator, model.num_classes, is_training=True)
     eval_loader = create_loader(args, eval_set, data_config, accelerator, model.num_classes) if eval_set else None
 
@@ -108,6 +110,8 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
                   flush=True)
 
     # Epochs
+    if accelerator.device.type == 'cpu':
+        keep_freed_memory()
     evaluation: Optional[Dict[str, float]] = None
     with signals:
         for epoch in range(progress.epoch, training.num_epochs):

@@ -1,0 +1,43 @@
+"""Freed memory is kept for the next step, counted by the page faults of a real process."""
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+_FAULTS = """
+import resource
+import sys
+import torch
+from timm_lm.allocator import keep_freed_memory
+
+kept = keep_freed_memory() if sys.argv[1] == 'keep' else False
+tensors = [torch.ones(32, 2 ** 20) for _ in range(3)]  # 128 MiB each
+del tensors
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(32, 2 ** 20)
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(what, **environment):
+    """(whether freed memory is kept, page faults of four tensors of 128 MiB)"""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(('MALLOC_', 'GLIBC_'))}
+    done = subprocess.run([sys.executable, '-c', _FAULTS, what], capture_output=True, text=True, timeout=120,
+                          env={**env, **environment}, check=True)
+    kept, faults = done.stdout.split()
+    return kept == 'True', int(faults)
+
+
+def test_freed_memory_is_used_again():
+    kept, faults = page_faults('keep')
+    assert kept == (platform.libc_ver()[0] == 'glibc')
+    if kept:
+        assert faults < 100 < page_faults('leave')[1]
+
+
+@pytest.mark.parametrize('name', ['MALLOC_TRIM_THRESHOLD_', 'MALLOC_MMAP_THRESHOLD_'])
+def test_settings_of_the_environment_stand(name):
+    assert page_faults('keep', **{name: '131072'})[0] is False

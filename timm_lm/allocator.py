@@ -1,0 +1,29 @@
+"""The allocator of the C library, which PyTorch gets the memory of CPU tensors from."""
+import ctypes
+import os
+import platform
+
+# Names of malloc.h
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+LARGEST_KEPT = 2 ** 30  # bytes; larger blocks go back to the system at once
+_SETTINGS = ('GLIBC_TUNABLES', 'MALLOC_TRIM_THRESHOLD_', 'MALLOC_MMAP_THRESHOLD_')
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc's malloc keep freed blocks for the next allocation instead of giving them back to the system.
+
+    A training step allocates and frees the same megabytes of activations each time. By default glibc unmaps them or
+    trims its heap, and the system then maps and zeroes each page anew, which took a quarter of the step of a
+    ``lm_resnet20`` on two cores. What is kept is at most what the process held at its peak.
+
+    It holds for the whole process, and does nothing with another C library or where the environment sets the
+    thresholds itself (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``).
+
+    Returns:
+        Whether it holds now.
+    """
+    if platform.libc_ver()[0] != 'glibc' or any(name in os.environ for name in _SETTINGS):
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(_M_TRIM_THRESHOLD, -1))  # -1: never
