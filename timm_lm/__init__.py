@@ -7,6 +7,7 @@ __version__ = '0.1.0'
 import timm  # noqa: F401  first, so that another thread in the middle of its import is waited for
 
 from .errors import UserError
+from .inference import optimize
 from .models import LMResNet
 
-__all__ = ['LMResNet', 'UserError', '__version__']
+__all__ = ['LMResNet', 'UserError', '__version__', 'optimize']

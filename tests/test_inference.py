@@ -1,0 +1,114 @@
+"""The inference form computes what the network does, and goes where the network goes."""
+import copy
+import math
+import warnings
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_lm
+from timm_lm.layers import TwoStep
+from timm_lm.models._weights import weights_dir
+
+NETWORKS = [
+    ('lm_resnet20', {}),
+    ('lm_resnet20', dict(k_per_channel=True, k_init=(-0.9, 0.9), state_noise=0.5, drop_path_rate=0.5)),
+    ('lm_resnet20', dict(norm_layer='groupnorm1')),
+    ('preact_resnet20', {}),
+    ('lm_resnet164', dict(layers=(1, 2, 2))),
+    ('lm_resnext29_8x64d', dict(base_width=4)),
+    ('lm_resnet18', dict(num_classes=5)),
+    ('lm_resnet50', dict(num_classes=5)),
+]
+
+
+def made(name, kwargs):
+    """A network whose norms have statistics, scales and shifts of their own, in evaluation mode."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.eval()
+
+
+def difference(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def images(model, n=2):
+    return torch.randn(n, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize('name, kwargs', NETWORKS, ids=lambda value: value if isinstance(value, str) else None)
+def test_outputs_are_those_of_the_network(name, kwargs):
+    model = made(name, kwargs)
+    before = copy.deepcopy(model.state_dict())
+    x = images(model)
+    optimized = timm_lm.optimize(model.train())
+    with torch.no_grad():
+        assert difference(optimized(x), model.eval()(x)) < 1e-5
+    assert not optimized.training and not any(p.requires_grad for p in optimized.parameters())
+    # the network is as it was
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert any(p.requires_grad for p in model.parameters())
+
+
+def test_shipped_weights():
+    for name in sorted(path.name for path in weights_dir().glob('*.*') if path.is_dir()):
+        model = timm.create_model(name, pretrained=True).eval()
+        x = images(model, 16)
+        with torch.no_grad():
+            assert difference(timm_lm.optimize(model)(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize('name, norms', [('lm_resnet20', 1 + 2 + 9), ('lm_resnet50', 1 + 16)])
+def test_norms_after_convolutions_are_folded(name, norms):
+    """Left are those of the state: the first of each block, the last of all, and those of the two shortcuts."""
+    optimized = timm_lm.optimize(timm.create_model(name))
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in optimized.modules()) == norms
+    assert not any(isinstance(module, TwoStep) for module in optimized.modules())
+    assert not any(name.endswith('step.k') for name, _ in optimized.named_parameters())
+
+
+def test_half_precision():
+    model = made('lm_resnet20', {}).to(torch.bfloat16)
+    x = images(model).to(torch.bfloat16)
+    optimized = timm_lm.optimize(model)
+    assert {p.dtype for p in optimized.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert difference(optimized(x).float(), model.float()(x.float())) < 0.1
+
+
+def test_features():
+    model = timm.create_model('lm_resnet18', features_only=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for found, expected in zip(timm_lm.optimize(model)(x), model(x), strict=True):
+            assert difference(found, expected) < 1e-5
+
+
+def test_goes_where_the_network_goes():
+    model = made('lm_resnet20', dict(scriptable=True))
+    optimized = timm_lm.optimize(model)
+    x = images(model)
+    with torch.no_grad():
+        expected = model(x)
+        batch = torch.export.Dim('batch', min=1, max=64)
+        program = torch.export.export(optimized, (x,), dynamic_shapes=({0: batch},)).module()
+        assert difference(program(x), expected) < 1e-5
+        assert math.isfinite(program(x[:1]).sum())
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            assert difference(torch.jit.script(optimized)(x), expected) < 1e-5
+        assert difference(torch.compile(optimized, backend='aot_eager')(x), expected) < 1e-5
+
+
+def test_network_of_others_is_refused():
+    with pytest.raises(ValueError, match='no residual blocks of timm-lm'):
+        timm_lm.optimize(nn.Conv2d(3, 4, 1))
