@@ -87,6 +87,8 @@ class TwoStep(nn.Module):
 class FixedTwoStep(nn.Module):
     """The two-step update with constant ``k``, for inference."""
 
+    k: torch.Tensor
+
     def __init__(self, k: torch.Tensor, per_channel: bool = False):
         """
         Args:
