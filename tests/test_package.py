@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZE_LIMIT = 25 * 2 ** 20  # bytes
+SIZE_LIMIT = 25_000_000  # bytes
 SWITCHES = ('PYTHONPATH', 'TIMM_LM_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD')
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in SWITCHES}
 
@@ -128,6 +128,7 @@ def shipped_checkpoints():
 
 def test_wheel_has_the_package_and_the_hook_at_the_top_and_nothing_else(contents, wheel):
     info = '-'.join(wheel.name.split('-')[:2]) + '.dist-info'
+    # nothing else: a folder `tests` at the top would be importable from every project of the environment
     assert {name.partition('/')[0] for name in contents} == {'timm_lm', '_timm_lm_autoload.py', info}
     assert {name for name in contents if name.endswith('.py')} == (
         {'_timm_lm_autoload.py'} | {f'timm_lm/{name}' for name in shipped('timm_lm', '*.py')})
@@ -165,9 +166,10 @@ def test_sdist_has_what_builds_tests_and_documents_the_package(sdist):
         names = {name.partition('/')[2] for name in archive.getnames()}
     assert {
         'pyproject.toml', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'hubconf.py', '_timm_lm_autoload.py',
-        'timm_lm/__init__.py', 'tests/test_package.py',
+        'MODEL_CARD.md', 'Makefile', 'requirements-dev.txt', 'timm_lm/__init__.py', 'tests/test_package.py',
     } <= names
-    assert {f'weights/{name}' for name in shipped('weights', '*')} <= names
+    for folder in ('weights', 'timm_lm/recipes', 'results', 'docs'):
+        assert {f'{folder}/{name}' for name in shipped(folder, '*') if '__pycache__' not in name} <= names
     assert not any(name.startswith(('.ci', '.git/')) or '__pycache__' in name for name in names)
 
 

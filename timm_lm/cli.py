@@ -5,9 +5,8 @@ import os
 import re
 import sys
 import time
-from functools import cache
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from .errors import UserError
 
@@ -75,7 +74,8 @@ def _validate(argv: List[str]) -> None:
     from timm.data import create_transform, resolve_data_config
     from tqdm import tqdm
 
-    from .data import TooLarge, check_labels, load_images, open_images
+    from .allocator import keep_freed_memory
+    from .data import TooLarge, check_class_names, check_labels, load_images, open_images
     from .hub import load_model
     from .loader import BatchLoader, MemoryLoader, WorkerLoader
     from .training.evaluate import evaluate
@@ -98,8 +98,11 @@ def _validate(argv: List[str]) -> None:
         transform = create_transform(use_prefetcher=True, **size)
         loader = WorkerLoader(data, transform=transform, workers=args.workers, **common)
     check_labels(loader.data, model.num_classes)
+    check_class_names(loader.data, model.pretrained_cfg.get('label_names'), of=args.model)
     model = model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     network = torch.compile(model, dynamic=False) if args.torchcompile else model
+    if device.type == 'cpu':
+        keep_freed_memory()
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.amp):
@@ -143,6 +146,7 @@ def _info(argv: List[str]) -> None:
 
     from .hub import check_name, load_model, model_tags, recorded_error
     from .models._weights import weights_dir
+    from .networks import count_macs
 
     source = args.model.removeprefix('local-dir:')
     if source.startswith('hf-hub:'):
@@ -164,7 +168,7 @@ def _info(argv: List[str]) -> None:
         'mean, std': f"{_numbers(cfg['mean'])}, {_numbers(cfg['std'])}",
         'classes': str(model.num_classes),
         'parameters': f'{sum(p.numel() for p in model.parameters()):,}',
-        'MACs': f"{_macs(model, cfg['input_size']) / 1e6:,.1f} M",
+        'MACs': f"{count_macs(model, cfg['input_size']) / 1e6:,.1f} M",
         'test error': f'{error:.2f} %' if error is not None else 'not recorded',
     }
     for name, value in lines.items():
@@ -285,14 +289,19 @@ def _report(argv: List[str]) -> None:
     parser.add_argument('--results', type=Path, default=Path('results'), metavar='DIR', help='(default: results)')
     parser.add_argument('--page', type=Path, default=Path('docs/results.md'), metavar='FILE',
                         help='(default: docs/results.md)')
+    parser.add_argument('--readme', type=Path, metavar='FILE', help='renew the table of networks in this file too')
     args = parser.parse_args(argv)
 
+    from .networks import write_table
     from .results import add_runs, write_report
 
     for path in add_runs(args.add, args.results):
         print(path)
     write_report(args.results, args.page)
     print(args.page)
+    if args.readme:
+        write_table(args.results, args.readme)
+        print(args.readme)
 
 
 def _demo(argv: List[str]) -> None:
@@ -337,9 +346,10 @@ def _facts(full_name: str) -> List[str]:
 
     from .hub import recorded_error
     from .models._weights import weights_dir
+    from .networks import network_size
 
     cfg: Any = timm.get_pretrained_cfg(full_name)
-    parameters, macs = _size(full_name.partition('.')[0], cfg.num_classes, cfg.input_size)
+    parameters, macs = network_size(full_name.partition('.')[0], cfg.num_classes, cfg.input_size)
     error = recorded_error(weights_dir() / full_name)
     return [
         str(cfg.num_classes),
@@ -348,28 +358,6 @@ def _facts(full_name: str) -> List[str]:
         _source(full_name),
         f'{error:.2f} %' if error is not None else '',
     ]
-
-
-@cache
-def _size(architecture: str, num_classes: int, input_size: Tuple[int, int, int]) -> Tuple[int, float]:
-    """Parameters and MACs, counted without memory for either."""
-    import timm
-
-    model = timm.create_model(architecture, num_classes=num_classes, device='meta')
-    return sum(p.numel() for p in model.parameters()), _macs(model, input_size)
-
-
-def _macs(model: Any, input_size: Sequence[int]) -> float:
-    """Multiply-accumulate operations of one image, by PyTorch's counter."""
-    import copy
-
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = copy.deepcopy(model).to('meta').eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, *input_size, device='meta'))
-    return counter.get_total_flops() / 2
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -26,6 +26,8 @@ MEMORY_LIMIT = 4 << 30  # bytes of a decoded split
 # train-00000-of-00005, also with the digest that older uploads have, or train
 _SHARD = re.compile(r'(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+)(?:-[0-9a-f]{16})?)?$')
 _NUMBERED = re.compile(r'\d{4,5}$')  # train/0000, as on the Hub's branch of converted data sets
+# Names of a split that timm takes for one another in a folder of images.
+_SYNONYMS = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'), ('test',))
 
 
 class TooLarge(UserError):
@@ -138,7 +140,7 @@ class _Decoder:
     def __call__(self, image: Image.Image) -> np.ndarray:
         if not (self.as_it_is and image.size == self.size):
             return np.asarray(self.transform(image))
-        array = np.asarray(image)
+        array = np.array(image)  # a copy: PyTorch warns of Pillow's read-only memory
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
@@ -263,6 +265,8 @@ def _open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map:
                   keys: Dict[str, Any]) -> EncodedImages:
     """A data set of timm's factory that can be read by index."""
     root = None if data_dir is None else str(data_dir)
+    if is_image_folder(data_dir, dataset):
+        check_split_folder(str(data_dir), split)
     try:
         images: Any = create_dataset(
             dataset, root=root, split=split, class_map=class_map, download=download, **keys)  # type: ignore[arg-type]
@@ -270,7 +274,7 @@ def _open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map:
     except (AssertionError, ImportError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError,
             ValueError) as e:
         raise UserError(f"timm could not open the split '{split}' of the data set '{dataset or root}' ({e}).") from e
-    names = getattr(getattr(images, 'reader', None), 'class_to_idx', None) or {}
+    names = getattr(getattr(images, 'reader', images), 'class_to_idx', None) or {}
     source = _TimmImages(images)
     return EncodedImages(
         source.read, _dataset_labels(images),
@@ -294,6 +298,29 @@ class _TimmImages:
         except (AttributeError, KeyError, NotImplementedError, TypeError):
             name = None
         return f'Image {index} of the data' + (f' ({name})' if name else '')
+
+
+def check_split_folder(folder: Union[str, Path], split: str, required: bool = False) -> None:
+    """Check that a folder of images has a subfolder for a split; where it has none, timm takes all images.
+
+    Args:
+        folder: The folder.
+        split: Name of the split.
+        required: A folder of classes, without folders of splits, does not do.
+
+    Raises:
+        UserError: If the folder has other splits, or none and one is required.
+    """
+    names = next((names for names in _SYNONYMS if split in names), ())
+    if any((Path(folder) / name).is_dir() for name in (split, *names)):
+        return
+    others = sorted(name for names in _SYNONYMS for name in names if (Path(folder) / name).is_dir())
+    if others:
+        raise UserError(f"The data folder {folder} has no split '{split}' (it has: {', '.join(others)}); name one of "
+                        'these with --train-split or --val-split, or add the images.')
+    if required:
+        raise UserError(f"The data folder {folder} has no folder '{split}', so that validation would take the images "
+                        "to train on; make train/ and validation/, or train without validation by --val-split ''.")
 
 
 def _dataset_labels(images: Any) -> torch.Tensor:
@@ -486,8 +513,14 @@ def _parquet_folder(data_dir: Optional[Union[str, Path]], dataset: str, split: s
     folder = Path(data_dir)
     if is_hub_name:
         return folder
-    is_image_folder = folder.is_dir() and any(folder.iterdir()) and not any(folder.rglob('*.parquet'))
-    return None if dataset or is_image_folder else folder
+    return None if dataset or is_image_folder(folder, dataset) else folder
+
+
+def is_image_folder(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
+    """Whether the options name a folder of images in folders by class."""
+    if data_dir is None or dataset or not Path(data_dir).is_dir():
+        return False
+    return any(Path(data_dir).iterdir()) and not any(Path(data_dir).rglob('*.parquet'))
 
 
 def check_labels(data: Union[ImageSet, EncodedImages], num_classes: int) -> None:
@@ -503,3 +536,25 @@ def check_labels(data: Union[ImageSet, EncodedImages], num_classes: int) -> None
     if high >= num_classes:
         raise UserError(f'The data has labels up to {high}, the network has {num_classes} classes; train one of '
                         f'--num-classes {high + 1}, or choose another label column with --target-key.')
+
+
+def check_class_names(data: Union[ImageSet, EncodedImages], names: Optional[Sequence[str]], of: str) -> None:
+    """Compare the class names of a split with known ones, as a folder of images that lacks a class numbers others.
+
+    Names that have nothing in common may be two ways to name the same classes, and pass.
+
+    Args:
+        data: The split.
+        names: Names in the order of the class numbers, unknown if None.
+        of: What these are the classes of, for the message.
+
+    Raises:
+        UserError: If names are shared, but not all of them in the same order.
+    """
+    found, known = data.class_names or (), tuple(names or ())
+    if found != known and {*found} & {*known}:
+        differing = sorted({*found} ^ {*known})
+        shown = ', '.join(differing[:5]) + (', ...' if len(differing) > 5 else '')
+        raise UserError(f'The {len(found)} classes of the data are not the {len(known)} of {of}, or in another order, '
+                        f'so that class numbers do not agree (in one of them only: {shown or "none"}); bring the '
+                        'folders into line, or number the classes with --class-map.')

@@ -113,7 +113,8 @@ class BatchLoader(ABC):
             UserError: If the training data is smaller than one batch.
         """
         self.data = data
-        self.batch_size = batch_size
+        # no larger than its share of the data: what a batch is filled up with is computed for nothing
+        self.batch_size = batch_size if is_training else min(batch_size, -(-len(data) // world_size))
         self.device = device
         # on the device once, not with each batch
         self.mean, self.std = (torch.as_tensor(value, device=device) for value in (mean, std))
@@ -176,7 +177,7 @@ class BatchLoader(ABC):
     def on_cpu(self, batch_size: int) -> 'BatchLoader':
         """The same split on the CPU, in other batches and the plain memory layout, whole for one process."""
         other = copy.copy(self)
-        other.batch_size = batch_size
+        other.batch_size = min(batch_size, len(self.data))
         other.device = torch.device('cpu')
         other.mean, other.std = self.mean.cpu(), self.std.cpu()
         other.memory_format = torch.contiguous_format

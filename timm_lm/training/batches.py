@@ -6,7 +6,15 @@ from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
 
 from timm_lm.augment import BatchMixup
-from timm_lm.data import EncodedImages, ImageSet, TooLarge, load_images, open_images
+from timm_lm.data import (
+    EncodedImages,
+    ImageSet,
+    TooLarge,
+    check_split_folder,
+    is_image_folder,
+    load_images,
+    open_images,
+)
 from timm_lm.errors import UserError
 from timm_lm.hub import TimmModel
 from timm_lm.loader import Augmentation, BatchLoader, MemoryLoader, WorkerLoader
@@ -28,6 +36,9 @@ def resolve_input_config(args: argparse.Namespace, model: TimmModel) -> Dict[str
     config.pop('crop_mode', None)
     if config['input_size'][0] != in_chans:
         config['input_size'] = (in_chans, *config['input_size'][1:])
+    for key in ('mean', 'std'):
+        if in_chans == 1 and not getattr(args, key):  # grey images for a network of RGB ones
+            config[key] = (sum(config[key]) / len(config[key]),)
     if any(len(config[key]) != in_chans for key in ('mean', 'std')):
         raise UserError(f'The mean and standard deviation of {args.model} are for {len(config["mean"])} channels, the '
                         f'images have {in_chans}; give --mean and --std.')
@@ -37,6 +48,8 @@ def resolve_input_config(args: argparse.Namespace, model: TimmModel) -> Dict[str
 def load_split(args: argparse.Namespace, split: str, data_config: Dict[str, Any], show: bool,
                is_training: bool = False) -> Union[ImageSet, EncodedImages]:
     """A split of the data that the options name: decoded in memory, or to be decoded by worker processes."""
+    if not is_training and is_image_folder(args.data_dir, args.dataset):
+        check_split_folder(args.data_dir, split, required=True)
     source: Dict[str, Any] = dict(
         data_dir=args.data_dir,
         dataset=args.dataset,

@@ -1,0 +1,234 @@
+"""Fine-tuning of shipped weights on images of other sizes and channels, from folders, Parquet and timm's data sets.
+
+The images are scikit-learn's digits, enlarged. What is learned from a few of them in one to three batches is not looked
+at, but what is carried over, recorded, and computed from the result.
+"""
+import json
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from test_data import write_parquet
+
+from timm_lm.data import load_images
+from timm_lm.hub import verify_folder
+from timm_lm.loader import MemoryLoader
+from timm_lm.models._weights import weights_dir
+
+SHIPPED = weights_dir() / 'lm_resnet20.demo_c10'
+QUICK = ['--epochs', 1, '--warmup-epochs', 0, '--batch-size', 10, '--workers', 1]
+NAMES = [f'digit{label}' for label in range(10)]
+
+
+def some_digits(size, mode='RGB', train=3, validation=2):
+    """(split, label, image) of the first digits of each class."""
+    digits = load_digits()
+    for label in range(10):
+        rows = np.flatnonzero(digits.target == label)[:train + validation]
+        for i, row in enumerate(rows):
+            pixels = (digits.images[row] * (255 / 16)).astype(np.uint8)
+            image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC).convert(mode)
+            yield 'train' if i < train else 'validation', label, image
+
+
+def image_folder(folder, size, mode='RGB', splits=True, **counts):
+    for i, (split, label, image) in enumerate(some_digits(size, mode, **counts)):
+        path = folder / (split if splits else '') / NAMES[label] / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    return folder
+
+
+def parquet_folder(folder, size, mode='RGB'):
+    images = list(some_digits(size, mode))
+    for name in ('train', 'validation'):
+        chosen = [(np.asarray(image), label) for split, label, image in images if split == name]
+        write_parquet(folder / f'{name}-00000-of-00001.parquet', *map(list, zip(*chosen)))
+    return folder
+
+
+def mnist_folder(folder):
+    """Digits in the files of MNIST, which torchvision reads."""
+    images = list(some_digits(28, 'L'))
+    raw = folder / 'MNIST' / 'raw'
+    raw.mkdir(parents=True)
+    for split, prefix in (('train', 'train'), ('validation', 't10k')):
+        chosen = [(np.asarray(image), label) for name, label, image in images if name == split]
+        pixels, labels = map(np.stack, zip(*chosen))
+        (raw / f'{prefix}-images-idx3-ubyte').write_bytes(struct.pack('>4i', 2051, *pixels.shape) + pixels.tobytes())
+        (raw / f'{prefix}-labels-idx1-ubyte').write_bytes(
+            struct.pack('>2i', 2049, len(labels)) + labels.astype(np.uint8).tobytes())
+    return folder
+
+
+@pytest.fixture
+def tune(command, tmp_path):
+    """Fine-tune the shipped weights by the command of the README; returns the weights folder and its config."""
+    def run(data, *options, model=SHIPPED):
+        code, _, err = command(
+            'train', '--pretrained', '--model', model, '--num-classes', 10, '--data-dir', data, *QUICK,
+            '--output', tmp_path / 'runs', '--experiment', 'run', *options)
+        assert code == 0, err
+        weights = tmp_path / 'runs' / 'run' / 'weights'
+        verify_folder(weights)
+        return weights, json.loads((weights / 'config.json').read_text())
+    return run
+
+
+# Sizes and channels
+
+
+@pytest.mark.parametrize('size, mode, options, input_size', [
+    (28, 'L', ['--input-size', 1, 28, 28], [1, 28, 28]),
+    (28, 'L', ['--in-chans', 1], [1, 32, 32]),
+    (28, 'L', [], [3, 32, 32]),
+    (64, 'RGB', ['--img-size', 64], [3, 64, 64]),
+    (64, 'RGB', ['-c', 'finetune', '--no-torchcompile', '--input-size', 3, 64, 48], [3, 64, 48]),
+    (224, 'RGB', ['--input-size', 3, 224, 224], [3, 224, 224]),
+    (224, 'RGB', [], [3, 32, 32]),
+])
+def test_other_sizes_and_channels(tune, command, tmp_path, size, mode, options, input_size):
+    """The weights folder records the size of the images, and all commands make the images that it asks for."""
+    count = 1 if input_size[-1] == 224 else 2  # a large image takes 49 times as long
+    data = image_folder(tmp_path / 'data', size, mode, train=count, validation=count)
+    weights, config = tune(data, *options)
+    assert config['pretrained_cfg']['input_size'] == input_size
+    assert config['label_names'] == NAMES
+    result = json.loads((weights.parent / 'result.json').read_text())
+    assert result['images'] == 10 * count
+    code, out, err = command('validate', weights, '--data-dir', data, '--val-split', 'validation')
+    assert code == 0 and f"{result['errors']} errors of {10 * count} images" in out, err
+    code, out, err = command('predict', data / 'validation', '--model', weights, '--json', '--topk', 1)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and len(found) == 10 * count, err
+    assert sum(f"/{line['classes'][0]['class']}/" not in line['image'] for line in found) == result['errors']
+    model = timm.create_model(f'local-dir:{weights}', pretrained=True)
+    assert model(torch.randn(2, *input_size)).shape == (2, 10)
+
+
+def test_first_convolution_of_a_grey_network_is_the_sum_over_colours(tune, tmp_path):
+    """With a rate of almost nothing; all but the first convolution and the head is taken as it is."""
+    data = image_folder(tmp_path / 'data', 28, 'L')
+    weights, config = tune(data, '--input-size', 1, 28, 28, '--num-classes', 12, '--lr', 1e-9, '--weight-decay', 0)
+    before, after = load_file(SHIPPED / 'model.safetensors'), load_file(weights / 'model.safetensors')
+    torch.testing.assert_close(after['stem.conv.weight'], before['stem.conv.weight'].sum(1, keepdim=True))
+    assert after['head.fc.weight'].shape[0] == 12
+    for name in before.keys() - {'stem.conv.weight', 'head.fc.weight', 'head.fc.bias'}:
+        if 'running' not in name and 'num_batches' not in name:
+            torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-6)
+    rgb = json.loads((SHIPPED / 'config.json').read_text())['pretrained_cfg']
+    for key in ('mean', 'std'):  # no figure of grey images is known, so that of the colours
+        assert config['pretrained_cfg'][key] == pytest.approx([sum(rgb[key]) / 3])
+
+
+def test_mean_of_grey_images_can_be_given(tune, tmp_path):
+    data = image_folder(tmp_path / 'data', 28, 'L')
+    _, config = tune(data, '--input-size', 1, 28, 28, '--mean', 0.3)
+    assert config['pretrained_cfg']['mean'] == [0.3]
+    rgb = json.loads((SHIPPED / 'config.json').read_text())['pretrained_cfg']['std']
+    assert config['pretrained_cfg']['std'] == pytest.approx([sum(rgb) / 3])
+
+
+def test_rgb_network_from_the_grey_one(tune, tmp_path):
+    """And back: a weights folder of one channel is a start for images of three."""
+    grey, _ = tune(image_folder(tmp_path / 'grey', 28, 'L'), '--input-size', 1, 28, 28)
+    grey = shutil.copytree(grey, tmp_path / 'start')
+    shutil.rmtree(tmp_path / 'runs')
+    weights, config = tune(
+        image_folder(tmp_path / 'rgb', 40), '--input-size', 3, 40, 40, '--mean', .5, '--std', .2, model=grey)
+    assert config['pretrained_cfg']['input_size'] == [3, 40, 40] and config['pretrained_cfg']['mean'] == [.5] * 3
+    assert load_file(weights / 'model.safetensors')['stem.conv.weight'].shape[1] == 3
+
+
+def test_few_images_are_not_filled_up_to_a_large_batch(tmp_path):
+    """A count of 10 large images would take as long as one of 125."""
+    data = load_images('validation', image_folder(tmp_path, 16, validation=1), input_size=(3, 16, 16))
+    loader = MemoryLoader(data, 125, [0.5] * 3, [0.5] * 3)
+    for batches in (loader, MemoryLoader(data, 4, [0.5] * 3, [0.5] * 3).on_cpu(125)):
+        [(images, labels)] = batches
+        assert images.shape == (10, 3, 16, 16) and sorted(labels.tolist()) == list(range(10))
+    second = MemoryLoader(data, 125, [0.5] * 3, [0.5] * 3, rank=1, world_size=3)  # of 4, 3 and 3 images
+    assert [len(labels) for _, labels in second] == [4]
+
+
+# Where the images come from
+
+
+@pytest.mark.parametrize('make, options, names', [
+    (lambda folder: image_folder(folder, 40), [], NAMES),
+    (lambda folder: image_folder(folder, 40), ['--dataset', 'torch/image_folder'], NAMES),
+    (lambda folder: parquet_folder(folder, 40), [], None),
+    (lambda folder: parquet_folder(folder, 28, 'L'), ['--in-chans', '1'], None),
+    (mnist_folder, ['--dataset', 'torch/mnist'], [
+        '0 - zero', '1 - one', '2 - two', '3 - three', '4 - four', '5 - five', '6 - six', '7 - seven', '8 - eight',
+        '9 - nine']),
+], ids=['folder', 'torch folder', 'Parquet', 'grey Parquet', 'MNIST'])
+def test_sources(tune, command, tmp_path, make, options, names):
+    data = make(tmp_path / 'data')
+    weights, config = tune(data, *options)
+    assert config.get('label_names') == names
+    errors = json.loads((weights.parent / 'result.json').read_text())['errors']
+    source = options if '--dataset' in options else []
+    code, out, err = command('validate', weights, '--data-dir', data, '--val-split', 'validation', *source)
+    assert code == 0 and f'{errors} errors of 20 images' in out, err
+
+
+# Folders that would be read wrongly
+
+
+def test_folder_without_the_split_is_refused(tmp_path, fails):
+    """timm would take all images below the folder, those trained on too."""
+    data = image_folder(tmp_path / 'data', 16)
+    assert "has no split 'test' (it has: train, validation)" in fails('validate', SHIPPED, '--data-dir', data)
+    train = ['train', '--pretrained', '--data-dir', data, '--output', tmp_path / 'runs', *QUICK]
+    assert "has no split 'part'" in fails(*train, '--train-split', 'part')
+    shutil.move(data / 'validation', data / 'test')
+    assert "has no split 'validation' (it has: test, train)" in fails(*train)
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_other_names_of_the_splits_are_known(tune, tmp_path):
+    data = image_folder(tmp_path / 'data', 16)
+    shutil.move(data / 'train', data / 'training')
+    shutil.move(data / 'validation', data / 'val')
+    weights, _ = tune(data)
+    assert json.loads((weights.parent / 'result.json').read_text())['images'] == 20
+
+
+def test_folder_of_classes_alone_is_not_validated_on_itself(tune, command, fails, tmp_path):
+    data = image_folder(tmp_path / 'data', 16, splits=False)
+    line = fails('train', '--pretrained', '--data-dir', data, '--output', tmp_path / 'runs', *QUICK)
+    assert 'validation would take the images to train on' in line
+    weights, _ = tune(data, '--val-split', '')
+    assert not (weights.parent / 'result.json').exists()
+    code, out, err = command('validate', weights, '--data-dir', data)
+    assert code == 0 and 'of 50 images' in out, err
+
+
+def test_missing_class_is_named(tune, fails, tmp_path):
+    """timm numbers the classes of each split by itself: without digit4, digit5 would be number 4."""
+    data = image_folder(tmp_path / 'data', 16)
+    weights, _ = tune(data)
+    shutil.rmtree(data / 'validation' / 'digit4')
+    line = fails('validate', weights, '--data-dir', data, '--val-split', 'validation')
+    assert 'The 9 classes of the data are not the 10 of' in line and 'digit4' in line
+    line = fails('train', '--pretrained', '--data-dir', data, '--output', tmp_path / 'other', *QUICK)
+    assert 'are not the 10 of the training split' in line and 'digit4' in line
+
+
+def test_class_map_numbers_the_classes_of_all_splits(tune, command, tmp_path):
+    data = image_folder(tmp_path / 'data', 16)
+    shutil.rmtree(data / 'validation' / 'digit4')
+    (tmp_path / 'classes.txt').write_text('\n'.join(NAMES) + '\n')
+    weights, config = tune(data, '--class-map', tmp_path / 'classes.txt')
+    assert config['label_names'] == NAMES
+    errors = json.loads((weights.parent / 'result.json').read_text())['errors']
+    code, out, err = command('validate', weights, '--data-dir', data, '--val-split', 'validation', '--class-map',
+                             tmp_path / 'classes.txt')
+    assert code == 0 and f'{errors} errors of 18 images' in out, err

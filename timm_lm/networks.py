@@ -1,0 +1,99 @@
+"""The networks in figures: parameters, multiply-accumulate operations, errors; and the table of them in the README."""
+import copy
+import re
+from functools import cache
+from pathlib import Path
+from typing import Dict, List, Sequence, Tuple
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from .errors import UserError
+from .files import write_text
+from .hub import TimmModel, model_tags, our_models, recorded_error
+from .models._weights import weights_dir
+from .results import Row, read_rows
+
+_START = '<!-- networks: made by `timm-lm report --readme README.md` -->'
+_END = '<!-- end of networks -->'
+
+
+@cache
+def network_size(architecture: str, num_classes: int, input_size: Tuple[int, int, int]) -> Tuple[int, float]:
+    """Parameters and MACs, counted without memory for either."""
+    model = timm.create_model(architecture, num_classes=num_classes, device='meta')
+    return sum(p.numel() for p in model.parameters()), count_macs(model, input_size)
+
+
+def count_macs(model: TimmModel, input_size: Sequence[int]) -> float:
+    """Multiply-accumulate operations of one image (C, H, W), by PyTorch's counter, which counts two for each."""
+    model = copy.deepcopy(model).to('meta').eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, *input_size, device='meta'))
+    return counter.get_total_flops() / 2
+
+
+def network_table(results: Path) -> List[str]:
+    """Lines of a Markdown table of all networks: size, the paper's error and that of the weights that ship.
+
+    Args:
+        results: Folder of results, for what the paper printed.
+    """
+    published = read_rows(results / 'published.csv')
+    header = ['network', 'images', 'parameters', 'MACs', 'error in the paper, %', 'error of weights that ship, %']
+    lines = [_line(header), _line(['---', '---', '---:', '---:', '---', '---'])]
+    for name in _in_order(our_models()):
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg is not None
+        parameters, macs = network_size(name, cfg.num_classes, cfg.input_size)
+        lines.append(_line([
+            f'`{name}`', 'x'.join(map(str, cfg.input_size)), f'{parameters / 1e6:.2f} M', f'{macs / 1e6:,.0f} M',
+            _errors({row['recipe']: row['top1_err'] for row in _of_paper(published, name)}), _errors(_shipped(name)),
+        ]))
+    return lines
+
+
+def _line(cells: Sequence[str]) -> str:
+    return '| ' + ' | '.join(cells) + ' |'
+
+
+def _in_order(names: Sequence[str]) -> List[str]:
+    """Small images first, ResNets before ResNeXts, depths as numbers, each network before its plain twin."""
+    def key(name: str) -> Tuple[int, bool, List[int], bool]:
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg is not None
+        numbers = list(map(int, re.findall(r'\d+', name)))
+        return cfg.input_size[-1], 'resnext' in name, numbers, name.startswith('preact')
+    return sorted(names, key=key)
+
+
+def _of_paper(published: List[Row], network: str) -> List[Row]:
+    return [row for row in published if row['source'] == 'paper' and row['network'] == network]
+
+
+def _shipped(network: str) -> Dict[str, str]:
+    """Recorded errors of the shipped weights of a network, by tag."""
+    errors = {tag: recorded_error(weights_dir() / f'{network}.{tag}') for tag in model_tags(network)}
+    return {tag: f'{error:.2f}' for tag, error in errors.items() if error is not None}
+
+
+def _errors(by_recipe: Dict[str, str]) -> str:
+    return ', '.join(f'{error} (`{recipe}`)' for recipe, error in by_recipe.items())
+
+
+def write_table(results: Path, page: Path) -> None:
+    """Write the table of networks between its two marks in a page.
+
+    Raises:
+        UserError: If the page can not be read or has no such marks.
+    """
+    try:
+        text = page.read_text(encoding='utf-8')
+    except OSError as e:
+        raise UserError(f'{page} can not be read ({e.strerror}); name the README of a checkout.') from e
+    before, start, rest = text.partition(_START)
+    _, end, after = rest.partition(_END)
+    if not start or not end:
+        raise UserError(f"{page} has no place for the table of networks; put '{_START}' and '{_END}' there.")
+    write_text(page, '\n'.join([before + start, '', *network_table(results), '', end + after]))
