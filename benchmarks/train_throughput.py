@@ -30,13 +30,14 @@ import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import timm
 import torch
 import yaml
+from measure import columns, machine, machine_line, usable_cores
 
 from timm_lm.data import find_parquet
 from timm_lm.errors import UserError
@@ -81,10 +82,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--no-memory', action='store_true', help='leave out the memory, which takes a whole epoch')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write all figures there')
     return parser
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 # Processes
@@ -253,15 +250,6 @@ def measure_memory(options: List[str], data_dir: Path, device: str, steps: int, 
 # The comparison
 
 
-def machine(device: str) -> Dict[str, Any]:
-    """Names of processor and GPU, cores and threads."""
-    cpu = platform.processor() or platform.machine()
-    if Path('/proc/cpuinfo').is_file():
-        cpu = next(iter(re.findall(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())), cpu)
-    return dict(cpu=cpu, cores=usable_cores(), threads=torch.get_num_threads(), system=platform.platform(),
-                gpu=torch.cuda.get_device_name() if device == 'cuda' else None)
-
-
 def versions(of_script: Dict[str, str]) -> Dict[str, str]:
     names = ('timm-lm', 'torch', 'accelerate')
     return {'python': platform.python_version(), **{name: version(name) for name in names}, **of_script}
@@ -325,8 +313,7 @@ def table(result: Dict[str, Any]) -> str:
     """The figures, to be read."""
     where, settings = result['machine'], result['settings']
     lines = [
-        f"{where['gpu'] + ', ' if where['gpu'] else ''}{where['cpu']}, {where['cores']} core(s), {where['threads']} "
-        f"thread(s), {where['system']}",
+        machine_line(where),
         ', '.join(f'{name} {number}' for name, number in result['versions'].items()),
         f"{settings['model']} by {settings['recipe']} on {settings['device']}, batch {settings['batch_size']}, "
         f"{settings['steps']} steps an epoch, epochs 2 to {settings['epochs']}, median of {settings['rounds']} "
@@ -348,12 +335,6 @@ def table(result: Dict[str, Any]) -> str:
         ])]
     commands: List[str] = [f"  {engine['command']}" for engine in result['engines']]
     return '\n'.join([*lines, '', 'commands, each with its own --output and --experiment:', *commands])
-
-
-def columns(rows: Sequence[Tuple[str, ...]]) -> List[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ['  '.join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-            for row in rows]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -1,0 +1,113 @@
+"""What the benchmarks share: peers that take turns, the machine, bytes, and tables."""
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def machine(device: str) -> Dict[str, Any]:
+    """Names of processor and GPU, cores and threads."""
+    cpu = platform.processor() or platform.machine()
+    if Path('/proc/cpuinfo').is_file():
+        cpu = next(iter(re.findall(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())), cpu)
+    return dict(cpu=cpu, cores=usable_cores(), threads=torch.get_num_threads(), system=platform.platform(),
+                gpu=torch.cuda.get_device_name() if device == 'cuda' else None)
+
+
+def machine_line(where: Dict[str, Any]) -> str:
+    """The machine in words."""
+    gpu = f"{where['gpu']}, " if where['gpu'] else ''
+    return f"{gpu}{where['cpu']}, {where['cores']} core(s), {where['threads']} thread(s), {where['system']}"
+
+
+def columns(rows: Sequence[Tuple[str, ...]]) -> List[str]:
+    """Lines of a table, the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ['  '.join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+            for row in rows]
+
+
+def take_turns(
+        peers: Mapping[str, Callable[[], Any]],
+        rounds: int,
+        device: str,
+        warmup: int = 3,
+        repeats: int = 1,
+) -> Dict[str, float]:
+    """Time peers by turns, so that a slower moment of the machine hits all alike.
+
+    Args:
+        peers: Name -> the work.
+        rounds: Timings of each.
+        device: Where it runs; a GPU is waited for.
+        warmup: Runs of each that do not count, such as those that compile.
+        repeats: Runs of one timing.
+
+    Returns:
+        Median seconds of one run.
+    """
+    def wait() -> None:
+        if device == 'cuda':
+            torch.cuda.synchronize()
+
+    seconds: Dict[str, List[float]] = {name: [] for name in peers}
+    for work in peers.values():
+        for _ in range(warmup):
+            work()
+    for _ in range(rounds):
+        for name, work in peers.items():
+            wait()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                work()
+            wait()
+            seconds[name].append((time.perf_counter() - start) / repeats)
+    return {name: statistics.median(of_peer) for name, of_peer in seconds.items()}
+
+
+def kept_bytes(forward: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps for backward, each storage once, with the parameters among them."""
+    storages: Dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = forward()  # alive until the sum is made
+    total = sum(storages.values())
+    del result
+    return total
+
+
+def print_result(name: str, settings: Dict[str, Any], rows: Sequence[Tuple[str, ...]], device: str,
+                 path: Optional[Path]) -> None:
+    """Print a table with its machine, and write it as JSON if there is a path."""
+    import timm
+
+    import timm_lm
+    versions = {'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
+                'timm-lm': timm_lm.__version__}
+    where = machine(device)
+    print(machine_line(where))
+    print(', '.join(f'{package} {number}' for package, number in versions.items()))
+    print(', '.join(f'{key} {value}' for key, value in settings.items()), end='\n\n')
+    print('\n'.join(columns(rows)), flush=True)
+    if path:
+        result = dict(benchmark=name, machine=where, versions=versions, settings=settings,
+                      rows=[dict(zip(rows[0], row)) for row in rows[1:]])
+        path.write_text(json.dumps(result, indent=2) + '\n')
+    sys.stdout.flush()

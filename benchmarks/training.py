@@ -1,0 +1,87 @@
+"""A training step of an LM network against its plain twin: time, bytes kept for backward, peak memory on a GPU.
+
+    python benchmarks/training.py [--depths 20 56 --batch-size 128 --compile --device cuda]
+
+Each step is forward, backward and the update by fused SGD, in bfloat16 and channels_last on random pixels. The twins
+take turns in one process; times are medians. Bytes kept are those of storages that autograd saves, each once.
+"""
+import argparse
+from pathlib import Path
+from typing import Any, Callable, Dict, Tuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from measure import kept_bytes, print_result, take_turns
+
+import timm_lm  # noqa: F401  registers its networks
+from timm_lm.allocator import keep_freed_memory
+
+TWINS = ('preact_resnet', 'lm_resnet')
+
+
+def training_step(
+        name: str, args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor,
+) -> Tuple[Callable[[], Any], Callable[[], Any]]:
+    """A step of a new network, and its forward pass alone."""
+    model = timm.create_model(name).to(args.device, memory_format=torch.channels_last).train()
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    network: Any = torch.compile(model, dynamic=False) if args.compile else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
+
+    def forward() -> torch.Tensor:
+        with torch.autocast(args.device, dtype=torch.bfloat16):
+            return F.cross_entropy(network(images), labels)
+
+    def step() -> None:
+        forward().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, forward
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Training step of an LM network against its plain twin.')
+    parser.add_argument('--depths', type=int, nargs='+', default=[20, 56], metavar='N', help='(default: 20 56)')
+    parser.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='(default: 128)')
+    parser.add_argument('--rounds', type=int, default=20, metavar='N', help='timings of each (default: 20)')
+    parser.add_argument('--compile', action='store_true', help='compiled networks')
+    parser.add_argument('--grad-checkpointing', action='store_true', help='recompute each block in backward')
+    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='(default: cpu)')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures')
+    args = parser.parse_args()
+
+    keep_freed_memory()
+    images = torch.randn(args.batch_size, 3, 32, 32, device=args.device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (args.batch_size,), device=args.device)
+    rows = [('network', 'ms a step', 'of the twin', 'KiB an image kept', 'of the twin', 'peak KiB an image')]
+    for depth in args.depths:
+        names = [f'{twin}{depth}' for twin in TWINS]
+        steps, kept, peaks = {}, {}, {}
+        for name in names:
+            steps[name], forward = training_step(name, args, images, labels)
+            kept[name] = kept_bytes(forward) / args.batch_size
+            peaks[name] = _peak(steps[name], args)
+        seconds = take_turns(steps, args.rounds, args.device)
+        rows += [(name, f'{1e3 * seconds[name]:.1f}', f'{seconds[name] / seconds[names[0]]:.3f}',
+                  f'{kept[name] / 1024:.1f}', f'{kept[name] / kept[names[0]]:.4f}', peaks[name]) for name in names]
+    settings: Dict[str, Any] = dict(
+        device=args.device, dtype='bfloat16', batch=args.batch_size, compiled=args.compile,
+        checkpointing=args.grad_checkpointing, rounds=args.rounds)
+    print_result('training', settings, rows, args.device, args.json)
+
+
+def _peak(step: Callable[[], Any], args: argparse.Namespace) -> str:
+    if args.device != 'cuda':
+        return ''
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return f'{(torch.cuda.max_memory_allocated() - before) / args.batch_size / 1024:.1f}'
+
+
+if __name__ == '__main__':
+    main()
