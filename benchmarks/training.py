@@ -56,7 +56,7 @@ def main() -> None:
     keep_freed_memory()
     images = torch.randn(args.batch_size, 3, 32, 32, device=args.device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (args.batch_size,), device=args.device)
-    rows = [('network', 'ms a step', 'of the twin', 'KiB an image kept', 'of the twin', 'peak KiB an image')]
+    rows = [('network', 'ms a step', 'time ratio', 'KiB an image kept', 'bytes ratio', 'peak KiB an image')]
     for depth in args.depths:
         names = [f'{twin}{depth}' for twin in TWINS]
         steps, kept, peaks = {}, {}, {}

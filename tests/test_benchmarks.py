@@ -1,0 +1,54 @@
+"""The benchmarks run and write their figures; the bytes kept for backward, which no clock tells, are as promised."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / 'benchmarks'
+
+
+def figures(tmp_path, script, *options):
+    path = tmp_path / 'figures.json'
+    subprocess.run([sys.executable, str(BENCHMARKS / script), *options, '--json', str(path)], check=True, timeout=200,
+                   capture_output=True)
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize('depth, limit', [(20, 1.03), (56, 1.02)])
+def test_bytes_kept_for_backward(depth, limit, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from measure import kept_bytes
+
+    images = torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    kept = []
+    for name in (f'preact_resnet{depth}', f'lm_resnet{depth}'):
+        model = timm.create_model(name).to(memory_format=torch.channels_last).train()
+
+        def forward(model=model):
+            with torch.autocast('cpu', dtype=torch.bfloat16):
+                return model(images).sum()
+
+        kept.append(kept_bytes(forward))
+    assert kept[0] > images.nbytes
+    assert kept[1] <= limit * kept[0]
+
+
+def test_checkpointing_keeps_less(tmp_path):
+    options = ('--depths', '20', '--batch-size', '4', '--rounds', '1')
+    plain, lm = figures(tmp_path, 'training.py', *options)['rows']
+    assert (plain['network'], plain['bytes ratio'], lm['network']) == ('preact_resnet20', '1.0000', 'lm_resnet20')
+    less = figures(tmp_path, 'training.py', *options, '--grad-checkpointing')['rows']
+    assert all(float(row['KiB an image kept']) < float(whole['KiB an image kept']) / 2
+               for row, whole in zip(less, (plain, lm), strict=True))
+
+
+def test_inference(tmp_path):
+    result = figures(tmp_path, 'inference.py', '--model', 'lm_resnet18', '--peer', 'resnetv2_18', '--batch-sizes', '1',
+                     '--rounds', '1')
+    assert [row['network'] for row in result['rows']] == [
+        'resnetv2_18', 'lm_resnet18', 'lm_resnet18, optimize()', 'resnetv2_18, channels_last']
+    assert result['rows'][0]['of resnetv2_18'] == '1.000' and result['machine']['cores'] > 0
