@@ -27,3 +27,9 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(_M_TRIM_THRESHOLD, -1))  # -1: never
+
+
+def release_freed_memory() -> None:
+    """Give glibc's freed blocks back to the system once, as between training and validation, which use others."""
+    if platform.libc_ver()[0] == 'glibc':
+        ctypes.CDLL(None).malloc_trim(0)

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import DistributedType, set_seed
 from tqdm import tqdm
 
-from timm_lm.allocator import keep_freed_memory
+from timm_lm.allocator import keep_freed_memory, release_freed_memory
 from timm_lm.data import check_class_names, check_labels
 from timm_lm.errors import UserError
 from timm_lm.hub import TimmModel, describe
@@ -120,7 +120,9 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
             last = epoch + 1 == training.num_epochs
             evaluation = None
             if eval_loader is not None and (last or (epoch + 1) % args.val_interval == 0):
+                release_freed_memory()
                 evaluation = training.evaluate(eval_loader)
+                release_freed_memory()
             training.end_epoch(epoch, evaluation)
             k = training.k_values()
             if is_main:
@@ -131,6 +133,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
             training.stop_after_epoch(Progress(epoch + 1), saved)
 
     # Weights and pictures
+    release_freed_memory()
     final = training.final_weights()
     if is_main:
         log.plot()
