@@ -6,11 +6,10 @@ All take turns in one process, in float32 (bfloat16 with --amp); the figures are
 """
 import argparse
 from functools import partial
-from pathlib import Path
 
 import timm
 import torch
-from measure import print_result, take_turns
+from measure import add_options, print_result, take_turns
 
 import timm_lm
 from timm_lm.allocator import keep_freed_memory
@@ -21,11 +20,9 @@ def main() -> None:
     parser.add_argument('--model', default='lm_resnet50', help='(default: %(default)s)')
     parser.add_argument('--peer', default='resnetv2_50', help='a plain network of timm (default: %(default)s)')
     parser.add_argument('--batch-sizes', type=int, nargs='+', default=[1, 64], metavar='N', help='(default: 1 64)')
-    parser.add_argument('--rounds', type=int, default=20, metavar='N', help='timings of each (default: 20)')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--compile', action='store_true', help='compiled forms as well')
-    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='(default: cpu)')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures')
+    add_options(parser)
     args = parser.parse_args()
 
     keep_freed_memory()

@@ -1,4 +1,5 @@
 """What the benchmarks share: peers that take turns, the machine, bytes, and tables."""
+import argparse
 import json
 import os
 import platform
@@ -10,6 +11,13 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every benchmark that takes turns."""
+    parser.add_argument('--rounds', type=int, default=20, metavar='N', help='timings of each (default: 20)')
+    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='(default: cpu)')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures')
 
 
 def usable_cores() -> int:

@@ -6,13 +6,12 @@ Each step is forward, backward and the update by fused SGD, in bfloat16 and chan
 take turns in one process; times are medians. Bytes kept are those of storages that autograd saves, each once.
 """
 import argparse
-from pathlib import Path
 from typing import Any, Callable, Dict, Tuple
 
 import timm
 import torch
 import torch.nn.functional as F
-from measure import kept_bytes, print_result, take_turns
+from measure import add_options, kept_bytes, print_result, take_turns
 
 import timm_lm  # noqa: F401  registers its networks
 from timm_lm.allocator import keep_freed_memory
@@ -46,11 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description='Training step of an LM network against its plain twin.')
     parser.add_argument('--depths', type=int, nargs='+', default=[20, 56], metavar='N', help='(default: 20 56)')
     parser.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='(default: 128)')
-    parser.add_argument('--rounds', type=int, default=20, metavar='N', help='timings of each (default: 20)')
     parser.add_argument('--compile', action='store_true', help='compiled networks')
     parser.add_argument('--grad-checkpointing', action='store_true', help='recompute each block in backward')
-    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='(default: cpu)')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures')
+    add_options(parser)
     args = parser.parse_args()
 
     keep_freed_memory()

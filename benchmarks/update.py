@@ -7,11 +7,10 @@ two writes (plain: none). Beside each time is that of these bytes at the bandwid
 """
 import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
 import torch
-from measure import print_result, take_turns
+from measure import add_options, print_result, take_turns
 
 from timm_lm.allocator import keep_freed_memory
 from timm_lm.layers import two_step
@@ -60,9 +59,7 @@ def measure_shape(shape: Tuple[int, ...], args: argparse.Namespace) -> List[Tupl
 def main() -> None:
     parser = argparse.ArgumentParser(description='The two-step update against the plain sum.')
     parser.add_argument('--dtype', default='bfloat16', choices=['bfloat16', 'float32'], help='(default: %(default)s)')
-    parser.add_argument('--rounds', type=int, default=30, metavar='N', help='timings of each (default: 30)')
-    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='(default: cpu)')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures')
+    add_options(parser)
     args = parser.parse_args()
 
     keep_freed_memory()
