@@ -14,7 +14,7 @@ def row(model, error, seed=1, epochs=160, recipe='paper_c10', **values):
     """A row as a run leaves it, with made-up figures."""
     base = dict(model=f'{model}.{recipe}', top1_err=error, param_count='0.272', dataset='cifar10', recipe=recipe,
                 seed=seed, epochs=epochs, run=f'{model}-{seed}-{epochs}', status='done', k_min='-0.100', k_max='0.200',
-                k='-0.100 0.200')
+                k='-0.100 0.200', images=10000)
     return {name: str((base | values).get(name, '')) for name in COLUMNS}
 
 
@@ -46,7 +46,9 @@ def test_page_sets_runs_beside_published_figures(results, tmp_path):
                         for name in ('lm_resnet20', 'preact_resnet20', 'lm_resnet32'))
     assert '| 8.33 | 8.30 ± 0.10 (3 seeds) | -0.10 to 0.20 |' in lm
     assert '| 8.75 (resnet20) | 8.10 (one seed) |  |' in plain
-    assert '`lm_resnet20` does not beat its plain twin: 8.30 against 8.10 %.' in text
+    assert '`lm_resnet20` does not beat its plain twin: 8.30 against 8.10 %. ' in text
+    # of 10,000 images: ((.083 * .917 + .081 * .919) / 10,000) ** 0.5
+    assert 'a standard error of up to 0.39 %,' in text
     # a run of fewer epochs fills no row, the row keeps the command that does; the run is listed
     assert '| 7.18 |  |  | `timm-lm train -c lm_resnet32.paper_c10 --data-dir DIR` |' in other
     assert '| lm_resnet32-1-60 |' in text and 'stopped after epoch 12 of 160' in text

@@ -167,24 +167,31 @@ def _section(table: Dict[str, Any], runs: List[Row], published: List[Row]) -> Li
     rows = [header, ['---'] * len(header)]
     verdicts = []
     for plain, lm in table['pairs']:
-        errors = []
+        pair = []
         for name in filter(None, (plain, lm)):
             found = finished(runs, name, recipe)
-            errors.append(_mean(found))
+            pair.append(found)
             rows.append([
                 f'`{name}`', found[0]['param_count'] + ' M' if found else '',
                 *(_published(published, source, table['dataset'], name, recipe) for source in sources),
                 _spread(found), _k_range(found), f'`timm-lm train -c {name}.{recipe} --data-dir DIR`',
             ])
-        if len(errors) == 2 and None not in errors:
-            better = errors[1] < errors[0]  # type: ignore[operator]
-            verdicts.append(f"`{lm}` {'beats' if better else 'does not beat'} its plain twin: {errors[1]:.2f} against "
-                            f'{errors[0]:.2f} %.')
+        if len(pair) == 2 and all(pair):
+            verdicts.append(_verdict(lm, *pair))
     text = [f"## {table['title']}", '']
     if table.get('text'):
         text += [table['text'], '']
     text += ['| ' + ' | '.join(row) + ' |' for row in rows] + ['']
     return text + ([' '.join(verdicts), ''] if verdicts else [])
+
+
+def _verdict(lm: str, plain_runs: List[Row], lm_runs: List[Row]) -> str:
+    """Whether an LM network beats its twin, with the standard error of a difference of two such counts of errors."""
+    plain, own = _mean(plain_runs), _mean(lm_runs)
+    variance = (plain * (100 - plain) + own * (100 - own)) / int(lm_runs[0]['images'])  # all seeds see the same images
+    return (f"`{lm}` {'beats' if own < plain else 'does not beat'} its plain twin: {own:.2f} against {plain:.2f} %. "
+            f'The number of test images alone gives this difference a standard error of up to {variance ** 0.5:.2f} %, '
+            'seeds add theirs.')
 
 
 def finished(runs: List[Row], network: str, recipe: str) -> List[Row]:
@@ -196,8 +203,8 @@ def finished(runs: List[Row], network: str, recipe: str) -> List[Row]:
     return sorted(found, key=lambda row: int(row['seed']))
 
 
-def _mean(rows: List[Row]) -> Optional[float]:
-    return statistics.mean(float(row['top1_err']) for row in rows) if rows else None
+def _mean(rows: List[Row]) -> float:
+    return statistics.mean(float(row['top1_err']) for row in rows)
 
 
 def _spread(rows: List[Row]) -> str:
