@@ -299,7 +299,7 @@ class TestScriptsOfTimm:
             folder.mkdir(parents=True)
             for i in range(2 if name == max(probabilities, key=probabilities.get) else 1):
                 photo.save(folder / f'{i}.png')
-        out = run_script('validate.py', '--model', 'lm_resnet20', '--data-dir', tmp_path, '--device', 'cpu', '-j', 1,
+        out = run_script('validate.py', '--model', SHIPPED.name, '--data-dir', tmp_path, '--device', 'cpu', '-j', 1,
                          cwd=tmp_path)
         assert script_result(out)['top1'] == pytest.approx(100 * 2 / 11, abs=1e-3)
 
@@ -314,7 +314,7 @@ class TestScriptsOfTimm:
     def test_onnx_export(self, model, tmp_path):
         onnxruntime, = needs('onnxruntime')
         path = tmp_path / 'lm_resnet20.onnx'
-        run_script('onnx_export.py', path, '--model', 'lm_resnet20', '--check-forward', cwd=tmp_path)
+        run_script('onnx_export.py', path, '--model', SHIPPED.name, '--check-forward', cwd=tmp_path)
         session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
         x = torch.randn(5, 3, 32, 32)
         logits, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
