@@ -18,8 +18,10 @@ def figures(tmp_path, script, *options):
     return json.loads(path.read_text())
 
 
+@pytest.mark.parametrize('compiled', [False, True], ids=['eager', 'compiled'])
 @pytest.mark.parametrize('depth, limit', [(20, 1.03), (56, 1.02)])
-def test_bytes_kept_for_backward(depth, limit, monkeypatch):
+def test_bytes_kept_for_backward(depth, limit, compiled, monkeypatch):
+    """Compiled, it is the compiler's partition into forward and backward that counts; no code is generated."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from measure import kept_bytes
 
@@ -27,6 +29,9 @@ def test_bytes_kept_for_backward(depth, limit, monkeypatch):
     kept = []
     for name in (f'preact_resnet{depth}', f'lm_resnet{depth}'):
         model = timm.create_model(name).to(memory_format=torch.channels_last).train()
+        if compiled:
+            torch.compiler.reset()
+            model = torch.compile(model, backend='aot_eager_decomp_partition', dynamic=False)
 
         def forward(model=model):
             with torch.autocast('cpu', dtype=torch.bfloat16):

@@ -75,10 +75,42 @@ def test_backward_keeps_nothing_but_the_states(states, k):
     assert all(t.data_ptr() in held for t in saved)
 
 
+def test_compiled_derivatives(states, k):
+    torch.compiler.reset()
+    inputs = [t.requires_grad_() for t in (*states, k)]
+    compiled = torch.compile(two_step, backend='aot_eager', fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), two_step(*inputs), rtol=0, atol=1e-14)
+    assert gradcheck(compiled, inputs)
+
+
+def test_compiled_dk_is_not_rounded_to_the_precision_of_the_states(k):
+    """A sum of 323 or 969 ones takes more than the 8 bits of a bfloat16."""
+    torch.compiler.reset()
+    ones = torch.ones(1, 3, 17, 19, dtype=torch.bfloat16)
+    k = k.float().requires_grad_()
+    compiled = torch.compile(two_step, backend='aot_eager', fullgraph=True)
+    compiled(ones, torch.zeros_like(ones), ones, k).sum().backward()
+    assert torch.equal(k.grad, ones.float().sum_to_size(k.shape))
+
+
 def test_vmap_over_k(states):
     ks = torch.linspace(-0.9, 0.9, 5, dtype=torch.float64)
     batched = torch.func.vmap(two_step, in_dims=(None, None, None, 0))(*states, ks)
     torch.testing.assert_close(batched, torch.stack([two_step(*states, k) for k in ks]))
+
+
+def test_compiled_gradients_by_k_of_each_image(states, k):
+    """torch.func within torch.compile."""
+    torch.compiler.reset()
+
+    def gradients(f, x, x_prev):
+        def loss(k, *states):
+            return two_step(*states, k).square().sum()
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(k, f, x, x_prev)
+
+    compiled = torch.compile(gradients, backend='aot_eager', fullgraph=True)(*states)
+    torch.testing.assert_close(compiled, gradients(*states))
+    assert compiled.shape == (SHAPE[0], *k.shape)
 
 
 def test_jvp_and_vjp_by_k(states, k):

@@ -20,7 +20,9 @@ def two_step(
     """One linear two-step update, ``x[n+1] = f + (1 - k) x[n] + k x[n-1]``.
 
     The two states are mixed by ``torch.lerp``: it reads both once, rounds once in low precision, and keeps nothing
-    for backward but the states, which the network holds anyway.
+    for backward but the states, which the network holds anyway. A compiler takes ``lerp`` apart and would keep the
+    difference of the states as well; for training under ``torch.compile`` the sum is therefore written such that ``dk``
+    is made from the states themselves, and added up in the precision of ``k``.
 
     Args:
         f: The residual branch ``f(x[n])``, shape (N, C, H, W).
@@ -32,7 +34,11 @@ def two_step(
     Returns:
         The state ``x[n+1]``, shape (N, C, H, W).
     """
-    return f + torch.lerp(x, x_prev.to(x.dtype), k.to(x.dtype))
+    x_prev = x_prev.to(x.dtype)
+    if not torch.jit.is_scripting() and torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
+        k = k.expand(x.shape).to(x.dtype)
+        return f + (x + (k * x_prev - k * x))
+    return f + torch.lerp(x, x_prev, k.to(x.dtype))
 
 
 class TwoStep(nn.Module):
