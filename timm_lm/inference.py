@@ -9,6 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm_lm.layers import FixedTwoStep, StateNoise, TwoStep
 from timm_lm.models.lm_resnet import ResidualBlock
+from timm_lm.packed_conv import PackedConv2d
 
 Network = TypeVar('Network', bound=nn.Module)
 
@@ -20,7 +21,8 @@ def optimize(model: Network) -> Network:
     - A batch norm that follows a convolution within a residual branch is folded into that convolution; its activation
       stays. The norms of the state stay too: they follow a sum, which others read as well.
     - Each ``k`` becomes a constant, and stochastic depth and state noise go.
-    - Convolutions are in the channels_last layout, which the CPU's and the GPU's kernels for them prefer.
+    - Convolutions are in the channels_last layout, which the CPU's and the GPU's kernels for them prefer. On the CPU
+      in float32 they keep a second copy of their weights, ordered as the kernel reads them (``PackedConv2d``).
 
     The copy is in evaluation mode without parameters to train. It can be compiled, exported and scripted as the network
     could; its state dict is its own and does not load into the network. Networks around one of ours (timm's
@@ -51,6 +53,7 @@ def optimize(model: Network) -> Network:
             block.drop_path = nn.Identity()
         if isinstance(block.noise, StateNoise):
             block.noise = nn.Identity()
+        _pack(block)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -68,3 +71,11 @@ def _fold(block: ResidualBlock, conv_name: str, norm_name: str) -> None:
     dtype = conv.weight.dtype
     setattr(block, conv_name, fuse_conv_bn_eval(conv.float(), norm.float()).to(dtype))
     setattr(block, norm_name, norm.act)
+
+
+def _pack(block: ResidualBlock) -> None:
+    """Put packed convolutions in the place of plain ones."""
+    for parent in list(block.modules()):
+        for name, conv in list(parent.named_children()):
+            if type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' and not isinstance(conv.padding, str):
+                setattr(parent, name, PackedConv2d.from_conv(conv))
