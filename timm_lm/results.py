@@ -22,7 +22,8 @@ COLUMNS = (
 )
 # Options that differ between runs of one recipe: which network and seed, and how fast it is computed.
 _SAME_RECIPE = ('model', 'seed', 'device', 'validation_batch_size', 'torchcompile', 'torchcompile_mode', 'loader')
-DATASETS = {'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100'}
+DATASETS = {'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100', 'ImageNet': 'imagenet-1k'}
+PLOTTED = ('cifar10', 'cifar100')
 
 Row = Dict[str, str]
 
@@ -151,7 +152,7 @@ def write_report(results: Path, page: Path) -> None:
     for table in tables:
         lines += _section(table, runs[table['dataset']], published)
     page.parent.mkdir(parents=True, exist_ok=True)
-    for dataset in DATASETS.values():
+    for dataset in PLOTTED:
         if _plot_errors(runs[dataset], published, dataset, page.parent / f'error_{dataset}.png'):
             lines += [f'![Error against parameters on {dataset}](error_{dataset}.png)', '']
     if _plot_k([row for rows in runs.values() for row in rows], page.parent / 'k_by_depth.png'):
@@ -231,7 +232,7 @@ def _published(rows: List[Row], source: str, dataset: str, network: str, recipe:
 
     if find(network):
         return find(network) or ''
-    other = network.replace('preact_', '')
+    other = network.replace('preact_', '').replace('resnetv2_', 'resnet')
     return f'{find(other)} ({other})' if other != network and find(other) else ''
 
 
