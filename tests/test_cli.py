@@ -24,7 +24,7 @@ def test_list_of_pretrained_names_only_weights_that_exist(command):
     code, out, _ = command('list', '--pretrained')
     names = [line.split()[0] for line in out.splitlines()[1:]]
     assert code == 0 and sorted(names) == sorted(timm.list_pretrained(['lm_res*', 'preact_res*']))
-    row = next(line for line in out.splitlines() if line.startswith('lm_resnet20.demo_c10'))
+    row = next(line for line in out.splitlines() if line.startswith('lm_resnet20.best_c10'))
     assert 'shipped' in row and row.endswith('%')
 
 
@@ -75,10 +75,10 @@ def test_recipe_lists_prints_and_locates(command):
     (['info', 'lm_resnet21'], "no model 'lm_resnet21'"),
     (['info', 'lm_resnet20.nope'], "no tag 'nope'"),
     (['list', 'resnet50'], "No network fits 'resnet50'"),
-    (['validate', 'lm_resnet20.demo_c10'], 'No data was named'),
+    (['validate', 'lm_resnet20.best_c10'], 'No data was named'),
     (['validate'], 'MODEL_OR_FOLDER'),
-    (['validate', 'lm_resnet20.demo_c10', '--data-dir', 'no/such/folder'], 'no/such/folder does not exist'),
-    (['validate', 'lm_resnet20.demo_c10', '--batch-size', '0'], '--batch-size must be at least 1'),
+    (['validate', 'lm_resnet20.best_c10', '--data-dir', 'no/such/folder'], 'no/such/folder does not exist'),
+    (['validate', 'lm_resnet20.best_c10', '--batch-size', '0'], '--batch-size must be at least 1'),
     (['train', '-c', 'nope'], "no recipe 'nope'"),
     (['recipe', 'nope'], "no recipe 'nope'"),
     (['train', '-c'], 'expected one argument'),

@@ -23,7 +23,7 @@ from timm_lm.hub import verify_folder
 from timm_lm.loader import MemoryLoader
 from timm_lm.models._weights import weights_dir
 
-SHIPPED = weights_dir() / 'lm_resnet20.demo_c10'
+SHIPPED = weights_dir() / 'lm_resnet20.best_c10'
 QUICK = ['--epochs', 1, '--warmup-epochs', 0, '--batch-size', 10, '--workers', 1]
 NAMES = [f'digit{label}' for label in range(10)]
 

@@ -117,12 +117,12 @@ def test_help_shows_the_docstrings(loaded):
 def test_pretrained_takes_the_weights_of_the_folder(tmp_path):
     # the same version is installed elsewhere, which is no obstacle: the folder goes first
     folder = copy_of_repository(tmp_path / 'checkout')
-    file = folder / 'weights' / 'lm_resnet20.demo_c10' / 'model.safetensors'
+    file = folder / 'weights' / 'lm_resnet20.best_c10' / 'model.safetensors'
     file.parent.mkdir()
     state = timm.create_model('lm_resnet20').state_dict()
     save_file(state, file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    (folder / 'weights' / 'SHA256SUMS').write_text(f'{digest}  lm_resnet20.demo_c10/model.safetensors\n')
+    (folder / 'weights' / 'SHA256SUMS').write_text(f'{digest}  lm_resnet20.best_c10/model.safetensors\n')
     loaded = python("""
 import json, sys
 import torch
@@ -134,7 +134,7 @@ print(json.dumps(dict(
     loaded=model.stem.conv.weight.tolist(), fresh=fresh.stem.conv.weight.tolist())))
 """, folder, cwd=tmp_path)
     assert Path(loaded['origin']) == folder / 'timm_lm' / '__init__.py'
-    assert loaded['tag'] == 'demo_c10'
+    assert loaded['tag'] == 'best_c10'
     assert loaded['loaded'] == state['stem.conv.weight'].tolist() != loaded['fresh']
 
 

@@ -297,7 +297,7 @@ def test_best_recipes_end_at_rest(name):
     for update in range(epochs * 10):
         rates.append(optimizer.param_groups[0]['lr'])
         scheduler.step_update(update + 1)
-    assert rates[0] == 0.01 and max(rates) == pytest.approx(0.1, rel=1e-3) and rates[-1] < 1e-6
+    assert rates[0] == 0.01 and max(rates) == pytest.approx(0.1, rel=5e-3) and rates[-1] < 1e-6
     assert args.model_ema and 0 < args.mixup_off_epoch < epochs
     assert (1 / (1 - args.model_ema_decay)) < 390 * (epochs - args.mixup_off_epoch)  # 390 updates an epoch
 

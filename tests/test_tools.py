@@ -26,7 +26,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from timm_lm.models._weights import weights_dir
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = weights_dir() / 'lm_resnet20.demo_c10'
+SHIPPED = weights_dir() / 'lm_resnet20.best_c10'
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 TOKEN = 'hf_of_the_tests'
 CLOSE = dict(rtol=1e-5, atol=1e-5)  # float32, another order of the same sums

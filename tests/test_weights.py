@@ -206,7 +206,7 @@ def shipped():
 
 
 def test_the_first_weights_ship():
-    assert 'lm_resnet20.demo_c10' in shipped()
+    assert 'lm_resnet20.best_c10' in shipped()
 
 
 @pytest.mark.parametrize('name', shipped())
@@ -240,13 +240,13 @@ def copied_package(tmp_path):
     def run(code):
         env = dict(os.environ, PYTHONPATH=str(tmp_path), TIMM_LM_AUTOLOAD='0')
         return subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    return tmp_path / 'timm_lm' / 'weights' / 'lm_resnet20.demo_c10' / 'model.safetensors', run
+    return tmp_path / 'timm_lm' / 'weights' / 'lm_resnet20.best_c10' / 'model.safetensors', run
 
 
 @pytest.mark.parametrize('offset', [100, -1])
 def test_flipped_bit_in_shipped_weights_is_named(copied_package, offset):
     file, run = copied_package
-    load = 'import timm, timm_lm; timm.create_model("lm_resnet20.demo_c10", pretrained=True); print("loaded")'
+    load = 'import timm, timm_lm; timm.create_model("lm_resnet20.best_c10", pretrained=True); print("loaded")'
     assert run(load).stdout == 'loaded\n'
     flip_a_bit(file, offset)
     result = run(load)
@@ -260,17 +260,17 @@ def test_flipped_bit_in_shipped_weights_is_named(copied_package, offset):
 def test_lost_shipped_weights_are_not_listed(copied_package):
     file, run = copied_package
     file.unlink()
-    code = 'import timm, timm_lm; print("lm_resnet20.demo_c10" in timm.list_pretrained("lm_resnet20*"))'
+    code = 'import timm, timm_lm; print("lm_resnet20.best_c10" in timm.list_pretrained("lm_resnet20*"))'
     assert run(code).stdout == 'False\n'
 
 
 def test_published_weights_are_found_by_their_record(copied_package):
     file, run = copied_package
     file.unlink()
-    record = {'lm_resnet20.demo_c10': dict(repo_id='owner/lm_resnet20.demo_c10', revision='abc')}
+    record = {'lm_resnet20.best_c10': dict(repo_id='owner/lm_resnet20.best_c10', revision='abc')}
     (file.parents[1] / 'published.json').write_text(json.dumps(record))
-    code = 'import timm, timm_lm; print(timm.get_pretrained_cfg("lm_resnet20.demo_c10").hf_hub_id)'
-    assert run(code).stdout == 'owner/lm_resnet20.demo_c10@abc\n'
+    code = 'import timm, timm_lm; print(timm.get_pretrained_cfg("lm_resnet20.best_c10").hf_hub_id)'
+    assert run(code).stdout == 'owner/lm_resnet20.best_c10@abc\n'
 
 
 # Names
@@ -280,7 +280,7 @@ def test_published_weights_are_found_by_their_record(copied_package):
     ('lm_resnet21', 'no model .*Did you mean lm_resnet'),
     ('lm_resnet20.nope', "has no tag 'nope'; its tags are: .*demo_c10"),
     ('lm_resnet32', 'There are no weights of lm_resnet32'),
-    ('lm_resnet20.paper_c100', 'no weights of lm_resnet20.paper_c100; these tags have: lm_resnet20.demo_c10'),
+    ('lm_resnet20.paper_c100', 'no weights of lm_resnet20.paper_c100; these tags have: lm_resnet20.best_c10'),
 ])
 def test_names_without_weights(name, message):
     with pytest.raises(UserError, match=message):
