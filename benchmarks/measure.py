@@ -1,7 +1,6 @@
 """What the benchmarks share: peers that take turns, the machine, bytes, and tables."""
 import argparse
 import json
-import os
 import platform
 import re
 import statistics
@@ -12,17 +11,14 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 
+from timm_lm.training.result import usable_cores
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of every benchmark that takes turns."""
     parser.add_argument('--rounds', type=int, default=20, metavar='N', help='timings of each (default: 20)')
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='(default: cpu)')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures')
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def machine(device: str) -> Dict[str, Any]:

@@ -37,11 +37,12 @@ import pyarrow.parquet as pq
 import timm
 import torch
 import yaml
-from measure import columns, machine, machine_line, usable_cores
+from measure import columns, machine, machine_line
 
 from timm_lm.data import find_parquet
 from timm_lm.errors import UserError
 from timm_lm.training.options import parse_options
+from timm_lm.training.result import usable_cores
 
 # Keys of a recipe that timm's defaults leave off.
 SPEED_OPTIONS = ('amp', 'amp_dtype', 'channels_last', 'torchcompile', 'torchcompile_mode')

@@ -323,7 +323,7 @@ def test_optimizers_without_a_fused_kernel_train(run, name):
     assert not torch.equal(weights_of(folder)['stem.conv.weight'], first_weights()['stem.conv.weight'])
 
 
-@pytest.mark.parametrize('name', ['momentum', 'adamw', 'lamb'])
+@pytest.mark.parametrize('name', ['momentum', 'adamw', 'lamb', 'lookahead_momentum'])
 def test_resumed_states_have_the_layout_of_their_weights(run, tmp_path, monkeypatch, name):
     """Fused kernels read both in the order of memory, which is channels_last here; lamb has no such kernel, and counts
     its steps by group."""
@@ -335,7 +335,8 @@ def test_resumed_states_have_the_layout_of_their_weights(run, tmp_path, monkeypa
 
     def spy(training, checkpoint):
         progress = resume(training, checkpoint)
-        found.extend(training.plain_optimizer.state.items())
+        optimizer = training.plain_optimizer
+        found.extend(getattr(optimizer, '_base_optimizer', optimizer).state.items())
         return progress
 
     monkeypatch.setattr(Training, 'resume', spy)
@@ -346,6 +347,26 @@ def test_resumed_states_have_the_layout_of_their_weights(run, tmp_path, monkeypa
         assert len(moments) >= (1 if name == 'momentum' else 2)
         assert all(moment.stride() == p.stride() for moment in moments)
     assert equal(weights_of(resumed), weights_of(folder))
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--opt', 'kron'], '--opt kron is refused: its state can not be saved'),
+    (['--opt', 'adahessian'], '--opt adahessian is refused: it needs second derivatives'),
+    (['--sched', 'plateau', '--val-split', ''], '--sched plateau lowers the rate by the validation'),
+    (['--amp', '--amp-dtype', 'float16', '--device', 'cpu'], '--amp in float16 is for GPUs'),
+    (['--class-map', 'map.txt'], '--class-map numbers the classes of folders of images; the Parquet files in'),
+    (['--resume', 'a/run/checkpoints/step-1', '--experiment', 'other'], 'in the folder of the checkpoint, a/run, not'),
+])
+def test_what_can_not_be_done_is_refused(few_digits, tmp_path, fails, options, message):
+    assert message in fails('train', *BASE, '--data-dir', few_digits, '--output', tmp_path / 'runs', *options)
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_checkpoints_inside_an_epoch_come_at_updates(run):
+    """Every 3 batches of 8, at the first update from there on; an update is of 2 batches."""
+    folder, *_ = run('run', '--batch-size', 32, '--epochs', 1, '--grad-accum-steps', 2, '--recovery-interval', 3)
+    assert checkpoint_names(folder) == ['step-000000002', 'step-000000003', 'step-000000004']
+    assert [state(folder, updates)['progress']['batch'] for updates in (2, 3)] == [4, 6]
 
 
 @pytest.mark.parametrize('mode', ['norm', 'value', 'agc'])

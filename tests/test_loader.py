@@ -158,6 +158,17 @@ def test_mixing_ends_at_its_epoch(few_digits):
             torch.testing.assert_close(targets, smoothed)
 
 
+def test_boxes_are_erased_from_mixed_images(few_digits):
+    """As in timm: an erased box is empty, not half of a partner's image."""
+    options = ['-c', 'demo_digits', '--mixup', 1, '--reprob', 1, '--remode', 'const']
+    mixed = loaders(few_digits, *options[:-4])[0]
+    erased = loaders(few_digits, *options)[0]
+    (images, _), (with_boxes, _) = next(iter(mixed)), next(iter(erased))
+    inside = with_boxes != images
+    assert inside.flatten(1).any(1).all()
+    assert (with_boxes[inside] == 0).all()
+
+
 # By worker processes
 
 HEAVY = ['--aa', 'rand-m9-mstd0.5-inc1', '--color-jitter', 0.4, '--scale', 0.3, 1, '--vflip', 0.5, '--grayscale-prob',
@@ -212,6 +223,19 @@ def test_flips_are_done_once(photos):
            '--train-interpolation', 'bilinear', '--batch-size', 4]
     upright, flipped = (list(loaders(photos, *off, *more)[0]) for more in ([], ['--vflip', 1]))
     assert all(torch.equal(images.flip(2), other) for (images, _), (other, _) in zip(upright, flipped))
+
+
+@pytest.mark.parametrize('more', [['--no-aug'], ['--train-interpolation', '', '--scale', 1, 1, '--ratio', 1, 1,
+                                                 '--color-jitter', 0, '--hflip', 0]], ids=['no-aug', 'whole images'])
+def test_training_in_memory_sees_whole_images(tmp_path, more):
+    """The share of a centre crop is for validation; images are those of timm's transforms."""
+    rng = np.random.default_rng(0)
+    for split in ('train', 'test'):
+        write_parquet(tmp_path / f'{split}.parquet', [rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)] * 8)
+    common = ['--crop-pct', 0.5, '--batch-size', 4, '--workers', 0, *more]
+    (memory, shown), (workers, _) = (loaders(tmp_path, *common, '--loader', kind) for kind in ('memory', 'timm'))
+    assert same(list(memory), list(workers))
+    assert not torch.equal(next(iter(shown))[0], next(iter(memory))[0])
 
 
 @pytest.mark.parametrize('options', [

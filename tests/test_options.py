@@ -88,6 +88,16 @@ def test_refused_options_that_are_off_ask_for_nothing(tmp_path):
     assert not hasattr(args, 'aug_splits')
 
 
+def test_defaults_of_refused_options_ask_for_nothing(tmp_path):
+    asked = dict(data=None, worker_seeding='all', naflex_train_seq_lens=[128, 256, 576, 784, 1024],
+                 train_size_schedule='constant')
+    assert parse_options(['-c', recipe(tmp_path, **asked)]).data_dir is None
+    with pytest.raises(UserError, match="'worker_seeding' .* is refused"):
+        parse_options(['-c', recipe(tmp_path, **asked | dict(worker_seeding='part'))])
+    with pytest.raises(UserError, match="'data' .* is unknown"):
+        parse_options(['-c', recipe(tmp_path, **asked | dict(data='folder'))])
+
+
 def test_a_leader_can_be_turned_off_without_its_followers(tmp_path):
     path = recipe(tmp_path, model_ema=True, model_ema_decay=0.9, **PLAIN)
     assert not parse_options(['-c', path, '--no-model-ema']).model_ema

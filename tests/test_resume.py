@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from timm_lm.errors import UserError
 from timm_lm.training.checkpoint import CheckpointStore
 from timm_lm.training.recipes import find_recipe
+from timm_lm.training.report import RunLog
 
 # A network with dropped paths and noise, so that random states count; float32 on the CPU.
 OPTIONS = [
@@ -171,6 +172,42 @@ def test_full_disk_stops_the_run_and_spares_the_earlier_checkpoint(few_digits, l
     assert CheckpointStore(tmp_path / 'run' / 'checkpoints').newest() is not None
     assert not list((tmp_path / 'run' / 'checkpoints').glob('.step-*'))
     finish(few_digits, tmp_path)
+    assert final_state(tmp_path) == final_state(left_alone)
+
+
+def test_metrics_cut_short_are_written_anew(few_digits, left_alone, tmp_path):
+    """A crash of the machine may leave half a line."""
+    shutil.copytree(left_alone / 'run', tmp_path / 'run')
+    shutil.rmtree(checkpoints(tmp_path)[-1])
+    path = tmp_path / 'run' / 'metrics.jsonl'
+    path.write_text(path.read_text()[:-40])
+    finish(few_digits, tmp_path)
+    for name in ('metrics.jsonl', 'summary.csv'):
+        rows, alone = ((folder / 'run' / name).read_text().splitlines() for folder in (tmp_path, left_alone))
+        assert len(rows) == len(alone)
+        assert rows[:-1] == alone[:-1]  # times differ in the last one
+    assert final_state(tmp_path) == final_state(left_alone)
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='the system has no /dev/full')
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'summary.csv'])
+def test_full_disk_for_the_metrics_is_told(tmp_path, name):
+    (tmp_path / name).symlink_to('/dev/full')
+    log = RunLog(tmp_path)
+    with pytest.raises(UserError, match='could not be written .*No space left.* --resume auto'):
+        log.append(0, dict(loss=1., top1=2., images_per_second=3.), None, 0.1, {})
+
+
+def test_going_back_sets_later_checkpoints_aside(few_digits, left_alone, tmp_path):
+    """So that --resume auto goes on from where the run is now, not from where it was before."""
+    shutil.copytree(left_alone / 'run', tmp_path / 'run')
+    back, *later = checkpoints(tmp_path)
+    command = [word for word in arguments(few_digits, tmp_path) if word not in ('--output', str(tmp_path))]
+    result = subprocess.run([*command, '--resume', str(back)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    aside = sorted((tmp_path / 'run' / 'checkpoints').glob('set-aside-*'))
+    assert [path.name[-14:] for path in aside] == [path.name for path in later]
+    assert all(f'A later checkpoint is now {path}' in result.stdout for path in aside)
     assert final_state(tmp_path) == final_state(left_alone)
 
 

@@ -32,7 +32,7 @@ from timm_lm.training.signals import StopSignals
 
 # Batch norm, random crops, 8 batches an epoch; the last batch of the validation is not full.
 LONG = ['--epochs', '3', '--batch-size', '16', '--validation-batch-size', '24', '--log-interval', '1',
-        '--resume', 'auto']
+        '--resume', 'auto', '--model-ema', '--model-ema-decay', '0.9']
 # Nothing that depends on how a global batch of 64 is cut into pieces; 4 updates an epoch.
 PIECES = ['--model-kwargs', 'layers=(2,1,1)', 'norm_layer=groupnorm1', '--no-aug', '--epochs', '2', '--lr', '0.01',
           '--clip-grad', '0.5', '--two-step-epoch', '1']

@@ -434,6 +434,7 @@ def load_images(
         _check_memory(split, len(images), input_size)
         return _decode_all(images, decode, progress)
     paths = find_parquet(folder, split)
+    _check_no_class_map(folder, class_map)
     settings = dict(input_size=list(input_size), crop_pct=crop_pct, interpolation=interpolation,
                     input_key=input_key, target_key=target_key)
     cache = _cache_path(paths, settings)
@@ -471,11 +472,18 @@ def open_images(
     if folder is None:
         return _open_dataset(split, data_dir, dataset, mode, class_map, download, {})
     paths = find_parquet(folder, split)
+    _check_no_class_map(folder, class_map)
     if sum(path.stat().st_size for path in paths) <= MEMORY_LIMIT:
         return _open_parquet(paths, mode, input_key, target_key)
     keys = dict(input_key=input_key, target_key=target_key)
     return _open_dataset(split, None, f'hfds/{folder}', mode, class_map, download,
                          {name: key for name, key in keys.items() if key})
+
+
+def _check_no_class_map(folder: Path, class_map: str) -> None:
+    if class_map:
+        raise UserError(f'--class-map numbers the classes of folders of images; the Parquet files in {folder} have '
+                        'class numbers of their own. Leave it out.')
 
 
 def _release_arrow_memory() -> None:

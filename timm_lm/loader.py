@@ -63,13 +63,13 @@ class Augmentation:
     def after(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, seed: int,
               epoch: int) -> Batch:
         """What is done to normalised images, and their targets."""
+        if self.mixup is not None:
+            self.mixup.mixup_enabled = not self.mixup_off_epoch or epoch < self.mixup_off_epoch
+            images, labels = self.mixup(images, labels, seed)
         if self.erase:
             images = random_erase(
                 images, self.erase, self.erase_mode, self.erase_count, np.random.default_rng(seed), generator)
-        if self.mixup is None:
-            return images, labels
-        self.mixup.mixup_enabled = not self.mixup_off_epoch or epoch < self.mixup_off_epoch
-        return self.mixup(images, labels, seed)
+        return images, labels
 
 
 class BatchLoader(ABC):

@@ -63,7 +63,7 @@ def load_split(args: argparse.Namespace, split: str, data_config: Dict[str, Any]
             return load_images(
                 split,
                 input_size=data_config['input_size'],
-                crop_pct=data_config['crop_pct'],
+                crop_pct=1.0 if is_training else data_config['crop_pct'],  # timm crops validation images only
                 interpolation=data_config['interpolation'],
                 progress=show,
                 **source,
@@ -135,7 +135,7 @@ def _transform(args: argparse.Namespace, data_config: Dict[str, Any], is_trainin
             grayscale_prob=args.grayscale_prob or 0.,
             gaussian_blur_prob=args.gaussian_blur_prob or 0.,
             auto_augment=args.aa,
-            interpolation=data_config['interpolation'] if args.no_aug else args.train_interpolation or 'random',
+            interpolation=(not args.no_aug and args.train_interpolation) or data_config['interpolation'],
             mean=data_config['mean'],
             std=data_config['std'],
             **common,

@@ -6,6 +6,7 @@ averaged weights, sums of the running epoch, random states), ``state.json`` the 
 import json
 import shutil
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -160,6 +161,19 @@ class CheckpointStore:
             if old.name != also_keep:
                 shutil.rmtree(old)
         return folder
+
+    def set_aside_after(self, checkpoint: Checkpoint) -> List[Path]:
+        """Rename the checkpoints after one that a run goes back to, so that it does not go on from them later.
+
+        Returns:
+            Where they lie now.
+        """
+        aside = []
+        for folder in self.newest_first():
+            if folder.name > checkpoint.folder.name:
+                place = folder.with_name(f'set-aside-{datetime.now():%Y%m%d-%H%M%S}-{folder.name}')
+                aside.append(folder.rename(place))
+        return aside
 
     def read(self, folder: Path) -> Checkpoint:
         """Read one checkpoint.

@@ -5,6 +5,7 @@ import inspect
 import math
 import os
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -12,7 +13,12 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, TorchDynamoPlugin
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    TorchDynamoPlugin,
+)
 from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm
 from timm.models import load_checkpoint
@@ -21,6 +27,9 @@ from timm.utils import ModelEmaV3
 
 from timm_lm.errors import UserError
 from timm_lm.hub import TimmModel, check_name, load_model
+
+# Processes wait for the first one while it decodes the data and while it counts the errors of the final weights.
+LONGEST_WAIT = timedelta(hours=4)
 
 
 def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
@@ -31,9 +40,12 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         folder: The run folder, where trackers write.
 
     Raises:
-        UserError: If compilation is asked for and there is no compiler, or a tracker is not installed.
+        UserError: If compilation is asked for and there is no compiler, a tracker is not installed, or the CPU is to
+            train in float16.
     """
     on_cpu = args.device == 'cpu' or not _has_accelerator()
+    if on_cpu and args.amp and args.amp_dtype == 'float16':
+        raise UserError('--amp in float16 is for GPUs; on the CPU give --amp-dtype bfloat16, or --no-amp.')
     plugin = None
     if args.torchcompile:
         _check_backend(args.torchcompile, on_cpu)
@@ -47,7 +59,10 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         dynamo_plugin=plugin,
         log_with=_trackers(args) or None,
         project_dir=folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb),
+            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+        ],
     )
     if args.device not in (None, 'cpu', accelerator.device.type):
         raise UserError(f'--device {args.device} is not what Accelerate chose ({accelerator.device}); leave it out, or '
@@ -176,14 +191,25 @@ def _can_fuse(name: str) -> bool:
     return 'fused' in inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
 
 
+def _check_optimizer(name: str) -> None:
+    if name.startswith('kron') or name == 'adahessian':
+        why = 'its state can not be saved exactly' if name.startswith('kron') else 'it needs second derivatives'
+        raise UserError(f'--opt {name} is refused: {why}; choose another of timm.optim.list_optimizers().')
+
+
 def create_optimizer(args: argparse.Namespace, model: TimmModel, sharded: bool = False) -> torch.optim.Optimizer:
     """The optimizer of timm's factory, fused where PyTorch can (and ``sharded`` weights allow it).
 
     Weight decay spares ``model.no_weight_decay()`` whatever else it is put on. With ``filter_bias_and_bn: false`` older
     versions of timm decay that too, so the groups are made here.
+
+    Raises:
+        UserError: If it is one that this engine can not train with or not go on with.
     """
+    name = args.opt.lower().removeprefix('lookahead_')
+    _check_optimizer(name)
     kwargs = optimizer_kwargs(cfg=args) | args.opt_kwargs
-    if not kwargs.keys() & {'fused', 'foreach'} and not sharded and _can_fuse(args.opt):
+    if not kwargs.keys() & {'fused', 'foreach'} and not sharded and _can_fuse(name):
         kwargs['fused'] = True
     if not kwargs.get('filter_bias_and_bn', True) and args.layer_decay is None:
         exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else set()

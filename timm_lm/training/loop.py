@@ -130,7 +130,8 @@ class Training:
     def save(self, progress: Progress) -> Path:
         """Write a checkpoint from the main process; the others give their parts."""
         self.agree(progress.epoch if progress.batch else progress.epoch - 1)
-        states = gather_object([random_states()]) if self.accelerator.num_processes > 1 else [random_states()]
+        own = [random_states() | self._own_buffers()]
+        states = gather_object(own) if self.accelerator.num_processes > 1 else own
         sums = self._reduced_sums()
         model, optimizer = self._whole_states()
         if not self.accelerator.is_main_process:
@@ -177,8 +178,20 @@ class Training:
         self.earlier_seconds = checkpoint.state['seconds']
         sums = checkpoint.group('epoch')['sums']  # of all processes; each takes its share, which the live line shows
         self.sums.copy_(sums / self.accelerator.num_processes)
-        restore_random_states(checkpoint, self.accelerator.process_index)
+        rank = self.accelerator.process_index
+        restore_random_states(checkpoint, rank)
+        saved = checkpoint.group(f'random{rank}')
+        for name, buffer in self._own_buffers().items():
+            buffer.copy_(saved[name])
         return checkpoint.progress
+
+    def _own_buffers(self) -> Dict[str, torch.Tensor]:
+        """Running statistics of one process of several, which are shared at the end of an epoch only."""
+        if self.accelerator.num_processes == 1 or self.sharded:
+            return {}
+        modules = {'model': self.model} | ({'average': self.average.module} if self.average else {})
+        return {f'{owner}/{name}': buffer for owner, module in modules.items()
+                for name, buffer in module.named_buffers() if buffer.is_floating_point()}
 
     # Agreement of the processes
 
@@ -330,7 +343,8 @@ class Training:
     def _save_or_stop(self, progress: Progress, signal_number: int) -> None:
         """In the middle of an epoch, after an update: save at the interval, save and stop after a signal."""
         interval = self.args.recovery_interval
-        if signal_number or interval and progress.batch % interval == 0:
+        before = progress.batch - self.args.grad_accum_steps  # the update before this one
+        if signal_number or interval and progress.batch // interval > before // interval:
             folder = self.save(progress)
             if signal_number:
                 self.accelerator.wait_for_everyone()  # when one process ends, the launcher ends the others
@@ -383,7 +397,7 @@ class Training:
 
 def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
     """Give loaded states the strides of their parameters: fused kernels read memory in one order for both."""
-    for parameter, state in optimizer.state.items():
+    for parameter, state in getattr(optimizer, '_base_optimizer', optimizer).state.items():
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

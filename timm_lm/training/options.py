@@ -49,6 +49,14 @@ REFUSED: Dict[str, str] = {
     'worker_seeding': 'each image has a seed of its own, whatever worker reads it',
 }
 
+# What timm's script writes for some of them if nothing was asked for.
+_TIMM_DEFAULTS: Dict[str, Any] = {
+    'kd_token_distill_type': 'soft', 'naflex_loss_scale': 'linear', 'naflex_max_seq_len': 576,
+    'naflex_train_seq_lens': [128, 256, 576, 784, 1024], 'train_size_random_mix': 0.1,
+    'train_size_schedule': 'constant', 'train_size_schedule_spread': 0.65, 'variable_batch_loss_scale': 'none',
+    'worker_seeding': 'all',
+}
+
 # Options that mean something only beside another one.
 _ONLY_WITH = {
     'bce_loss': ('bce_sum', 'bce_target_thresh', 'bce_pos_weight'),
@@ -300,7 +308,10 @@ def _read_recipe(path: Path, actions: Dict[str, argparse.Action]) -> Dict[str, A
         raise UserError(f'The recipe {path} is not readable YAML ({str(e).splitlines()[0]}).') from e
     if not isinstance(values, dict):
         raise UserError(f'The recipe {path} must hold "option: value" lines.')
-    asked = {str(name): value for name, value in values.items() if name not in REFUSED or value}
+    asked = {str(name): value for name, value in values.items()
+             if name not in REFUSED or value and value != _TIMM_DEFAULTS.get(name)}
+    if asked.get('data', '') is None:  # timm's older name of data_dir, which it writes beside that
+        del asked['data']
     return {name: _recipe_value(path, name, value, actions) for name, value in asked.items()}
 
 
@@ -416,6 +427,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise UserError(f'{_option(name)} must be between 0 and 1, not {getattr(args, name)}.')
     if args.lr is not None and args.lr <= 0:
         raise UserError(f'--lr must be positive, not {args.lr}.')
+    if args.sched == 'plateau' and not args.val_split:
+        raise UserError('--sched plateau lowers the rate by the validation; give --val-split, or another schedule.')
     if args.sched == 'multistep':
         milestones = args.decay_milestones
         if sorted(set(milestones)) != list(milestones):

@@ -2,10 +2,14 @@
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Dict, List, Mapping, Optional
 
 from timm.utils import update_summary
 from tqdm import tqdm
+
+from timm_lm.errors import UserError
+from timm_lm.files import write_text
 
 # What evaluate() returns, in its order.
 EVALUATION = ('top1', 'top5', 'loss', 'errors', 'images', 'images_per_second')
@@ -68,12 +72,20 @@ def epoch_table(epoch: int, epochs: int, train: Dict[str, float], evaluation: Op
     return '\n'.join(rows)
 
 
+def _add_to_summary(path: Path, row: Mapping[str, Any]) -> None:
+    """Add an epoch in timm's columns, blank ones where there was no evaluation, so that all rows have the same."""
+    columns: Mapping[str, Any] = row['eval'] or dict.fromkeys(EVALUATION)
+    update_summary(row['epoch'], row['train'], columns, filename=str(path), lr=row['lr'],
+                   write_header=not path.exists())
+
+
 class RunLog:
     """Metrics of a run, one row an epoch, in ``metrics.jsonl`` and ``summary.csv``."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.path = folder / 'metrics.jsonl'
+        self.summary = folder / 'summary.csv'
 
     def append(
             self,
@@ -83,28 +95,53 @@ class RunLog:
             lr: float,
             k: Dict[str, List[float]],
     ) -> None:
-        """Add an epoch: training and evaluation metrics, the rate, and each block's ``k`` by name."""
+        """Add an epoch: training and evaluation metrics, the rate, and each block's ``k`` by name.
+
+        Raises:
+            UserError: If it can not be written, as on a full disk.
+        """
         row: Dict[str, Any] = dict(epoch=epoch, train=train, eval=evaluation, lr=lr, k=k)
-        with open(self.path, 'a') as f:
-            f.write(json.dumps(row) + '\n')
-        # blank columns where there was no evaluation, so that all rows have the same
-        columns: Mapping[str, Any] = evaluation or dict.fromkeys(EVALUATION)
-        update_summary(epoch, train, columns, filename=str(self.folder / 'summary.csv'), lr=lr,
-                       write_header=not (self.folder / 'summary.csv').exists())
+        try:
+            with open(self.path, 'a') as f:
+                f.write(json.dumps(row) + '\n')
+            _add_to_summary(self.summary, row)
+        except OSError as e:
+            raise UserError(f'The metrics in {self.folder} could not be written ({e}). Make room, then go on with '
+                            '--resume auto.') from e
 
     def truncate(self, epochs: int) -> None:
-        """Forget all but the first epochs, which a resumed run repeats."""
-        rows = self.rows()
-        if len(rows) <= epochs:
+        """Forget all but the first epochs, which a resumed run repeats, and what was cut short by a crash.
+
+        Raises:
+            UserError: If they can not be written; the files are as before then.
+        """
+        if not self.path.exists():
             return
-        for path in (self.path, self.folder / 'summary.csv'):
-            path.unlink(missing_ok=True)
-        for row in rows[:epochs]:
-            self.append(row['epoch'], row['train'], row['eval'], row['lr'], row['k'])
+        rows = self.rows()[:epochs]
+        try:
+            write_text(self.path, ''.join(json.dumps(row) + '\n' for row in rows))
+            with TemporaryDirectory(dir=self.folder) as temporary:
+                summary = Path(temporary) / self.summary.name
+                for row in rows:
+                    _add_to_summary(summary, row)
+                if rows:
+                    summary.replace(self.summary)
+                else:
+                    self.summary.unlink(missing_ok=True)
+        except OSError as e:
+            raise UserError(f'The metrics in {self.folder} could not be written ({e}). Make room, then go on with '
+                            '--resume auto.') from e
 
     def rows(self) -> List[Dict[str, Any]]:
-        """All epochs so far."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        """All epochs so far, but for a last one that was cut short."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        rows = []
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
 
     def plot(self) -> None:
         """Draw ``curves.png``, and ``k.png`` if the network has a ``k``."""

@@ -1,6 +1,7 @@
 """What a training ends with: a weights folder whose card tells the result and how it was made."""
 import argparse
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -61,7 +62,11 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
     weights = save_folder(model, folder / 'weights', card(None), model_args)
     if eval_loader is None:
         return
+    threads = torch.get_num_threads()
+    if num_processes > 1:  # a launcher gives each process one thread or a few; the others wait now
+        torch.set_num_threads(usable_cores())
     result = evaluate(load_folder(weights), eval_loader.on_cpu(COUNT_BATCH_SIZE))
+    torch.set_num_threads(threads)
     write_text(weights / CARD_NAME, card(result))
     told = dict(result, seen_in_training=seen, model=name, **facts)
     write_text(folder / 'result.json', json.dumps(told, indent=2) + '\n')
@@ -94,6 +99,11 @@ def _hardware(device: torch.device) -> str:
         name = 'CPU'
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def command_line(argv: List[str]) -> str:

@@ -24,10 +24,15 @@ def run_folder(args: argparse.Namespace, model: TimmModel) -> Path:
     """Where the run is to be, not made yet.
 
     Raises:
-        UserError: If a run is to be gone on with and none is named.
+        UserError: If a run is to be gone on with and none is named, or two are.
     """
     if args.resume not in ('', 'auto'):
-        return Path(args.resume).parent.parent
+        folder = Path(args.resume).parent.parent
+        named = (args.output or str(folder.parent), args.experiment or folder.name)
+        if Path(*named).resolve() != folder.resolve():
+            raise UserError(f'--resume goes on in the folder of the checkpoint, {folder}, not in {Path(*named)}; leave '
+                            'out --output and --experiment.')
+        return folder
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto looks in the folder of a run; name it with --experiment.')
     size = model.pretrained_cfg['input_size'][-1]

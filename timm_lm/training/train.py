@@ -108,6 +108,9 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
         if is_main:
             print(f'Going on from {checkpoint.folder}: epoch {progress.epoch + 1}, batch {progress.batch + 1}',
                   flush=True)
+            if args.resume != 'auto':
+                for aside in store.set_aside_after(checkpoint):
+                    print(f'A later checkpoint is now {aside}', flush=True)
 
     # Epochs
     if accelerator.device.type == 'cpu':
