@@ -36,7 +36,7 @@ def two_step(
     """
     x_prev = x_prev.to(x.dtype)
     if not torch.jit.is_scripting() and torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
-        k = k.expand(x.shape).to(x.dtype)
+        k = k.expand(x.shape[-3], 1, 1).expand(x.shape).to(x.dtype)  # dk by channel, as norms sum their gradients
         return f + (x + (k * x_prev - k * x))
     return f + torch.lerp(x, x_prev, k.to(x.dtype))
 
