@@ -304,7 +304,8 @@ def _plot_k(rows: List[Row], path: Path) -> bool:
     for row in rows:
         k = [float(value) for value in row['k'].split()]
         places = [i / max(1, len(k) - 1) for i in range(len(k))]
-        axes.plot(places, k, marker='.', label=f"{row['model']}, {row['epochs']} epochs, seed {row['seed']}")
+        network = row['model'].partition('.')[0]
+        axes.plot(places, k, marker='.', label=f"{network} {row['recipe']}, {row['epochs']} epochs, seed {row['seed']}")
     axes.axhline(0, color='black', linewidth=0.8)
     axes.set(xlabel='depth (0: first block with a k, 1: last)', ylabel='k')
     axes.grid(alpha=0.3)
