@@ -2,6 +2,7 @@
 
     python peak_memory.py REPORT engine COMMAND...   what `timm-lm COMMAND...` does
     python peak_memory.py REPORT bare OPTIONS        a loop by the options in a file of JSON
+    python peak_memory.py REPORT keeping OPTIONS     the same loop, which keeps freed memory as our engine does
 
 REPORT gets one JSON object: ``bytes`` and what they are, ``kind``. `train_throughput.py` starts both.
 """
@@ -13,6 +14,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict
+
+from timm_lm.allocator import keep_freed_memory
 
 
 def peak_memory() -> Dict[str, Any]:
@@ -73,7 +76,9 @@ def bare_loop(options: Namespace) -> None:
 def main() -> None:
     report, kind, *rest = sys.argv[1:]
     try:
-        if kind == 'bare':
+        if kind in ('bare', 'keeping'):
+            if kind == 'keeping':
+                keep_freed_memory()
             bare_loop(Namespace(**json.loads(Path(rest[0]).read_text())))
         else:
             sys.argv[1:] = rest
