@@ -314,6 +314,16 @@ def test_k_per_channel():
     assert [k.shape for k in model.k_values().values()] == [(16,), (32,), (64,)]
 
 
+def test_k_per_channel_starts_from_the_one_k_of_pretrained_weights():
+    model = timm.create_model('lm_resnet20', pretrained=True, k_per_channel=True).eval()
+    reference = timm.create_model('lm_resnet20', pretrained=True).eval()
+    for name, k in reference.k_values().items():
+        assert torch.equal(model.k_values()[name], k.expand(model.get_submodule(name).step.k.shape))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), reference(x), atol=1e-5, rtol=1e-5)
+
+
 def test_fixed_k():
     model, trainable = create('basic', k_trainable=False, k_init=-0.2), create('basic')
     assert not ks(model)

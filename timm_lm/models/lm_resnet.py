@@ -592,12 +592,17 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LMResNet) -> Dict[st
     """Prepare pretrained weights for the network.
 
     The tags ``resnetv2_*`` hold weights of timm's plain ResNetV2, a start for fine-tuning: there, and only there, the
-    missing coefficients are filled with ``k = 0``, with which the network computes what timm's does.
+    missing coefficients are filled with ``k = 0``, with which the network computes what timm's does. A network with
+    ``k_per_channel`` starts each channel from the block's one ``k``, which computes the same too.
     """
-    if str(model.pretrained_cfg.get('tag', '')).startswith('resnetv2_'):
-        state_dict = dict(state_dict)
-        for name, k in model.k_values().items():
-            state_dict.setdefault(f'{name}.step.k', torch.zeros_like(k))
+    state_dict = dict(state_dict)
+    is_plain = str(model.pretrained_cfg.get('tag', '')).startswith('resnetv2_')
+    for name, k in model.k_values().items():
+        key = f'{name}.step.k'
+        if key not in state_dict and is_plain:
+            state_dict[key] = torch.zeros_like(k)
+        elif key in state_dict and state_dict[key].shape == (1,):
+            state_dict[key] = state_dict[key].expand(k.shape)
     return state_dict
 
 

@@ -270,7 +270,7 @@ class Training:
                 signal_number = self.agree(epoch)
                 seconds = (time.perf_counter() - start) / (done - first_batch)
                 left = seconds * (steps - done + (self.num_epochs - epoch - 1) * steps)
-                left += self.eval_seconds * (self.num_epochs - epoch)
+                left += self.eval_seconds * -(-(self.num_epochs - epoch) // args.val_interval)
                 loss, correct = self.sums[:2].tolist()  # of this process
                 self.live.show(epoch, done, loss / done, 100 - 100 * correct / (done * args.batch_size),
                                self.learning_rate, images_per_step / seconds, left)
