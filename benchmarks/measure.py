@@ -66,6 +66,7 @@ def take_turns(
         if device == 'cuda':
             torch.cuda.synchronize()
 
+    torch.backends.cudnn.benchmark = True  # as timm's scripts
     seconds: Dict[str, List[float]] = {name: [] for name in peers}
     for work in peers.values():
         for _ in range(warmup):

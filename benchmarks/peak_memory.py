@@ -46,6 +46,7 @@ def bare_loop(options: Namespace) -> None:
 
     import timm_lm  # noqa: F401  registers its networks
 
+    torch.backends.cudnn.benchmark = True  # as both engines
     device = torch.device(options.device)
     pixels = torch.randint(256, (options.images, *options.input_size), dtype=torch.uint8, device=device)
     labels = torch.randint(options.num_classes, (options.images,), device=device)

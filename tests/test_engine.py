@@ -369,6 +369,22 @@ def test_checkpoints_inside_an_epoch_come_at_updates(run):
     assert [state(folder, updates)['progress']['batch'] for updates in (2, 3)] == [4, 6]
 
 
+def test_cuda_graphs_free_their_outputs_before_each_update_and_validation_batch(run, monkeypatch):
+    """Not between the batches of an update, whose gradients are such outputs."""
+    calls = []
+    init, update = Training.__init__, Training._update
+
+    def with_graphs(training, *args):
+        init(training, *args)
+        training.uses_cuda_graphs = True
+
+    monkeypatch.setattr(Training, '__init__', with_graphs)
+    monkeypatch.setattr(Training, '_update', lambda *args: (calls.append('update'), update(*args)))
+    monkeypatch.setattr(torch.compiler, 'cudagraph_mark_step_begin', lambda: calls.append('free'))
+    run('run', '--batch-size', 32, '--epochs', 1, '--grad-accum-steps', 3, '--validation-batch-size', 16)
+    assert calls == ['free', 'update'] * 3 + ['free'] * 4  # 8 batches to train on, 4 to validate on
+
+
 @pytest.mark.parametrize('mode', ['norm', 'value', 'agc'])
 def test_clipped_gradients_move_nothing(run, mode):
     """Clipped to next to nothing; adaptive clipping leaves the head out."""

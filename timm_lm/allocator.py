@@ -7,6 +7,7 @@ import platform
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 LARGEST_KEPT = 2 ** 30  # bytes; larger blocks go back to the system at once
+_LARGEST_KEPT_BEFORE_2_35 = 2 ** 25  # the most that older versions of glibc take
 _SETTINGS = ('GLIBC_TUNABLES', 'MALLOC_TRIM_THRESHOLD_', 'MALLOC_MMAP_THRESHOLD_')
 
 
@@ -15,7 +16,8 @@ def keep_freed_memory() -> bool:
 
     A training step allocates and frees the same megabytes of activations each time. By default glibc unmaps them or
     trims its heap, and the system then maps and zeroes each page anew, which took a quarter of the step of a
-    ``lm_resnet20`` on two cores. What is kept is at most what the process held at its peak.
+    ``lm_resnet20`` on two cores. What is kept is at most what the process held at its peak. Blocks above 1 GiB are not
+    kept, with glibc before 2.35 those above 32 MiB.
 
     It holds for the whole process, and does nothing with another C library or where the environment sets the
     thresholds itself (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``).
@@ -26,7 +28,8 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != 'glibc' or any(name in os.environ for name in _SETTINGS):
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(_M_TRIM_THRESHOLD, -1))  # -1: never
+    kept = any(mallopt(_M_MMAP_THRESHOLD, size) for size in (LARGEST_KEPT, _LARGEST_KEPT_BEFORE_2_35))
+    return bool(kept and mallopt(_M_TRIM_THRESHOLD, -1))  # -1: never
 
 
 def release_freed_memory() -> None:

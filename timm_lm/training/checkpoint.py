@@ -89,7 +89,7 @@ def _join_optimizer(tensors: Dict[str, torch.Tensor], rest: Dict[str, Any]) -> D
 def random_states() -> Dict[str, torch.Tensor]:
     """Random states of this process, by device."""
     states = {'cpu': torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # by a training on a GPU; others do not need one
         states['cuda'] = torch.cuda.get_rng_state()
     return states
 

@@ -67,6 +67,9 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
     if args.device not in (None, 'cpu', accelerator.device.type):
         raise UserError(f'--device {args.device} is not what Accelerate chose ({accelerator.device}); leave it out, or '
                         'choose devices by `accelerate launch`.')
+    if accelerator.device.type == 'cuda':  # as timm's script
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
 
 

@@ -130,7 +130,8 @@ class Training:
     def save(self, progress: Progress) -> Path:
         """Write a checkpoint from the main process; the others give their parts."""
         self.agree(progress.epoch if progress.batch else progress.epoch - 1)
-        own = [random_states() | self._own_buffers()]
+        # on the CPU, as each process unpacks what all of them sent
+        own = [random_states() | {name: buffer.cpu() for name, buffer in self._own_buffers().items()}]
         states = gather_object(own) if self.accelerator.num_processes > 1 else own
         sums = self._reduced_sums()
         model, optimizer = self._whole_states()
@@ -270,7 +271,8 @@ class Training:
                 signal_number = self.agree(epoch)
                 seconds = (time.perf_counter() - start) / (done - first_batch)
                 left = seconds * (steps - done + (self.num_epochs - epoch - 1) * steps)
-                left += self.eval_seconds * -(-(self.num_epochs - epoch) // args.val_interval)
+                validations = -(-self.num_epochs // args.val_interval) - epoch // args.val_interval
+                left += self.eval_seconds * validations
                 loss, correct = self.sums[:2].tolist()  # of this process
                 self.live.show(epoch, done, loss / done, 100 - 100 * correct / (done * args.batch_size),
                                self.learning_rate, images_per_step / seconds, left)
@@ -298,8 +300,8 @@ class Training:
         steps, accumulate = len(self.loader), args.grad_accum_steps
         share = min(accumulate, steps - step // accumulate * accumulate)  # the last update may be of fewer batches
         lr = self.learning_rate
-        if self.uses_cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
+        if step % accumulate == 0:  # in between, gradients still lie where the graphs put them
+            self._free_graph_outputs()
         with nullcontext() if is_update else self.accelerator.no_sync(self.network):
             logits = self.network(images).float()
             with self.accelerator.autocast():
@@ -312,6 +314,11 @@ class Training:
         correct = (logits.detach().argmax(1) == labels).sum().to(self.sum_dtype)
         bad = (~loss.isfinite() & (self.sums[2] == 0)).to(self.sum_dtype)
         self.sums += torch.stack([loss, correct, bad * (step + 1), bad * lr])
+
+    def _free_graph_outputs(self) -> None:
+        """Tell CUDA graphs that what they computed so far is no longer read."""
+        if self.uses_cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
 
     def _update(self, epoch: int, step: int) -> None:
         args = self.args
@@ -356,9 +363,14 @@ class Training:
         start = time.perf_counter()
         self.network.eval()
         several = self.accelerator.num_processes > 1
+
+        def forward(images: torch.Tensor) -> torch.Tensor:
+            self._free_graph_outputs()  # else each batch would be recorded as a graph of its own
+            return self.network(images)
+
         with self._averaged_weights():
             result = evaluate(
-                self.network, loader,
+                forward, loader,
                 reduce=(lambda totals: self.accelerator.reduce(totals, 'sum')) if several else None)
         self.eval_seconds = time.perf_counter() - start
         return result
