@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 
+from timm_lm import cli
 from timm_lm.hub import our_models
 
 
@@ -122,3 +123,12 @@ def test_demo_spares_a_folder_of_something_else(tmp_path, fails):
     (tmp_path / 'mine').write_text('mine')
     assert 'holds something else' in fails('demo', '--output', tmp_path)
     assert (tmp_path / 'mine').read_text() == 'mine'
+    assert 'holds something else' in fails('demo', '--output', tmp_path / 'mine')
+
+
+def test_ctrl_c_in_a_command(monkeypatch, command):
+    def stop(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, 'validate', stop)
+    assert command('validate') == (130, '', 'timm-lm: interrupted\n')

@@ -455,8 +455,8 @@ def test_lines_at_the_log_interval_and_tables(run):
         if epoch > 1:
             name, loss, error, top5, _ = more[0].split()
             assert (name, loss, error, top5) == (
-                'test', f"{row['eval_loss']:.4f}", f"{100 - row['eval_top1']:.2f}", f"{100 - row['eval_top5']:.2f}")
-        assert any(line.startswith('  test') for line in more) == (epoch > 1)
+                'eval', f"{row['eval_loss']:.4f}", f"{100 - row['eval_top1']:.2f}", f"{100 - row['eval_top5']:.2f}")
+        assert any(line.startswith('  eval') for line in more) == (epoch > 1)
 
 
 def test_one_line_on_a_terminal(run, monkeypatch):

@@ -109,6 +109,16 @@ def test_goes_where_the_network_goes():
         assert difference(torch.compile(optimized, backend='aot_eager')(x), expected) < 1e-5
 
 
+def test_saved_weights_load_into_another_optimized_network():
+    """With each k, which is a weight like the others."""
+    source, target = (timm_lm.optimize(made('lm_resnet20', dict(k_init=k))) for k in (0.5, -0.5))
+    x = images(source)
+    with torch.inference_mode():
+        assert difference(target(x), source(x)) > 0.1
+        target.load_state_dict(source.state_dict())
+        assert torch.equal(target(x), source(x))
+
+
 def test_network_of_others_is_refused():
     with pytest.raises(ValueError, match='no residual blocks of timm-lm'):
         timm_lm.optimize(nn.Conv2d(3, 4, 1))

@@ -1030,6 +1030,17 @@ def test_missing_k_is_filled_for_those_tags_alone(name, plain, kwargs, overlay, 
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
 
 
+@pytest.mark.parametrize('name, kwargs', [
+    ('preact_resnet20', dict(two_step=True)),
+    ('lm_resnet20', dict(two_step=False)),
+    ('lm_resnet20', dict(layers=(5, 3, 3))),
+])
+def test_weights_of_other_steps_are_refused_with_another_head_too(name, kwargs):
+    """There timm loads what fits and leaves the rest."""
+    with pytest.raises(RuntimeError, match=r'step\.k.*belong to a two-step network'):
+        timm.create_model(name, pretrained=True, num_classes=4, **kwargs)
+
+
 def test_other_missing_weights_are_not_filled(tmp_path):
     tiny = dict(layers=(2, 1), channels=(16, 32))
     theirs = timm.create_model('resnetv2_18', **tiny)

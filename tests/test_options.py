@@ -59,6 +59,16 @@ def test_refused_options_tell_the_reason(name, tmp_path):
     (dict(mixup=0.2, batch_size=15), '--batch-size must be even'),
     (dict(mixup=0.2, mixup_off_epoch=400), 'comes after the end, --epochs 300'),
     (dict(two_step_epoch=300), '--two-step-epoch 300 must come before the end'),
+    (dict(seed=2 ** 32), r'--seed must be less than 2\*\*32'),
+    (dict(lr=float('nan')), '--lr must be a finite number'),
+    (dict(lr_noise=[0.1, float('inf')]), '--lr-noise must be a finite number'),
+    (dict(img_size=0), '--img-size must be positive'),
+    (dict(input_size=[3, 32, 0]), '--input-size must be positive'),
+    (dict(crop_pct=-1.0), '--crop-pct must be positive'),
+    (dict(opt_betas=[0.9]), '--opt-betas takes at least two'),
+    (dict(clip_mode='agc'), '--clip-mode does nothing without --clip-grad'),
+    (dict(torchcompile_mode='max-autotune'), '--torchcompile-mode does nothing without --torchcompile'),
+    (dict(amp_dtype='bfloat16'), '--amp-dtype does nothing without --amp'),
     (dict(eval_metric='top2'), "'eval_metric' .* can not be 'top2'"),
 ])
 def test_bad_recipes_are_told_in_one_line(tmp_path, values, message):

@@ -3,6 +3,7 @@ import io
 import json
 import sys
 
+import numpy as np
 import onnxruntime
 import pytest
 import timm
@@ -50,6 +51,19 @@ def test_table_has_names_and_shares(pictures, command):
     assert line.startswith(f"{pictures / '0.png'}  ") and line.count('%') == 3
     assert sum(name in line for name in (
         'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')) == 3
+
+
+def test_16_bits_are_scaled(pictures, weights, tmp_path, command):
+    with Image.open(pictures / '0.png') as image:
+        pixels = np.asarray(image)
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / '0.png')
+    assert Image.open(tmp_path / '0.png').mode != 'L'
+    answers = []
+    for path in (pictures / '0.png', tmp_path / '0.png'):
+        code, out, err = command('predict', path, '--model', weights, '--json', '--topk', 10)
+        assert code == 0, err
+        answers.append(json.loads(out)['classes'])
+    assert answers[0] == answers[1]
 
 
 def test_broken_images_are_named_and_the_rest_go_on(pictures, weights, tmp_path, command, monkeypatch):

@@ -164,7 +164,7 @@ def test_bad_data_is_named_and_nothing_is_written(few_digits, tmp_path, fails):
             (['--model', 'lm_resnet20.nope'], "no tag 'nope'"),
             (['--model-kwargs', 'depth=3'], 'can not be made with these options'),
             (['--mean', '0.1', '0.2'], '--mean and --std need one value, or one for each of the 1 channels'),
-            (['--initial-checkpoint', str(tmp_path / 'no.safetensors')], 'could not be loaded'),
+            (['--initial-checkpoint', str(tmp_path / 'no.safetensors')], 'does not exist'),
             (['--tta', '2'], '--tta is refused')):
         line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--output', output, *option)
         assert message in line

@@ -3,6 +3,7 @@ import argparse
 import importlib
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -98,7 +99,10 @@ def _validate(argv: List[str]) -> None:
         transform = create_transform(use_prefetcher=True, **size)
         loader = WorkerLoader(data, transform=transform, workers=args.workers, **common)
     check_labels(loader.data, model.num_classes)
-    check_class_names(loader.data, model.pretrained_cfg.get('label_names'), of=args.model)
+    remarks = [loader.data.remark, check_class_names(
+        loader.data, model.pretrained_cfg.get('label_names'), of=args.model)]
+    for remark in filter(None, remarks):
+        print(f'timm-lm: note: {remark}', file=sys.stderr)
     model = model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     network = torch.compile(model, dynamic=False) if args.torchcompile else model
     if device.type == 'cpu':
@@ -324,8 +328,8 @@ COMMANDS: Dict[str, Callable[[List[str]], Optional[int]]] = {
 def _device(name: str) -> Any:
     import torch
     try:
-        torch.empty(1, device=name)
-    except (AssertionError, RuntimeError) as e:
+        torch.empty(1, device=name).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as e:
         raise UserError(f'--device {name} can not be used ({str(e).splitlines()[0]}).') from e
     return torch.device(name)
 
@@ -398,7 +402,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     Returns:
         0; 1 if some of the input could not be used; 2 after one line on standard error that says what was wrong with
-        the input and what to do.
+        the input and what to do; 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ['--version']:
@@ -415,6 +419,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UserError as e:
         _tell(f'timm-lm: error: {e}')
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        _tell('timm-lm: interrupted')
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of the output went away, as `head` does
         sys.stderr.close()
         return 0

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.data import create_dataset, create_transform
+from timm.data import create_dataset, create_transform, get_img_extensions
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -28,6 +28,8 @@ _SHARD = re.compile(r'(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+)(?:-[0-9
 _NUMBERED = re.compile(r'\d{4,5}$')  # train/0000, as on the Hub's branch of converted data sets
 # Names of a split that timm takes for one another in a folder of images.
 _SYNONYMS = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'), ('test',))
+# What names of timm's data sets begin with.
+_KINDS = ('hfds', 'hfids', 'tfds', 'torch', 'wds')
 
 
 class TooLarge(UserError):
@@ -42,11 +44,13 @@ class ImageSet:
         images: uint8, shape (N, C, H, W).
         labels: int64, shape (N,).
         class_names: Names in the order of the labels, if the data set tells them.
+        remark: What a person should know of how it was read.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     class_names: Optional[Tuple[str, ...]] = None
+    remark: str = ''
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,8 +83,9 @@ def find_parquet(folder: Union[str, Path], split: str) -> List[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f'The data folder {folder} does not exist; give a folder with Parquet files in the Hub\'s '
-                        'layout, such as train-00000-of-00001.parquet.')
+        what = 'is a file' if folder.exists() else 'does not exist'
+        raise UserError(f'The data folder {folder} {what}; give a folder with Parquet files in the Hub\'s layout, such '
+                        'as train-00000-of-00001.parquet, or one of images in folders by class.')
     splits = _parquet_splits(folder)
     if not splits:
         raise UserError(f'The data folder {folder} has no Parquet files; give a folder in the Hub\'s layout, with '
@@ -121,6 +126,13 @@ def _mode(channels: int) -> str:
     if channels not in (1, 3):
         raise UserError(f'Images are decoded to 1 or 3 channels, not {channels}; change in_chans or input_size.')
     return 'RGB' if channels == 3 else 'L'
+
+
+def convert_image(image: Image.Image, mode: str) -> Image.Image:
+    """An image in Pillow's mode 'RGB' or 'L'. Values of 16 bits are scaled to 8; Pillow itself cuts them off at 255."""
+    if image.mode.startswith('I;16') or image.mode == 'I' and image.format == 'PNG':  # 'I' in older Pillow
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    return image.convert(mode)
 
 
 class _Decoder:
@@ -170,6 +182,7 @@ class EncodedImages(Dataset):
         labels: Class numbers, int64, shape (N,).
         class_names: Names in the order of the labels, if the data set tells them.
         transform: What each image goes through, None for the image itself.
+        remark: What a person should know of how it was read.
     """
 
     def __init__(
@@ -179,6 +192,7 @@ class EncodedImages(Dataset):
             class_names: Optional[Tuple[str, ...]],
             mode: str,
             place: Callable[[int], str],
+            remark: str = '',
     ):
         """
         Args:
@@ -187,12 +201,14 @@ class EncodedImages(Dataset):
             class_names: Their names.
             mode: Pillow's mode that images are converted to.
             place: Index to the words that name an image in errors.
+            remark: What a person should know of how it was read.
         """
         self.read = read
         self.labels = labels
         self.class_names = class_names
         self.mode = mode
         self.place = place
+        self.remark = remark
         self.transform: Optional[Callable[[Image.Image], Any]] = None
 
     def __len__(self) -> int:
@@ -205,7 +221,7 @@ class EncodedImages(Dataset):
             UserError: If the image is not readable.
         """
         try:
-            image = self.read(index).convert(self.mode)
+            image = convert_image(self.read(index), self.mode)
         except (UnidentifiedImageError, Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, TypeError,
                 ValueError) as e:
             raise UserError(f'{self.place(index)} is not a readable image ({e}); repair or remove it.') from e
@@ -273,12 +289,25 @@ def _open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map:
         len(images)  # an iterable one has none
     except (AssertionError, ImportError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError,
             ValueError) as e:
-        raise UserError(f"timm could not open the split '{split}' of the data set '{dataset or root}' ({e}).") from e
+        reason = ' '.join(str(e).replace('download=True', '--dataset-download').split())
+        raise UserError(
+            f"timm could not open the split '{split}' of the data set '{dataset or root}' ({reason}).") from e
     names = getattr(getattr(images, 'reader', images), 'class_to_idx', None) or {}
     source = _TimmImages(images)
     return EncodedImages(
         source.read, _dataset_labels(images),
-        tuple(str(name) for name in sorted(names, key=names.__getitem__)) or None, mode, source.place)
+        tuple(str(name) for name in sorted(names, key=names.__getitem__)) or None, mode, source.place,
+        _unread(getattr(getattr(images, 'reader', None), 'root', '')) if is_image_folder(data_dir, dataset) else '')
+
+
+def _unread(root: str) -> str:
+    """A remark on the images of a folder whose kinds timm does not read, '' if there are none."""
+    kinds = set(Image.registered_extensions()) - get_img_extensions(as_set=True)
+    left_out = [path for path in Path(root).rglob('*') if path.suffix.lower() in kinds]
+    if not left_out:
+        return ''
+    endings = ', '.join(sorted({path.suffix.lower() for path in left_out}))
+    return f'{len(left_out)} images in {root} are left out, as timm does not read {endings}; convert them.'
 
 
 class _TimmImages:
@@ -317,7 +346,7 @@ def check_split_folder(folder: Union[str, Path], split: str, required: bool = Fa
     others = sorted(name for names in _SYNONYMS for name in names if (Path(folder) / name).is_dir())
     if others:
         raise UserError(f"The data folder {folder} has no split '{split}' (it has: {', '.join(others)}); name one of "
-                        'these with --train-split or --val-split, or add the images.')
+                        'these (--val-split, in training --train-split too), or add the images.')
     if required:
         raise UserError(f"The data folder {folder} has no folder '{split}', so that validation would take the images "
                         "to train on; make train/ and validation/, or train without validation by --val-split ''.")
@@ -347,7 +376,7 @@ def _decode_all(images: EncodedImages, decode: _Decoder, progress: bool) -> Imag
         if i == 0:
             decoded = torch.empty(len(images), *image.shape, dtype=torch.uint8)
         decoded[i] = torch.as_tensor(image)
-    return ImageSet(decoded, images.labels, images.class_names)
+    return ImageSet(decoded, images.labels, images.class_names, images.remark)
 
 
 # The cache of decoded splits
@@ -357,7 +386,7 @@ def _cache_path(paths: List[Path], settings: Dict[str, Any]) -> Optional[Path]:
     """Where the decoded split is kept: known by the contents of its files, None if there is no place for a cache."""
     from huggingface_hub import cached_assets_path
     content = [sha256(path) for path in paths]
-    key = hashlib.sha256(json.dumps([1, content, settings], sort_keys=True).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([2, content, settings], sort_keys=True).encode()).hexdigest()[:32]
     try:
         return cached_assets_path('timm-lm', namespace='decoded') / f'{key}.safetensors'
     except (OSError, ValueError):
@@ -511,6 +540,9 @@ def _check_memory(split: str, count: int, input_size: Sequence[int]) -> None:
 def _parquet_folder(data_dir: Optional[Union[str, Path]], dataset: str, split: str) -> Optional[Path]:
     """The folder of Parquet files that the options name, or None if the data is of another kind."""
     is_hub_name = dataset.startswith('hfds/')
+    kind = dataset.partition('/')[0]
+    if '/' in dataset and kind not in _KINDS:  # timm would read the folder, whatever it is
+        raise UserError(f"There is no kind '{kind}' of data sets; --dataset begins with {'/, '.join(_KINDS)}/.")
     if data_dir is None:
         if is_hub_name:
             name = dataset.removeprefix('hfds/')
@@ -546,23 +578,35 @@ def check_labels(data: Union[ImageSet, EncodedImages], num_classes: int) -> None
                         f'--num-classes {high + 1}, or choose another label column with --target-key.')
 
 
-def check_class_names(data: Union[ImageSet, EncodedImages], names: Optional[Sequence[str]], of: str) -> None:
+def _some(names: Sequence[str]) -> str:
+    return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
+
+
+def check_class_names(data: Union[ImageSet, EncodedImages], names: Optional[Sequence[str]], of: str,
+                      may_differ: bool = True) -> str:
     """Compare the class names of a split with known ones, as a folder of images that lacks a class numbers others.
 
-    Names that have nothing in common may be two ways to name the same classes, and pass.
+    Names that have nothing in common may be two ways to name the same classes.
 
     Args:
         data: The split.
         names: Names in the order of the class numbers, unknown if None.
         of: What these are the classes of, for the message.
+        may_differ: Names that have nothing in common pass.
+
+    Returns:
+        A remark if names passed that have nothing in common, else ''.
 
     Raises:
         UserError: If names are shared, but not all of them in the same order.
     """
     found, known = data.class_names or (), tuple(names or ())
-    if found != known and {*found} & {*known}:
-        differing = sorted({*found} ^ {*known})
-        shown = ', '.join(differing[:5]) + (', ...' if len(differing) > 5 else '')
-        raise UserError(f'The {len(found)} classes of the data are not the {len(known)} of {of}, or in another order, '
-                        f'so that class numbers do not agree (in one of them only: {shown or "none"}); bring the '
-                        'folders into line, or number the classes with --class-map.')
+    if not found or not known or found == known:
+        return ''
+    if may_differ and not {*found} & {*known}:
+        return (f'No class of the data ({_some(found)}) has a name of {of} ({_some(known)}); classes are told by their '
+                'numbers alone.')
+    shown = _some(sorted({*found} ^ {*known}))
+    raise UserError(f'The {len(found)} classes of the data are not the {len(known)} of {of}, or in another order, '
+                    f'so that class numbers do not agree (in one of them only: {shown or "none"}); bring the '
+                    'folders into line, or number the classes with --class-map.')

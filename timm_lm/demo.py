@@ -71,7 +71,7 @@ def demo(output: Path, options: Sequence[str] = ()) -> Path:
     Returns:
         The run folder.
     """
-    if output.exists() and any(output.iterdir()) and not (output / 'digits').is_dir():
+    if output.is_file() or output.exists() and any(output.iterdir()) and not (output / 'digits').is_dir():
         raise UserError(f'{output} holds something else than a demonstration; give another folder with --output.')
     for part in ('digits', 'run'):
         shutil.rmtree(output / part, ignore_errors=True)

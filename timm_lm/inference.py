@@ -25,8 +25,8 @@ def optimize(model: Network) -> Network:
       in float32 they keep a second copy of their weights, ordered as the kernel reads them (``PackedConv2d``).
 
     The copy is in evaluation mode without parameters to train. It can be compiled, exported and scripted as the network
-    could; its state dict is its own and does not load into the network. Networks around one of ours (timm's
-    ``features_only``, a segmentation network) are taken too; their other parts stay as they are.
+    could; its state dict is its own: it loads into another optimized copy, not into the network. Networks around one of
+    ours (timm's ``features_only``, a segmentation network) are taken too; their other parts stay as they are.
 
     Args:
         model: A network with floating-point weights, whose residual blocks are this package's. It is not changed.

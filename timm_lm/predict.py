@@ -8,6 +8,7 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, resolve_data_config
 from timm.data.readers.img_extensions import get_img_extensions
 
+from .data import convert_image
 from .errors import UserError
 from .hub import TimmModel
 
@@ -79,7 +80,7 @@ def predict(model: TimmModel, paths: Sequence[Union[str, Path]], topk: int = 5,
         for path in some:
             try:
                 with Image.open(path) as image:
-                    images[path] = transform(image.convert(mode))
+                    images[path] = transform(convert_image(image, mode))
             except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as e:
                 errors[path] = ' '.join(str(e).split()) or type(e).__name__
         probabilities: Dict[str, torch.Tensor] = {}

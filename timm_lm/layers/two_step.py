@@ -91,7 +91,7 @@ class TwoStep(nn.Module):
 
 
 class FixedTwoStep(nn.Module):
-    """The two-step update with constant ``k``, for inference."""
+    """The two-step update with constant ``k``, for inference; a buffer, so that weights are saved with it."""
 
     k: torch.Tensor
 
@@ -103,7 +103,7 @@ class FixedTwoStep(nn.Module):
         """
         super().__init__()
         k = k.detach().clone()
-        self.register_buffer('k', k.view(-1, 1, 1) if per_channel else k.view(()), persistent=False)
+        self.register_buffer('k', k.view(-1, 1, 1) if per_channel else k.view(()))
 
     def forward(self, f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor) -> torch.Tensor:
         return two_step(f, x, x_prev, self.k)

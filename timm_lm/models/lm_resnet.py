@@ -594,14 +594,24 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LMResNet) -> Dict[st
     The tags ``resnetv2_*`` hold weights of timm's plain ResNetV2, a start for fine-tuning: there, and only there, the
     missing coefficients are filled with ``k = 0``, with which the network computes what timm's does. A network with
     ``k_per_channel`` starts each channel from the block's one ``k``, which computes the same too.
+
+    Raises:
+        RuntimeError: If two-step weights are for a plain network or the other way round, also where timm lets missing
+            and unexpected weights pass, as it does with another number of classes.
     """
     state_dict = dict(state_dict)
-    is_plain = str(model.pretrained_cfg.get('tag', '')).startswith('resnetv2_')
-    for name, k in model.k_values().items():
-        key = f'{name}.step.k'
-        if key not in state_dict and is_plain:
-            state_dict[key] = torch.zeros_like(k)
-        elif key in state_dict and state_dict[key].shape == (1,):
+    wanted = {f'{name}.step.k': k for name, k in model.k_values().items()}
+    if str(model.pretrained_cfg.get('tag', '')).startswith('resnetv2_'):
+        for key, k in wanted.items():
+            state_dict.setdefault(key, torch.zeros_like(k))
+    found = {key for key in state_dict if key.endswith('.step.k')}
+    missing, unexpected = sorted(wanted.keys() - found), sorted(found - wanted.keys())
+    if missing or unexpected:
+        raise RuntimeError(
+            f'The weights are not of these steps (missing keys: {missing}, unexpected keys: {unexpected}); those with '
+            'k belong to a two-step network, those without to a plain one (two_step=False).')
+    for key, k in wanted.items():
+        if state_dict[key].shape == (1,):
             state_dict[key] = state_dict[key].expand(k.shape)
     return state_dict
 

@@ -116,6 +116,11 @@ def create_model(args: argparse.Namespace) -> TimmModel:
         global_pool=args.gp,
     )
     kwargs = {name: value for name, value in kwargs.items() if value is not None} | args.model_kwargs
+    for name in ('pretrained_path', 'initial_checkpoint'):
+        path = getattr(args, name)
+        if path and not Path(path).is_file():
+            what = 'is a folder; --model takes weights folders' if Path(path).is_dir() else 'does not exist'
+            raise UserError(f"--{name.replace('_', '-')} {path} {what}. Give a file of weights.")
     if args.pretrained_path:
         overlay = dict(file=args.pretrained_path, num_classes=-1)  # -1: the head is made anew
         kwargs.update(pretrained=True, pretrained_cfg_overlay=overlay)
@@ -125,7 +130,7 @@ def create_model(args: argparse.Namespace) -> TimmModel:
     except UserError:
         raise
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
-        reason = ' '.join(str(e).split())[:300]
+        reason = ' '.join(str(e).split())[:300] or type(e).__name__
         raise UserError(f'{args.model} can not be made with these options ({reason}).') from e
     if args.initial_checkpoint:
         try:

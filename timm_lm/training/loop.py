@@ -67,6 +67,8 @@ class Training:
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self.model = model.to(accelerator.device)
         self.steps = {name: m for name, m in model.named_modules() if isinstance(m, TwoStep)}
+        if args.two_step_epoch and not self.steps:
+            raise UserError(f'--two-step-epoch switches two-step blocks on and {args.model} has none; leave it out.')
         self.k_sizes = {name: step.k.numel() for name, step in self.steps.items()}  # sharded ones tell a part
         self.loss = create_loss(args, model, data_config, accelerator)
         self.average = create_average(args, model, accelerator)
@@ -144,6 +146,7 @@ class Training:
             best=self.best,
             seconds=self.seconds,
             processes=self.accelerator.num_processes,
+            images=len(self.loader.data),
             scheduler=_scheduler_state(self.scheduler),
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         )
@@ -155,8 +158,13 @@ class Training:
         """Go back to a checkpoint.
 
         Raises:
-            UserError: If it is of another number of processes, whose batches were others.
+            UserError: If it is of another number of processes or images, whose batches were others.
         """
+        images = checkpoint.state.get('images', len(self.loader.data))
+        if images != len(self.loader.data):
+            raise UserError(f'The run was started with {images:,} images to train on, the data has '
+                            f'{len(self.loader.data):,} now; give the same data, or start another run with another '
+                            '--experiment.')
         processes = checkpoint.state['processes']
         if processes != self.accelerator.num_processes:
             raise UserError(f'The run was started with {processes} process(es) and can not go on with '

@@ -5,6 +5,7 @@ Names, meanings and defaults are those of timm's ``train.py``; our own additions
 import argparse
 import ast
 import difflib
+import math
 from pathlib import Path
 from typing import Any, Dict, List, NoReturn, Optional, Sequence, Type
 
@@ -66,6 +67,10 @@ _ONLY_WITH = {
     'reprob': ('remode', 'recount'),
     'pretrained': ('pretrained_path',),
     'layer_decay': ('layer_decay_min_scale', 'layer_decay_no_opt_scale'),
+    'clip_grad': ('clip_mode',),
+    'torchcompile': ('torchcompile_mode',),
+    'amp': ('amp_dtype',),
+    'lr_noise': ('lr_noise_pct', 'lr_noise_std'),
 }
 
 
@@ -382,7 +387,7 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
     if config:
         path, model = find_recipe(config)
         given = defaults | _read_recipe(path, actions) | (dict(model=model) if model else {})
-        _check_leaders(given, defaults)
+        _check_leaders(given, defaults, defaults)
         parser.set_defaults(**given)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -393,15 +398,15 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
     for name in REFUSED:
         delattr(args, name)
     check_options(args)
-    _check_leaders(vars(args), given)
+    _check_leaders(vars(args), given, defaults)
     return args
 
 
-def _check_leaders(values: Dict[str, Any], before: Dict[str, Any]) -> None:
+def _check_leaders(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:
     """Options that were changed to mean something, where the option that they belong to is off."""
     for leader, followers in _ONLY_WITH.items():
         for name in followers:
-            if values[name] != before[name] and not values[leader]:
+            if not values[leader] and values[name] not in (before[name], defaults[name]):
                 raise UserError(f'{_option(name)} does nothing without {_option(leader)}; give both, or leave it out.')
 
 
@@ -411,6 +416,17 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         UserError: At the first one.
     """
+    for name, value in vars(args).items():
+        if any(isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value])):
+            raise UserError(f'{_option(name)} must be a finite number, not {value}.')
+    for name in ('img_size', 'input_size', 'crop_pct'):
+        value = getattr(args, name)
+        if value is not None and min(value if isinstance(value, list) else [value]) <= 0:
+            raise UserError(f'{_option(name)} must be positive, not {value}.')
+    if args.seed >= 2 ** 32:
+        raise UserError(f'--seed must be less than 2**32, not {args.seed}.')
+    if args.opt_betas is not None and len(args.opt_betas) < 2:
+        raise UserError(f'--opt-betas takes at least two numbers, not {args.opt_betas}.')
     for name in ('epochs', 'batch_size', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist'):
         if getattr(args, name) < 1:
             raise UserError(f'{_option(name)} must be at least 1, not {getattr(args, name)}.')

@@ -1,11 +1,12 @@
 """What a training is going to do, in words and a picture, before it does it."""
 import argparse
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
+from timm_lm.data import EncodedImages, ImageSet
 from timm_lm.hub import TimmModel
 from timm_lm.loader import BatchLoader, MemoryLoader
 
@@ -50,6 +51,16 @@ def draw(values: List[float], epochs: int) -> str:
     return '\n'.join(lines)
 
 
+def describe_data(model: TimmModel, splits: Sequence[Union[ImageSet, EncodedImages]]) -> List[str]:
+    """What a person should know of the data before it is trained on."""
+    remarks = [data.remark for data in splits if data.remark]
+    count = len(splits[0].class_names or ())
+    if 0 < count < model.num_classes:
+        remarks.append(f'The data has {count} classes, the network {model.num_classes}, so that their names are not '
+                       f'recorded; --num-classes {count} makes a head for them.')
+    return remarks
+
+
 def describe_run(
         args: argparse.Namespace,
         model: TimmModel,
@@ -70,7 +81,7 @@ def describe_run(
                    + (f' x {args.grad_accum_steps} accumulated' if args.grad_accum_steps > 1 else '')
                    + f', {-(-len(train_loader) // args.grad_accum_steps):,} updates an epoch',
         'device': f'{accelerator.device}, precision {accelerator.mixed_precision}, '
-                  + (f'compiled by {args.torchcompile}' if args.torchcompile else 'eager'),
+                  + (f'compiled by {args.torchcompile} in the first steps' if args.torchcompile else 'eager'),
         'run folder': str(folder),
     }
     return '\n'.join(f'{name:<11}{text}' for name, text in lines.items())

@@ -61,9 +61,9 @@ class LiveLine:
 
 def epoch_table(epoch: int, epochs: int, train: Dict[str, float], evaluation: Optional[Dict[str, float]],
                 lr: float) -> str:
-    """A table of an epoch: a row for the training images, and one for the test images if they were evaluated."""
+    """A table of an epoch: a row for the training images, and one for the validation images if they were evaluated."""
     rows = [f"{f'epoch {epoch + 1}/{epochs}':<16}{'loss':>9}{'error %':>9}{'top-5 %':>9}{'images/s':>10}{'lr':>10}"]
-    for name, values in (('train', train), ('test', evaluation)):
+    for name, values in (('train', train), ('eval', evaluation)):
         if values:
             top5 = f"{100 - values['top5']:>9.2f}" if 'top5' in values else ' ' * 9
             rate = f'{lr:>10.2e}' if name == 'train' else ''
@@ -156,8 +156,8 @@ class RunLog:
         error, loss = figure.subplots(1, 2)
         error.plot(epochs, [100 - row['train']['top1'] for row in rows], label='train')
         loss.plot(epochs, [row['train']['loss'] for row in rows], label='train')
-        error.plot([r['epoch'] + 1 for r in evaluated], [100 - r['eval']['top1'] for r in evaluated], label='test')
-        loss.plot([r['epoch'] + 1 for r in evaluated], [r['eval']['loss'] for r in evaluated], label='test')
+        error.plot([r['epoch'] + 1 for r in evaluated], [100 - r['eval']['top1'] for r in evaluated], label='eval')
+        loss.plot([r['epoch'] + 1 for r in evaluated], [r['eval']['loss'] for r in evaluated], label='eval')
         for axes, name in ((error, 'error (%)'), (loss, 'loss')):
             axes.set(xlabel='epoch', ylabel=name)
             axes.set_ylim(bottom=0)

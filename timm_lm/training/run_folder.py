@@ -27,6 +27,9 @@ def run_folder(args: argparse.Namespace, model: TimmModel) -> Path:
         UserError: If a run is to be gone on with and none is named, or two are.
     """
     if args.resume not in ('', 'auto'):
+        if Path(args.resume).parent.name != 'checkpoints':
+            raise UserError(f'--resume {args.resume} is not a checkpoint; give RUN/checkpoints/step-..., or auto for '
+                            'the newest of a run.')
         folder = Path(args.resume).parent.parent
         named = (args.output or str(folder.parent), args.experiment or folder.name)
         if Path(*named).resolve() != folder.resolve():

@@ -21,7 +21,7 @@ from .batches import create_loader, load_split, resolve_input_config
 from .checkpoint import CheckpointStore, Progress
 from .factory import create_accelerator, create_model, set_learning_rate, share_batch_statistics
 from .loop import Training
-from .plan import describe_run, describe_schedule
+from .plan import describe_data, describe_run, describe_schedule
 from .report import RunLog, epoch_table
 from .result import command_line, save_weights
 from .run_folder import create_run_folder, find_checkpoint, run_folder
@@ -73,7 +73,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     for data in (train_set, eval_set):
         if data is not None:
             check_labels(data, model.num_classes)
-            check_class_names(data, train_set.class_names, of='the training split')
+            check_class_names(data, train_set.class_names, of='the training split', may_differ=False)
     train_loader = create_loader(args, train_set, data_config, accelerator, model.num_classes, is_training=True)
     eval_loader = create_loader(args, eval_set, data_config, accelerator, model.num_classes) if eval_set else None
 
@@ -90,6 +90,8 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     training = Training(args, accelerator, model, train_loader, data_config, store, signals)
     if is_main:
         print(describe_run(args, model, train_loader, eval_loader, accelerator, folder), flush=True)
+        for remark in describe_data(model, [data for data in (train_set, eval_set) if data is not None]):
+            print(f'note: {remark}', flush=True)
     if args.dry_run:
         if is_main:
             print(describe_schedule(args, training.updates_per_epoch, training.num_epochs))
