@@ -173,7 +173,7 @@ def _info(argv: List[str]) -> None:
         'classes': str(model.num_classes),
         'parameters': f'{sum(p.numel() for p in model.parameters()):,}',
         'MACs': f"{count_macs(model, cfg['input_size']) / 1e6:,.1f} M",
-        'test error': f'{error:.2f} %' if error is not None else 'not recorded',
+        'error': f'{error:.2f} %' if error is not None else 'not recorded',
     }
     for name, value in lines.items():
         print(f'{name:<11} {value}')
@@ -329,7 +329,7 @@ def _device(name: str) -> Any:
     import torch
     try:
         torch.empty(1, device=name).item()
-    except (AssertionError, NotImplementedError, RuntimeError) as e:
+    except (AssertionError, RuntimeError) as e:
         raise UserError(f'--device {name} can not be used ({str(e).splitlines()[0]}).') from e
     return torch.device(name)
 

@@ -598,7 +598,7 @@ def check_class_names(data: Union[ImageSet, EncodedImages], names: Optional[Sequ
         A remark if names passed that have nothing in common, else ''.
 
     Raises:
-        UserError: If names are shared, but not all of them in the same order.
+        UserError: If names are shared, but not all of them in the same order, or none are and they may not differ.
     """
     found, known = data.class_names or (), tuple(names or ())
     if not found or not known or found == known:

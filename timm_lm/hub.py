@@ -188,7 +188,7 @@ def render_card(
 
 
 def recorded_error(folder: Union[str, Path]) -> Optional[float]:
-    """The top-1 error in % that a folder's card records for the test split, None if it records none."""
+    """The top-1 error in % that a folder's card records for the split it names, None if it records none."""
     path = Path(folder) / CARD_NAME
     if not path.is_file():
         return None
