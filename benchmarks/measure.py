@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 
+from timm_lm.precision import cpu_has_bfloat16
 from timm_lm.training.result import usable_cores
 
 
@@ -19,6 +20,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--rounds', type=int, default=20, metavar='N', help='timings of each (default: 20)')
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='(default: cpu)')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures')
+
+
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """The option that ``lower_precision`` reads."""
+    parser.add_argument('--dtype', choices=['bfloat16', 'float32'],
+                        help='(default: bfloat16, or float32 on a CPU that has no instructions for it)')
+
+
+def lower_precision(args: argparse.Namespace) -> str:
+    """Name of the precision to measure in: the one asked for, else the one that pays on the device."""
+    return args.dtype or ('bfloat16' if args.device != 'cpu' or cpu_has_bfloat16() else 'float32')
 
 
 def machine(device: str) -> Dict[str, Any]:

@@ -5,7 +5,8 @@
 In one run, on the same Parquet data and machine, by turns and each in a process of its own:
 
 - `timm-lm train` by the recipe;
-- timm's script by the same recipe, thus in the same precision, memory layout and compilation;
+- timm's script by the same recipe, thus in the same precision, memory layout and compilation (float32 on a CPU without
+  bfloat16, where `timm-lm train` would leave the recipe's);
 - timm's script by the recipe less these, that is by timm's defaults: float32, contiguous, eager, 4 worker processes.
 
 An epoch is `--steps` batches of the training split. Both engines measure the seconds of an epoch of training, from
@@ -42,11 +43,13 @@ from measure import columns, machine, machine_line
 
 from timm_lm.data import find_parquet
 from timm_lm.errors import UserError
+from timm_lm.precision import cpu_has_bfloat16
 from timm_lm.training.options import parse_options
 from timm_lm.training.result import usable_cores
 
 # Keys of a recipe that timm's defaults leave off.
-SPEED_OPTIONS = ('amp', 'amp_dtype', 'channels_last', 'torchcompile', 'torchcompile_mode')
+AMP_OPTIONS = ('amp', 'amp_dtype')
+SPEED_OPTIONS = (*AMP_OPTIONS, 'channels_last', 'torchcompile', 'torchcompile_mode')
 # timm's line of a batch: epoch, batch, batches, ..., (mean seconds, mean images/s of the epoch so far)
 TIMM_LINE = re.compile(r'Train: (\d+) \[ *(\d+)/(\d+) .*?\( *[\d.]+s, +([\d.]+)/s\)')
 LAST_LINES = 12  # of the output of a command that failed
@@ -160,10 +163,10 @@ def count_rows(data_dir: Path, split: str) -> int:
     return sum(pq.read_metadata(path).num_rows for path in find_parquet(data_dir, split)) if split else 0
 
 
-def write_plain_recipe(recipe: Path, path: Path) -> Path:
-    """The recipe less what timm's defaults do not have; its script has no option to turn those off."""
+def write_recipe_without(left_out: Sequence[str], recipe: Path, path: Path) -> Path:
+    """The recipe less some options, as timm's script has no option to turn them off."""
     values = yaml.safe_load(recipe.read_text(encoding='utf-8'))
-    path.write_text(yaml.safe_dump({name: value for name, value in values.items() if name not in SPEED_OPTIONS}))
+    path.write_text(yaml.safe_dump({name: value for name, value in values.items() if name not in left_out}))
     return path
 
 
@@ -270,6 +273,9 @@ def compare(args: argparse.Namespace, folder: Path) -> Dict[str, Any]:
     recipe = args.recipe if Path(args.recipe).is_file() else run(
         our_command('recipe', args.recipe, '--path'), folder).splitlines()[-1]
     recipe_path = Path(recipe).resolve()
+    recipe_name = recipe_path.stem
+    if args.device == 'cpu' and not cpu_has_bfloat16():  # our engine leaves it then, and the peer would not
+        recipe_path = write_recipe_without(AMP_OPTIONS, recipe_path, folder / 'float32.yaml')
 
     mode = ['--torchcompile-mode', args.torchcompile_mode] if args.torchcompile_mode else []
     # a short run has no room for the recipe's schedule
@@ -277,7 +283,7 @@ def compare(args: argparse.Namespace, folder: Path) -> Dict[str, Any]:
     if args.batch_size is not None:
         training += ['--batch-size', str(args.batch_size)]
     same = ['-c', str(recipe_path), *mode, *training]
-    plain = ['-c', str(write_plain_recipe(recipe_path, folder / 'plain.yaml')), *training]
+    plain = ['-c', str(write_recipe_without(SPEED_OPTIONS, recipe_path, folder / 'plain.yaml')), *training]
     options = parse_options(same)
     images = write_subset(data_dir, options.train_split, args.steps * options.batch_size, folder / 'data')
     steps = images // options.batch_size
@@ -302,7 +308,8 @@ def compare(args: argparse.Namespace, folder: Path) -> Dict[str, Any]:
         machine=machine(args.device),
         versions=versions(of_script),
         settings=dict(
-            recipe=recipe_path.stem, model=args.model, device=args.device, batch_size=options.batch_size, steps=steps,
+            recipe=recipe_name, precision=options.amp_dtype if options.amp else 'float32', model=args.model,
+            device=args.device, batch_size=options.batch_size, steps=steps,
             epochs=args.epochs, rounds=args.rounds, workers=args.workers),
         engines=[
             dict(name=engine.name, images_per_second=median, rounds=of_engine, ratio=medians[0] / median,
@@ -319,9 +326,9 @@ def table(result: Dict[str, Any]) -> str:
     lines = [
         machine_line(where),
         ', '.join(f'{name} {number}' for name, number in result['versions'].items()),
-        f"{settings['model']} by {settings['recipe']} on {settings['device']}, batch {settings['batch_size']}, "
-        f"{settings['steps']} steps an epoch, epochs 2 to {settings['epochs']}, median of {settings['rounds']} "
-        f"round(s), {settings['workers']} workers of timm's loader",
+        f"{settings['model']} by {settings['recipe']} in {settings['precision']} on {settings['device']}, "
+        f"batch {settings['batch_size']}, {settings['steps']} steps an epoch, epochs 2 to {settings['epochs']}, "
+        f"median of {settings['rounds']} round(s), {settings['workers']} workers of timm's loader",
         '',
     ]
     rows = [('training', 'images/s', 'lowest', 'highest', 'ours is faster by')]

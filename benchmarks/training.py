@@ -2,8 +2,9 @@
 
     python benchmarks/training.py [--depths 20 56 --batch-size 128 --compile --device cuda]
 
-Each step is forward, backward and the update by fused SGD, in bfloat16 and channels_last on random pixels. The twins
-take turns in one process; times are medians. Bytes kept are those of storages that autograd saves, each once.
+Each step is forward, backward and the update by fused SGD, in bfloat16 where it pays, in channels_last, on random
+pixels. The twins take turns in one process; times are medians. Bytes kept are those of storages that autograd saves,
+each once.
 """
 import argparse
 from typing import Any, Callable, Dict, Tuple
@@ -11,7 +12,7 @@ from typing import Any, Callable, Dict, Tuple
 import timm
 import torch
 import torch.nn.functional as F
-from measure import add_options, kept_bytes, print_result, take_turns
+from measure import add_dtype_option, add_options, kept_bytes, lower_precision, print_result, take_turns
 
 import timm_lm  # noqa: F401  registers its networks
 from timm_lm.allocator import keep_freed_memory
@@ -30,7 +31,7 @@ def training_step(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
 
     def forward() -> torch.Tensor:
-        with torch.autocast(args.device, dtype=torch.bfloat16):
+        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == 'bfloat16'):
             return F.cross_entropy(network(images), labels)
 
     def step() -> None:
@@ -47,8 +48,10 @@ def main() -> None:
     parser.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='(default: 128)')
     parser.add_argument('--compile', action='store_true', help='compiled networks')
     parser.add_argument('--grad-checkpointing', action='store_true', help='recompute each block in backward')
+    add_dtype_option(parser)
     add_options(parser)
     args = parser.parse_args()
+    args.dtype = lower_precision(args)
 
     keep_freed_memory()
     images = torch.randn(args.batch_size, 3, 32, 32, device=args.device).contiguous(memory_format=torch.channels_last)
@@ -65,7 +68,7 @@ def main() -> None:
         rows += [(name, f'{1e3 * seconds[name]:.1f}', f'{seconds[name] / seconds[names[0]]:.3f}',
                   f'{kept[name] / 1024:.1f}', f'{kept[name] / kept[names[0]]:.4f}', peaks[name]) for name in names]
     settings: Dict[str, Any] = dict(
-        device=args.device, dtype='bfloat16', batch=args.batch_size, compiled=args.compile,
+        device=args.device, dtype=args.dtype, batch=args.batch_size, compiled=args.compile,
         checkpointing=args.grad_checkpointing, rounds=args.rounds)
     print_result('training', settings, rows, args.device, args.json)
 

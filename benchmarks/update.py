@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Callable, Dict, List, Tuple
 
 import torch
-from measure import add_options, print_result, take_turns
+from measure import add_dtype_option, add_options, lower_precision, print_result, take_turns
 
 from timm_lm.allocator import keep_freed_memory
 from timm_lm.layers import two_step
@@ -58,9 +58,10 @@ def measure_shape(shape: Tuple[int, ...], args: argparse.Namespace) -> List[Tupl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description='The two-step update against the plain sum.')
-    parser.add_argument('--dtype', default='bfloat16', choices=['bfloat16', 'float32'], help='(default: %(default)s)')
+    add_dtype_option(parser)
     add_options(parser)
     args = parser.parse_args()
+    args.dtype = lower_precision(args)
 
     keep_freed_memory()
     rows: List[Tuple[str, ...]] = [('work', 'shape', 'us', 'us for its bytes', 'ratio')]

@@ -423,7 +423,7 @@ def test_dry_run_shows_the_plan_and_makes_nothing(few_digits, tmp_path, command)
     assert lines['network'].startswith('lm_resnet20: 77,658 parameters, 10 classes, images 1x16x16')
     assert lines['data'] == '256 images to train on (in memory), 64 to validate on'
     assert lines['batches'] == '64 images x 2 accumulated, 2 updates an epoch'
-    assert lines['device'] == 'cpu, precision no, eager'
+    assert lines['device'] == 'cpu, float32, eager'
     assert str(tmp_path / 'output') in lines['run folder']
     assert lines['schedule'] == 'sgd, weight decay 0.0005; multistep, rate 0.1; 12 epochs, 24 updates'
     top, *_, bottom, axis, epochs = out.splitlines()[6:]

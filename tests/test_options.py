@@ -110,7 +110,15 @@ def test_defaults_of_refused_options_ask_for_nothing(tmp_path):
 
 def test_a_leader_can_be_turned_off_without_its_followers(tmp_path):
     path = recipe(tmp_path, model_ema=True, model_ema_decay=0.9, **PLAIN)
-    assert not parse_options(['-c', path, '--no-model-ema']).model_ema
+    args = parse_options(['-c', path, '--no-model-ema'])
+    assert (args.model_ema, args.model_ema_decay) == (False, parse_options([]).model_ema_decay)
+
+
+def test_options_are_a_recipe_again_after_their_leader_was_turned_off(tmp_path):
+    first = parse_options(['-c', 'best_c10', '--no-amp', '--no-torchcompile', '--no-model-ema'])
+    values = {name: value for name, value in vars(first).items() if name not in ('config', 'resume', 'dry_run')}
+    again = parse_options(['-c', recipe(tmp_path, **values)])
+    assert vars(again) == vars(first) | dict(config=again.config)
 
 
 def test_recipes_for_another_of_their_networks():

@@ -11,8 +11,8 @@ def dry(command):
     """Plan a fine-tuning; returns standard output."""
     def dry(folder, *options):
         code, out, err = command(
-            'train', '-c', 'finetune', '--data-dir', folder, '--no-torchcompile', '--batch-size', 4, '--dry-run',
-            *options)
+            'train', '-c', 'finetune', '--data-dir', folder, '--no-torchcompile', '--no-amp', '--batch-size', 4,
+            '--dry-run', *options)
         assert code == 0, err
         return out
     return dry

@@ -18,10 +18,11 @@ from .files import write_text
 COLUMNS = (
     'model', 'img_size', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'crop_pct', 'interpolation',
     'dataset', 'recipe', 'seed', 'epochs', 'errors', 'images', 'seen_top1_err', 'k_min', 'k_max', 'k', 'minutes',
-    'hardware', 'versions', 'command', 'run', 'status',
+    'hardware', 'precision', 'versions', 'command', 'run', 'status',
 )
-# Options that differ between runs of one recipe: which network and seed, and how fast it is computed.
-_SAME_RECIPE = ('model', 'seed', 'device', 'validation_batch_size', 'torchcompile', 'torchcompile_mode', 'loader')
+# Options that differ between runs of one recipe: which network and seed, and how it is computed.
+_SAME_RECIPE = ('model', 'seed', 'device', 'validation_batch_size', 'torchcompile', 'torchcompile_mode', 'loader',
+                'amp', 'amp_dtype', 'channels_last')
 DATASETS = {'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100', 'ImageNet': 'imagenet-1k'}
 PLOTTED = ('cifar10', 'cifar100')
 
@@ -67,6 +68,7 @@ def read_run(folder: Union[str, Path]) -> Row:
         k_min=f'{min(k):.3f}' if k else '',
         k_max=f'{max(k):.3f}' if k else '',
         k=' '.join(f'{value:.3f}' for value in k),
+        precision=args['amp_dtype'] if args['amp'] else 'float32',
         run=folder.name,
         status='done' if result else f"stopped after epoch {done} of {args['epochs']}",
         **{name: result.get(name, '') for name in ('minutes', 'hardware', 'versions', 'command')},
@@ -238,11 +240,12 @@ def _published(rows: List[Row], source: str, dataset: str, network: str, recipe:
 
 def _all_runs(runs: Dict[str, List[Row]]) -> List[str]:
     header = ['run', 'network', 'data', 'recipe', 'epochs', 'seed', 'error, %', 'seen in training, %', 'minutes',
-              'hardware', 'status']
+              'hardware', 'precision', 'status']
     about = 'Poor and stopped runs too. Errors are counts on the saved file, in float32 on the CPU.'
     lines = ['## All runs', '', about, '',
              '| ' + ' | '.join(header) + ' |', '| ' + ' | '.join(['---'] * len(header)) + ' |']
-    shown = ('dataset', 'recipe', 'epochs', 'seed', 'top1_err', 'seen_top1_err', 'minutes', 'hardware', 'status')
+    shown = ('dataset', 'recipe', 'epochs', 'seed', 'top1_err', 'seen_top1_err', 'minutes', 'hardware', 'precision',
+             'status')
     for row in (row for rows in runs.values() for row in rows):
         cells = [row['run'], f"`{row['model'].partition('.')[0]}`", *(row[name] for name in shown)]
         lines.append('| ' + ' | '.join(cells) + ' |')

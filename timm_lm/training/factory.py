@@ -27,9 +27,31 @@ from timm.utils import ModelEmaV3
 
 from timm_lm.errors import UserError
 from timm_lm.hub import TimmModel, check_name, load_model
+from timm_lm.precision import NO_BFLOAT16, cpu_has_bfloat16
+
+from .options import turn_off
 
 # Processes wait for the first one while it decodes the data and while it counts the errors of the final weights.
 LONGEST_WAIT = timedelta(hours=4)
+
+
+def settle_precision(args: argparse.Namespace) -> str:
+    """Turn ``--amp`` off on a CPU that has no instructions for it, as every recipe asks for it.
+
+    Returns:
+        What the user should know of it, '' if nothing was changed.
+
+    Raises:
+        UserError: If the CPU is to train in float16.
+    """
+    if not args.amp or not _on_cpu(args):
+        return ''
+    if args.amp_dtype == 'float16':
+        raise UserError('--amp in float16 is for GPUs; on the CPU give --amp-dtype bfloat16, or --no-amp.')
+    if cpu_has_bfloat16():
+        return ''
+    turn_off(args, 'amp')
+    return f'{NO_BFLOAT16}; trained in float32, as by --no-amp.'
 
 
 def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
@@ -40,12 +62,9 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         folder: The run folder, where trackers write.
 
     Raises:
-        UserError: If compilation is asked for and there is no compiler, a tracker is not installed, or the CPU is to
-            train in float16.
+        UserError: If compilation is asked for and there is no compiler, or a tracker is not installed.
     """
-    on_cpu = args.device == 'cpu' or not _has_accelerator()
-    if on_cpu and args.amp and args.amp_dtype == 'float16':
-        raise UserError('--amp in float16 is for GPUs; on the CPU give --amp-dtype bfloat16, or --no-amp.')
+    on_cpu = _on_cpu(args)
     plugin = None
     if args.torchcompile:
         _check_backend(args.torchcompile, on_cpu)
@@ -79,6 +98,10 @@ def _trackers(args: argparse.Namespace) -> List[str]:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"--log-{name} needs the package {name}; install `pip install 'timm-lm[trackers]'`.")
     return names
+
+
+def _on_cpu(args: argparse.Namespace) -> bool:
+    return args.device == 'cpu' or not _has_accelerator()
 
 
 def _has_accelerator() -> bool:

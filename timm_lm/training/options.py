@@ -399,7 +399,21 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
         delattr(args, name)
     check_options(args)
     _check_leaders(vars(args), given, defaults)
+    for leader in _ONLY_WITH:
+        if not getattr(args, leader):
+            turn_off(args, leader)
     return args
+
+
+def turn_off(args: argparse.Namespace, leader: str) -> None:
+    """Put an option back to timm's default, and those with it that mean nothing without it.
+
+    What a recipe gives them may stand beside an option that the command line takes back; recorded like that it would be
+    refused as a recipe.
+    """
+    parser = build_parser('')
+    for name in (leader, *_ONLY_WITH[leader]):
+        setattr(args, name, parser.get_default(name))
 
 
 def _check_leaders(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:

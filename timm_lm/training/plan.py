@@ -13,6 +13,7 @@ from timm_lm.loader import BatchLoader, MemoryLoader
 from .options import not_in_memory
 
 WIDTH, HEIGHT = 72, 8  # characters of the picture
+PRECISIONS = {'no': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16'}  # by Accelerate's names
 _BARS = ' ▁▂▃▄▅▆▇█'
 
 
@@ -80,7 +81,7 @@ def describe_run(
                    + (f' x {accelerator.num_processes} processes' if accelerator.num_processes > 1 else '')
                    + (f' x {args.grad_accum_steps} accumulated' if args.grad_accum_steps > 1 else '')
                    + f', {-(-len(train_loader) // args.grad_accum_steps):,} updates an epoch',
-        'device': f'{accelerator.device}, precision {accelerator.mixed_precision}, '
+        'device': f'{accelerator.device}, {PRECISIONS[accelerator.mixed_precision]}, '
                   + (f'compiled by {args.torchcompile} in the first steps' if args.torchcompile else 'eager'),
         'run folder': str(folder),
     }

@@ -41,6 +41,7 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
         seed=args.seed,
         minutes=round(seconds / 60, 1),
         hardware=_hardware(device) + (f', {num_processes} processes' if num_processes > 1 else ''),
+        precision=args.amp_dtype if args.amp else 'float32',
         versions=f'timm-lm {timm_lm.__version__}, timm {timm.__version__}, torch {torch.__version__}',
     )
 

@@ -19,7 +19,13 @@ from timm_lm.hub import TimmModel, describe
 
 from .batches import create_loader, load_split, resolve_input_config
 from .checkpoint import CheckpointStore, Progress
-from .factory import create_accelerator, create_model, set_learning_rate, share_batch_statistics
+from .factory import (
+    create_accelerator,
+    create_model,
+    set_learning_rate,
+    settle_precision,
+    share_batch_statistics,
+)
 from .loop import Training
 from .plan import describe_data, describe_run, describe_schedule
 from .report import RunLog, epoch_table
@@ -57,9 +63,12 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     folder = run_folder(args, model)
 
     # Device, precision and processes
+    remark = settle_precision(args)  # before the options are compared with those of the run, and so the rate
     accelerator = create_accelerator(args, folder)
     is_main = accelerator.is_main_process
-    set_learning_rate(args, accelerator.num_processes)  # before the options are compared with those of the run
+    if remark and is_main:
+        print(f'note: {remark}', flush=True)
+    set_learning_rate(args, accelerator.num_processes)
 
     # The checkpoint to go on from
     store = CheckpointStore(folder / 'checkpoints', keep=args.checkpoint_hist)

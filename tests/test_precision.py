@@ -1,0 +1,83 @@
+"""Which precision pays on the CPU, and what is done on one without bfloat16."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from test_train import SMALL
+
+from timm_lm import precision
+from timm_lm.results import read_run
+
+NOTE = 'this CPU has no instructions for bfloat16'
+
+
+@pytest.fixture(params=[True, False], ids=['bfloat16', 'no bfloat16'])
+def has_bfloat16(request, monkeypatch):
+    """A CPU with the instructions and one without, whatever this machine has."""
+    monkeypatch.setattr('timm_lm.precision.cpu_has_bfloat16', lambda: request.param)
+    monkeypatch.setattr('timm_lm.training.factory.cpu_has_bfloat16', lambda: request.param)
+    return request.param
+
+
+@pytest.mark.skipif(not Path('/proc/cpuinfo').is_file(), reason='only Linux tells the instructions in a file')
+def test_instructions_are_those_that_linux_tells(monkeypatch):
+    """PyTorch's own account and that of the system, which older versions of PyTorch are judged by, agree."""
+    words = set(re.split(r'\s+', Path('/proc/cpuinfo').read_text()))
+    expected = bool(words & {'avx512_bf16', 'amx_bf16', 'bf16'})
+    assert precision.cpu_has_bfloat16() == expected
+    monkeypatch.delattr(precision.torch.cpu, 'get_capabilities', raising=False)
+    assert precision.cpu_has_bfloat16() == expected
+
+
+@pytest.mark.parametrize('flags, expected', [
+    ('flags\t\t: fpu avx2 avx512f avx512_bf16 amx_tile', True),
+    ('flags\t\t: fpu avx2 avx512f avx512_vnni', False),
+    ('flags\t\t: fpu avx512f amx_bf16', True),
+    ('Features\t: fp asimd bf16 i8mm', True),
+    ('Features\t: fp asimd svebf16x', False),
+    ('model name\t: bf16', False),
+])
+def test_instructions_of_other_machines(monkeypatch, flags, expected):
+    monkeypatch.delattr(precision.torch.cpu, 'get_capabilities', raising=False)
+    monkeypatch.setattr(precision.Path, 'read_text', lambda path: f'processor\t: 0\n{flags}\nbogomips\t: 1\n')
+    assert precision.cpu_has_bfloat16() == expected
+
+
+def test_training_says_and_records_its_precision(has_bfloat16, few_digits, tmp_path, command):
+    """A run on a CPU without bfloat16 is told to be one in float32, in all that it leaves, and goes on as one."""
+    options = ['-c', 'demo_digits', '--data-dir', few_digits, *SMALL, '--output', tmp_path, '--experiment', 'run']
+    code, out, err = command('train', *options)
+    assert code == 0, err
+    name = 'bfloat16' if has_bfloat16 else 'float32'
+    assert f'cpu, {name}, eager' in out
+    assert (NOTE in out) == (not has_bfloat16)
+    run = tmp_path / 'run'
+    assert yaml.safe_load((run / 'args.yaml').read_text())['amp'] == has_bfloat16
+    assert json.loads((run / 'result.json').read_text())['precision'] == name
+    assert f' in {name}; timm-lm' in (run / 'weights' / 'README.md').read_text()
+    row = read_run(run)
+    assert row['precision'] == name and 'amp' not in row['recipe']
+    code, _, err = command('train', *options, '--resume', 'auto')
+    assert code == 0, err
+
+
+def test_a_run_in_another_precision_is_not_gone_on_with(few_digits, tmp_path, command, fails, monkeypatch):
+    options = ['train', '-c', 'demo_digits', '--data-dir', few_digits, *SMALL, '--output', tmp_path,
+               '--experiment', 'run']
+    monkeypatch.setattr('timm_lm.training.factory.cpu_has_bfloat16', lambda: False)
+    code, _, err = command(*options)
+    assert code == 0, err
+    monkeypatch.setattr('timm_lm.training.factory.cpu_has_bfloat16', lambda: True)
+    assert 'amp (was False, is True)' in fails(*options, '--resume', 'auto')
+    code, out, err = command(*options, '--resume', 'auto', '--no-amp')
+    assert code == 0, err
+    assert 'Going on from' in out
+
+
+def test_validation_in_bfloat16_where_the_cpu_has_it(has_bfloat16, weights, few_digits, command):
+    code, out, err = command('validate', weights, '--data-dir', few_digits, '--amp')
+    assert code == 0, err
+    assert 'of 64 images' in out
+    assert (f'note: {NOTE}' in err) == (not has_bfloat16)
