@@ -7,6 +7,7 @@ from typing import Dict, List, Sequence, Tuple
 
 import timm
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import UserError
@@ -23,15 +24,23 @@ _END = '<!-- end of networks -->'
 def network_size(architecture: str, num_classes: int, input_size: Tuple[int, int, int]) -> Tuple[int, float]:
     """Parameters and MACs, counted without memory for either."""
     model = timm.create_model(architecture, num_classes=num_classes, device='meta')
-    return sum(p.numel() for p in model.parameters()), count_macs(model, input_size)
+    return sum(p.numel() for p in model.parameters()), _count_and_spoil(model, input_size)
 
 
 def count_macs(model: TimmModel, input_size: Sequence[int]) -> float:
-    """Multiply-accumulate operations of one image (C, H, W), by PyTorch's counter, which counts two for each."""
-    model = copy.deepcopy(model).to('meta').eval()
+    """Multiply-accumulate operations of one image (C, H, W)."""
+    return _count_and_spoil(copy.deepcopy(model).to('meta'), input_size)
+
+
+def _count_and_spoil(model: TimmModel, input_size: Sequence[int]) -> float:
+    """MACs of a network on the meta device, which loses its norms: PyTorch's counter takes them apart to find none."""
+    for module in list(model.eval().modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.Identity())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, *input_size, device='meta'))
-    return counter.get_total_flops() / 2
+    return counter.get_total_flops() / 2  # it counts two for each
 
 
 def network_table(results: Path) -> List[str]:
