@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-timm check-weights lint wheel
+.PHONY: demo test test-timm check-weights ship lint wheel
 
 demo: $(STAMP)  ## train, save, reload and evaluate on scikit-learn's digits
 	$(BIN)/timm-lm demo
@@ -17,6 +17,9 @@ test-timm: $(STAMP)  ## timm's own tests of its models, on ours
 
 check-weights: $(STAMP)  ## count the errors of all shipped weights; DATA holds the folders cifar10 and cifar100
 	$(BIN)/python -m timm_lm.check_weights $(DATA)
+
+ship: $(STAMP)  ## put the weights of finished RUNS among those that ship; DATA is the data's folder if it lies elsewhere now
+	$(BIN)/python -m timm_lm.ship $(RUNS) $(if $(DATA),--data-dir $(DATA))
 
 lint: $(STAMP)  ## lint and types
 	$(BIN)/ruff check .

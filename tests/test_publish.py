@@ -76,7 +76,8 @@ def small_card(error=12.5, dataset='owner/digits'):
     return render_card(
         'lm_resnet20.small', dataset=dataset, dataset_name='digits', split='test', error=error, error_count=45,
         num_images=360, parameters=76_000, input_size=(3, 32, 32), train_split='train', command='timm-lm train',
-        epochs=1, seed=0, minutes=0.1, hardware='CPU', precision='float32', versions='timm-lm', seen_error=None, k='')
+        epochs=1, seed=0, minutes=0.1, hardware='CPU', precision='float32', versions='timm-lm', seen_error=None,
+        saved_in='float32', k='')
 
 
 @pytest.fixture(scope='module')

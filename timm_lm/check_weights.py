@@ -33,13 +33,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _check(folder: Path, data: Path) -> bool:
     from huggingface_hub import ModelCard
-    from timm.data import resolve_data_config
 
-    from .data import load_images
-    from .hub import load_folder
-    from .loader import MemoryLoader
-    from .training.evaluate import evaluate
-    from .training.options import COUNT_BATCH_SIZE
+    from .training.result import count_errors
 
     verify_folder(folder)
     recorded = recorded_error(folder)
@@ -49,14 +44,10 @@ def _check(folder: Path, data: Path) -> bool:
     dataset = results[0].dataset_type
     if dataset not in FOLDERS:
         raise UserError(f'The card of {folder} names the data set {dataset}, known are: {", ".join(FOLDERS)}.')
-    model = load_folder(folder)
-    config = resolve_data_config({}, model=model)
-    images = load_images(results[0].dataset_split or 'test', data / FOLDERS[dataset], input_size=config['input_size'],
-                         crop_pct=config['crop_pct'], interpolation=config['interpolation'])
-    loader = MemoryLoader(images, COUNT_BATCH_SIZE, config['mean'], config['std'])
-    errors = evaluate(model, loader)['errors']
-    expected = round(recorded * len(images) / 100)
-    print(f'{folder.name}: {errors} errors of {len(images)} images, recorded {expected}')
+    result = count_errors(folder, results[0].dataset_split or 'test', data_dir=data / FOLDERS[dataset])
+    errors, count = int(result['errors']), int(result['images'])
+    expected = round(recorded * count / 100)
+    print(f'{folder.name}: {errors} errors of {count} images, recorded {expected}')
     return abs(errors - expected) <= 2
 
 

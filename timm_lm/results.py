@@ -7,7 +7,7 @@ import csv
 import json
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import yaml
 
@@ -62,8 +62,6 @@ def read_run(folder: Union[str, Path]) -> Row:
         recipe=_recipe(args),
         seed=args['seed'],
         epochs=done,
-        errors=result.get('errors', ''),
-        images=result.get('images', ''),
         seen_top1_err=f"{100 - seen['top1']:.2f}" if seen else '',
         k_min=f'{min(k):.3f}' if k else '',
         k_max=f'{max(k):.3f}' if k else '',
@@ -73,10 +71,16 @@ def read_run(folder: Union[str, Path]) -> Row:
         status='done' if result else f"stopped after epoch {done} of {args['epochs']}",
         **{name: result.get(name, '') for name in ('minutes', 'hardware', 'versions', 'command')},
     )
+    return with_counts({name: str(row.get(name, '')) for name in COLUMNS}, result)
+
+
+def with_counts(row: Row, result: Mapping[str, Any]) -> Row:
+    """A row with the errors that a result counts, if it does."""
+    shown = {name: str(result[name]) for name in ('errors', 'images') if name in result}
     for name in ('top1', 'top5'):
         if name in result:
-            row |= {name: f'{result[name]:.2f}', f'{name}_err': f'{100 - result[name]:.2f}'}
-    return {name: str(row.get(name, '')) for name in COLUMNS}
+            shown |= {name: f'{result[name]:.2f}', f'{name}_err': f'{100 - result[name]:.2f}'}
+    return row | shown
 
 
 def _recipe(args: Dict[str, Any]) -> str:
@@ -114,7 +118,11 @@ def add_runs(folders: Sequence[Union[str, Path]], results: Path) -> List[Path]:
     Raises:
         UserError: If a folder is no run folder; then nothing is written.
     """
-    rows = [read_run(folder) for folder in folders]
+    return add_rows([read_run(folder) for folder in folders], results)
+
+
+def add_rows(rows: Sequence[Row], results: Path) -> List[Path]:
+    """Add rows to the files of their data sets, as ``add_runs`` does."""
     written = []
     for dataset in sorted({row['dataset'] for row in rows}):
         path = results / f'{dataset}.csv'

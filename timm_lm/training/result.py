@@ -4,16 +4,18 @@ import json
 import os
 import shlex
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import timm
 import torch
+from timm.data import resolve_data_config
 from tqdm import tqdm
 
 import timm_lm
+from timm_lm.data import load_images
 from timm_lm.files import write_text
 from timm_lm.hub import CARD_NAME, TimmModel, load_folder, render_card, save_folder, saved_model_args
-from timm_lm.loader import BatchLoader
+from timm_lm.loader import BatchLoader, MemoryLoader
 
 from .evaluate import evaluate
 from .options import COUNT_BATCH_SIZE
@@ -31,7 +33,6 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
     model_args.pop('in_chans', None)  # that of the network now
     if args.gp:
         model_args['global_pool'] = args.gp
-    dataset, dataset_name = _dataset(args)
 
     facts: Dict[str, Any] = dict(
         parameters=sum(p.numel() for p in model.parameters()),
@@ -45,22 +46,9 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
         versions=f'timm-lm {timm_lm.__version__}, timm {timm.__version__}, torch {torch.__version__}',
     )
 
-    def card(result: Optional[Dict[str, float]]) -> str:
-        return render_card(
-            name,
-            dataset=dataset,
-            dataset_name=dataset_name,
-            split=args.val_split,
-            train_split=args.train_split,
-            error=100 - result['top1'] if result else None,
-            error_count=int(result['errors']) if result else None,
-            num_images=int(result['images']) if result else None,
-            seen_error=100 - seen['top1'] if seen else None,
-            k=_k_summary(model),
-            **facts,
-        )
-
-    weights = save_folder(model, folder / 'weights', card(None), model_args)
+    told: Dict[str, Any] = dict(seen_in_training=seen, model=name, **facts)
+    options = vars(args)
+    weights = save_folder(model, folder / 'weights', run_card(told, options, model), model_args)
     if eval_loader is None:
         return
     threads = torch.get_num_threads()
@@ -68,11 +56,55 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
         torch.set_num_threads(usable_cores())
     result = evaluate(load_folder(weights), eval_loader.on_cpu(COUNT_BATCH_SIZE))
     torch.set_num_threads(threads)
-    write_text(weights / CARD_NAME, card(result))
-    told = dict(result, seen_in_training=seen, model=name, **facts)
+    told = result | told
+    write_text(weights / CARD_NAME, run_card(told, options, model))
     write_text(folder / 'result.json', json.dumps(told, indent=2) + '\n')
     tqdm.write(f"{weights}: error {100 - result['top1']:.2f} % ({result['errors']} of {result['images']} images, "
                'float32, eager, on the CPU)')
+
+
+def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel, saved_in: str = 'float32') -> str:
+    """The card of the weights of a run.
+
+    Args:
+        told: What ``result.json`` tells; without a count of errors the card has none.
+        args: Options of the run.
+        model: The network.
+        saved_in: Precision of the saved weights.
+    """
+    dataset, dataset_name = _dataset(args)
+    seen = told['seen_in_training']
+    is_counted = 'errors' in told
+    return render_card(
+        told['model'],
+        dataset=dataset,
+        dataset_name=dataset_name,
+        split=args['val_split'],
+        train_split=args['train_split'],
+        error=100 - told['top1'] if is_counted else None,
+        error_count=int(told['errors']) if is_counted else None,
+        num_images=int(told['images']) if is_counted else None,
+        seen_error=100 - seen['top1'] if seen else None,
+        saved_in=saved_in,
+        k=_k_summary(model),
+        **{name: told[name] for name in (
+            'parameters', 'input_size', 'command', 'epochs', 'seed', 'minutes', 'hardware', 'precision', 'versions')},
+    )
+
+
+def count_errors(weights: Path, split: str, **source: Any) -> Dict[str, float]:
+    """Count the errors of a weights folder as records do: in float32, eager, on the CPU.
+
+    Args:
+        weights: The folder.
+        split: The split to count on.
+        **source: Where it is, as in ``load_images``.
+    """
+    model = load_folder(weights)
+    config = resolve_data_config({}, model=model)
+    images = load_images(split, input_size=config['input_size'], crop_pct=config['crop_pct'],
+                         interpolation=config['interpolation'], **source)
+    return evaluate(model, MemoryLoader(images, COUNT_BATCH_SIZE, config['mean'], config['std']))
 
 
 def _k_summary(model: TimmModel) -> str:
@@ -82,12 +114,12 @@ def _k_summary(model: TimmModel) -> str:
     return f'{min(values):.3f} to {max(values):.3f}' if values else ''
 
 
-def _dataset(args: argparse.Namespace) -> Tuple[str, str]:
+def _dataset(args: Mapping[str, Any]) -> Tuple[str, str]:
     """Id on the Hub ('' if it has none) and name of the data set; a folder is told by its last name alone."""
-    source = args.dataset.removeprefix('hfds/')
-    if args.dataset.startswith('hfds/') and not Path(source).is_dir():
+    source = args['dataset'].removeprefix('hfds/')
+    if args['dataset'].startswith('hfds/') and not Path(source).is_dir():
         return source, DATASET_NAMES.get(source, source)
-    return '', Path(args.data_dir or source).name
+    return '', Path(args['data_dir'] or source).name
 
 
 def _hardware(device: torch.device) -> str:

@@ -1,0 +1,129 @@
+"""Weights of runs among those that ship: whole, small ones as they are, large ones in half precision."""
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from test_train import SMALL
+
+from timm_lm import ship as ship_module
+from timm_lm.errors import UserError
+from timm_lm.hub import recorded_error, verify_folder
+from timm_lm.models._weights import read_digests
+from timm_lm.results import read_rows
+from timm_lm.ship import ship
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def run(few_digits, tmp_path, command):
+    """A finished run with a tag of its network, under the name that its data set has on the Hub."""
+    data = shutil.copytree(few_digits, tmp_path / 'cifar10')
+    code, _, err = command('train', '-c', 'demo_digits', '--data-dir', data, *SMALL, '--tag', 'paper_c10',
+                           '--output', tmp_path / 'runs', '--experiment', 'run')
+    assert code == 0, err
+    return tmp_path / 'runs' / 'run'
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Folders of weights and of results, empty."""
+    weights, results = tmp_path / 'weights', tmp_path / 'results'
+    weights.mkdir()
+    results.mkdir()
+    return weights, results
+
+
+def test_small_network_ships_as_it_is(run, places):
+    weights, results = places
+    row = ship(run, *places)
+    folder = weights / 'lm_resnet20.paper_c10'
+    for path in (path for path in (run / 'weights').rglob('*') if path.is_file()):
+        assert (folder / path.relative_to(run / 'weights')).read_bytes() == path.read_bytes()
+    assert list(read_digests(weights)) == ['lm_resnet20.paper_c10/model.safetensors']
+    assert read_rows(results / 'cifar10.csv') == [row] and row['run'] == 'run'
+
+
+def test_large_network_ships_in_half_precision_with_its_own_count(run, places, monkeypatch):
+    weights, results = places
+    monkeypatch.setattr(ship_module, 'HALF_FROM', 1)
+    told = json.loads((run / 'result.json').read_text())
+    # a count that the saved file can not have: what is recorded must be counted anew
+    (run / 'result.json').write_text(json.dumps(told | dict(errors=63, top1=100 / 64)))
+    row = ship(run, *places)
+    folder = weights / 'lm_resnet20.paper_c10'
+    state, whole = load_file(folder / 'model.safetensors'), load_file(run / 'weights' / 'model.safetensors')
+    assert {t.dtype for t in state.values() if t.is_floating_point()} == {torch.float16}
+    assert all(torch.equal(state[name], whole[name].to(state[name].dtype)) for name in whole)
+    assert (folder / 'config.json').read_text() == (run / 'weights' / 'config.json').read_text()
+    verify_folder(folder)
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert abs(int(row['errors']) - told['errors']) <= 2 and row['images'] == '64'
+    assert recorded_error(folder) == float(row['top1_err'])
+    card = (folder / 'README.md').read_text()
+    assert '| weights saved in | float16 |' in card and f"{row['errors']} of 64 images" in card
+    assert '| weights saved in | float32 |' in (run / 'weights' / 'README.md').read_text()
+    assert read_rows(results / 'cifar10.csv') == [row]
+
+
+def test_what_can_not_ship_leaves_everything_as_it_was(run, places, monkeypatch):
+    weights, results = places
+
+    def refused(match):
+        with pytest.raises(UserError, match=match):
+            ship(run, *places)
+        assert not list(weights.iterdir()) and not list(results.iterdir())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ship_module, 'TRACKED_LIMIT', 1000)
+        refused('take another folder out of')
+    result = (run / 'result.json').read_text()
+    (run / 'result.json').write_text(json.dumps(json.loads(result) | dict(model='lm_resnet20.unheard_of')))
+    refused("lm_resnet20 has no tag 'unheard_of'")
+    (run / 'result.json').unlink()
+    refused('no count of errors to ship .stopped after epoch 2 of 2')
+    (run / 'result.json').write_text(result)
+    file = run / 'weights' / 'model.safetensors'
+    file.write_bytes(file.read_bytes()[:-1])
+    refused('not a whole safetensors file')
+
+
+def test_command_ships_and_renews_the_pages(run, tmp_path):
+    """In a checkout of its own; timm then loads the new default by name."""
+    checkout = tmp_path / 'checkout'
+    checkout.mkdir()
+    for name in ('pyproject.toml', 'MODEL_CARD.md', 'README.md'):
+        shutil.copy(CHECKOUT / name, checkout)
+    for name in ('timm_lm', 'weights', 'results', 'docs'):
+        shutil.copytree(CHECKOUT / name, checkout / name, ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.rmtree(checkout / 'weights' / 'lm_resnet20.best_c10')
+    env = dict(os.environ, PYTHONPATH=str(checkout), TIMM_LM_AUTOLOAD='0')
+
+    def python(*words):
+        return subprocess.run([sys.executable, *words], cwd=checkout, env=env, capture_output=True, text=True)
+
+    done = python('-m', 'timm_lm.ship', str(run))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith('lm_resnet20.paper_c10: ')
+    with open(checkout / 'results' / 'cifar10.csv', newline='') as f:
+        assert [row['model'] for row in csv.DictReader(f) if row['run'] == 'run'] == ['lm_resnet20.paper_c10']
+    error = recorded_error(run / 'weights')
+    assert '| run | `lm_resnet20` | cifar10 |' in (checkout / 'docs' / 'results.md').read_text()
+    assert f'{error:.2f} (`paper_c10`)' in (checkout / 'README.md').read_text()
+    code = ("import timm, timm_lm; m = timm.create_model('lm_resnet20.paper_c10', pretrained=True, layers=(2, 2, 2), "
+            "in_chans=1); print(len(m.k_values()))")
+    assert python('-c', code).stdout == '3\n'
+    failed = python('-m', 'timm_lm.ship', str(tmp_path / 'nowhere'))
+    assert failed.returncode == 2 and 'nowhere is not the folder of a run' in failed.stderr
+    assert len(failed.stderr.strip().splitlines()) == 1
+    elsewhere = python('-m', 'timm_lm.ship', str(run), '--project', str(tmp_path))
+    assert elsewhere.returncode == 2 and 'is not the checkout that this package runs from' in elsewhere.stderr

@@ -1,0 +1,115 @@
+"""``make ship RUNS=...``: put weights of finished runs among those that ship, with digests and rows of results."""
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence, Union
+
+import torch
+import yaml
+
+from .errors import UserError
+from .files import atomic_folder, write_text
+from .hub import CARD_NAME, check_name, load_folder, save_folder, saved_model_args, verify_folder, write_digests
+from .models._weights import weights_dir
+from .networks import write_table
+from .results import Row, add_rows, read_run, with_counts, write_report
+from .training.result import count_errors, run_card
+
+HALF_FROM = 600_000  # parameters; from lm_resnet44 (0.66 million) on weights ship in half precision
+TRACKED_LIMIT = 20 << 20  # bytes of all weights folders together
+
+
+def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional[str] = None) -> Row:
+    """Put the weights of a finished run among those that ship.
+
+    Large networks are saved in half precision. Their errors are then counted again on what was saved, and it is this
+    figure that the card and the row of results record.
+
+    Args:
+        run: Folder of the run.
+        weights: Holds the weights folders and ``SHA256SUMS``; a folder of the same name is replaced.
+        results: Folder of the record of runs.
+        data_dir: Where the data is now, None for where it was.
+
+    Returns:
+        The row.
+
+    Raises:
+        UserError: If the run did not end, has no error counted, is of a tag that its network does not have, or if the
+            weights would be larger than 20 MiB together; then nothing is written.
+    """
+    run = Path(run)
+    row = read_run(run)
+    if row['status'] != 'done' or not row['errors']:
+        raise UserError(f"The run {run} has no count of errors to ship ({row['status']}); go on with it by --resume "
+                        'auto, with a --val-split.')
+    check_name(row['model'])
+    told = json.loads((run / 'result.json').read_text(encoding='utf-8'))
+    args = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
+    source = run / 'weights'
+    verify_folder(source)
+    with tempfile.TemporaryDirectory(prefix='timm-lm-ship-') as temporary:
+        folder = Path(temporary) / row['model']
+        if told['parameters'] < HALF_FROM:
+            shutil.copytree(source, folder)
+        else:
+            told |= _save_half(source, folder, told, args, data_dir)
+        size = _size(folder) + sum(_size(path) for path in weights.iterdir() if path.name != row['model'])
+        if size > TRACKED_LIMIT:
+            raise UserError(f"With {row['model']} the weights would take {size / 2**20:.1f} MiB, more than "
+                            f'{TRACKED_LIMIT / 2**20:.0f}; take another folder out of {weights} first.')
+        with atomic_folder(weights / row['model']) as new:
+            shutil.copytree(folder, new, dirs_exist_ok=True)
+    write_digests(weights)
+    row = with_counts(row, told)
+    add_rows([row], results)
+    return row
+
+
+def _save_half(source: Path, folder: Path, told: Dict[str, Any], args: Dict[str, Any],
+               data_dir: Optional[str]) -> Dict[str, Any]:
+    """Save a weights folder in half precision, with a card of its own count; returns the count."""
+    model = load_folder(source)
+    save_folder(model, folder, '', saved_model_args(str(source)), dtype=torch.float16)
+    counts = count_errors(
+        folder, args['val_split'], data_dir=data_dir or args['data_dir'], dataset=args['dataset'],
+        input_key=args['input_key'], target_key=args['target_key'], class_map=args['class_map'])
+    write_text(folder / CARD_NAME, run_card(told | counts, args, model, 'float16'))
+    return counts
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path.rglob('*') if path.is_dir() else [path]) if file.is_file())
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Ship runs, and renew the pages that tell of them.
+
+    Returns:
+        0, or 2 after an error, with one line.
+    """
+    parser = argparse.ArgumentParser(prog='ship', description='Put weights of runs among those that ship.')
+    parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a finished run')
+    parser.add_argument('--data-dir', metavar='DIR', help='where the data is now (default: where it was)')
+    parser.add_argument('--project', type=Path, default=Path(), metavar='DIR', help='a checkout (default: this folder)')
+    args = parser.parse_args(argv)
+    results = args.project / 'results'
+    try:
+        if weights_dir().resolve() != (args.project / 'weights').resolve():
+            raise UserError(f'{args.project.resolve()} is not the checkout that this package runs from; change to it.')
+        for run in args.runs:
+            row = ship(run, weights_dir(), results, args.data_dir)
+            print(f"{row['model']}: {row['errors']} errors of {row['images']} images ({row['top1_err']} %)")
+        write_report(results, args.project / 'docs' / 'results.md')
+        write_table(results, args.project / 'README.md')
+    except UserError as e:
+        print(f'ship: error: {e}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
