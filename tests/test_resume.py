@@ -148,8 +148,11 @@ def test_damaged_newest_checkpoint_is_passed_over(few_digits, left_alone, tmp_pa
 
 
 def test_checkpoint_holds_what_moves_and_no_more_than_asked_are_kept(left_alone):
-    names = [path.name for path in checkpoints(left_alone)]
-    assert names == [f'step-{STEPS - 2 + i:09d}' for i in range(3)]
+    lines = (left_alone / 'run' / 'metrics.jsonl').read_text().splitlines()
+    top1 = [json.loads(line)['eval']['top1'] for line in lines]
+    best = (top1.index(max(top1)) + 1) * STEPS // 3  # its checkpoint stays too
+    kept = sorted({best, *range(STEPS - 2, STEPS + 1)})
+    assert [path.name for path in checkpoints(left_alone)] == [f'step-{number:09d}' for number in kept]
     tensors = load_file(checkpoints(left_alone)[-2] / 'state.safetensors')
     assert {name.split('/')[0] for name in tensors} == {'model', 'optimizer', 'epoch', 'random0'}
     assert any(name.endswith('momentum_buffer') for name in tensors)
