@@ -1,4 +1,5 @@
-# One environment for everything; `make demo` and `make test` make it on a fresh clone.
+# One environment for everything; `make demo` and `make test` make it on a fresh clone. Modules are compiled when they are
+# imported, as most never are.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -30,6 +31,6 @@ wheel: $(STAMP)  ## wheel and source distribution in dist/
 
 $(STAMP): requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-compile -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@

@@ -19,18 +19,25 @@ from timm_lm.hub import recorded_error, verify_folder
 from timm_lm.models._weights import read_digests
 from timm_lm.results import read_rows
 from timm_lm.ship import ship
+from timm_lm.training.options import parse_options
+from timm_lm.training.train import train
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture
-def run(few_digits, tmp_path, command):
+@pytest.fixture(scope='module')
+def finished(few_digits, tmp_path_factory):
     """A finished run with a tag of its network, under the name that its data set has on the Hub."""
-    data = shutil.copytree(few_digits, tmp_path / 'cifar10')
-    code, _, err = command('train', '-c', 'demo_digits', '--data-dir', data, *SMALL, '--tag', 'paper_c10',
-                           '--output', tmp_path / 'runs', '--experiment', 'run')
-    assert code == 0, err
-    return tmp_path / 'runs' / 'run'
+    folder = tmp_path_factory.mktemp('ship')
+    data = shutil.copytree(few_digits, folder / 'cifar10')
+    return train(parse_options(['-c', 'demo_digits', '--data-dir', str(data), *SMALL, '--tag', 'paper_c10',
+                                '--output', str(folder), '--experiment', 'run']), 'timm-lm train')
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(finished, tmp_path / 'run')
 
 
 @pytest.fixture
@@ -122,8 +129,19 @@ def test_command_ships_and_renews_the_pages(run, tmp_path):
     code = ("import timm, timm_lm; m = timm.create_model('lm_resnet20.paper_c10', pretrained=True, layers=(2, 2, 2), "
             "in_chans=1); print(len(m.k_values()))")
     assert python('-c', code).stdout == '3\n'
-    failed = python('-m', 'timm_lm.ship', str(tmp_path / 'nowhere'))
-    assert failed.returncode == 2 and 'nowhere is not the folder of a run' in failed.stderr
-    assert len(failed.stderr.strip().splitlines()) == 1
-    elsewhere = python('-m', 'timm_lm.ship', str(run), '--project', str(tmp_path))
-    assert elsewhere.returncode == 2 and 'is not the checkout that this package runs from' in elsewhere.stderr
+
+
+def test_command_on_bad_input_says_one_line_and_writes_nothing(run, tmp_path, capsys):
+    def files():
+        return {path: path.stat().st_mtime_ns for name in ('weights', 'results', 'docs')
+                for path in (CHECKOUT / name).rglob('*')}
+
+    before = files()
+    for argv, expected in (
+        ([tmp_path / 'nowhere', '--project', CHECKOUT], 'nowhere is not the folder of a run'),
+        ([run, '--project', tmp_path], 'is not the checkout that this package runs from'),
+    ):
+        assert ship_module.main([str(word) for word in argv]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith('ship: error: ') and expected in line
+    assert files() == before
