@@ -21,14 +21,15 @@ def has_bfloat16(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.skipif(not Path('/proc/cpuinfo').is_file(), reason='only Linux tells the instructions in a file')
 def test_instructions_are_those_that_linux_tells(monkeypatch):
     """PyTorch's own account and that of the system, which older versions of PyTorch are judged by, agree."""
-    words = set(re.split(r'\s+', Path('/proc/cpuinfo').read_text()))
+    path = Path('/proc/cpuinfo')
+    words = set(re.split(r'\s+', path.read_text())) if path.is_file() else set()
     expected = bool(words & {'avx512_bf16', 'amx_bf16', 'bf16'})
-    assert precision.cpu_has_bfloat16() == expected
+    if path.is_file():
+        assert precision.cpu_has_bfloat16() == expected
     monkeypatch.delattr(precision.torch.cpu, 'get_capabilities', raising=False)
-    assert precision.cpu_has_bfloat16() == expected
+    assert precision.cpu_has_bfloat16() == expected  # False where no system tells it
 
 
 @pytest.mark.parametrize('flags, expected', [
