@@ -1,12 +1,18 @@
-"""Which precision pays on the CPU."""
+"""The precision of a training: what its options ask for, and what pays on the CPU."""
 import re
 from pathlib import Path
+from typing import Any, Mapping
 
 import torch
 
 # Instructions for bfloat16, by the names that PyTorch and Linux give them: AVX-512's, AMX's, Arm's.
 _BFLOAT16 = ('avx512_bf16', 'amx_bf16', 'bf16')
 NO_BFLOAT16 = 'this CPU has no instructions for bfloat16, which is many times slower than float32 without them'
+
+
+def asked_precision(args: Mapping[str, Any]) -> str:
+    """Name of the precision that options of a training ask for."""
+    return args['amp_dtype'] if args['amp'] else 'float32'
 
 
 def cpu_has_bfloat16() -> bool:

@@ -13,6 +13,7 @@ import yaml
 
 from .errors import UserError
 from .files import write_text
+from .precision import asked_precision
 
 # timm's columns of results, then ours: errors and parameters as timm counts them (%, millions).
 COLUMNS = (
@@ -66,7 +67,7 @@ def read_run(folder: Union[str, Path]) -> Row:
         k_min=f'{min(k):.3f}' if k else '',
         k_max=f'{max(k):.3f}' if k else '',
         k=' '.join(f'{value:.3f}' for value in k),
-        precision=args['amp_dtype'] if args['amp'] else 'float32',
+        precision=asked_precision(args),
         run=folder.name,
         status='done' if result else f"stopped after epoch {done} of {args['epochs']}",
         **{name: result.get(name, '') for name in ('minutes', 'hardware', 'versions', 'command')},

@@ -16,6 +16,7 @@ from timm_lm.data import load_images
 from timm_lm.files import write_text
 from timm_lm.hub import CARD_NAME, TimmModel, load_folder, render_card, save_folder, saved_model_args
 from timm_lm.loader import BatchLoader, MemoryLoader
+from timm_lm.precision import asked_precision
 
 from .evaluate import evaluate
 from .options import COUNT_BATCH_SIZE
@@ -42,7 +43,7 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
         seed=args.seed,
         minutes=round(seconds / 60, 1),
         hardware=_hardware(device) + (f', {num_processes} processes' if num_processes > 1 else ''),
-        precision=args.amp_dtype if args.amp else 'float32',
+        precision=asked_precision(vars(args)),
         versions=f'timm-lm {timm_lm.__version__}, timm {timm.__version__}, torch {torch.__version__}',
     )
 
@@ -86,9 +87,10 @@ def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel,
         num_images=int(told['images']) if is_counted else None,
         seen_error=100 - seen['top1'] if seen else None,
         saved_in=saved_in,
+        precision=asked_precision(args),
         k=_k_summary(model),
         **{name: told[name] for name in (
-            'parameters', 'input_size', 'command', 'epochs', 'seed', 'minutes', 'hardware', 'precision', 'versions')},
+            'parameters', 'input_size', 'command', 'epochs', 'seed', 'minutes', 'hardware', 'versions')},
     )
 
 
