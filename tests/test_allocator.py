@@ -3,18 +3,22 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from timm_lm import allocator
 
 _FAULTS = """
 import resource
 import sys
 import torch
-from timm_lm.allocator import keep_freed_memory
+sys.path.insert(0, sys.argv[2])  # the module alone, without timm
+from allocator import keep_freed_memory
 
 kept = keep_freed_memory() if sys.argv[1] == 'keep' else False
-tensors = [torch.ones(32, 2 ** 20) for _ in range(3)]  # 128 MiB each
-del tensors
+for _ in range(16):  # until the freed blocks are such that an aligned one fits into them
+    torch.ones(32, 2 ** 20)  # 128 MiB
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
     torch.ones(32, 2 ** 20)
@@ -25,8 +29,8 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def page_faults(what, **environment):
     """(whether freed memory is kept, page faults of four tensors of 128 MiB)"""
     env = {name: value for name, value in os.environ.items() if not name.startswith(('MALLOC_', 'GLIBC_'))}
-    done = subprocess.run([sys.executable, '-c', _FAULTS, what], capture_output=True, text=True, timeout=120,
-                          env={**env, **environment}, check=True)
+    done = subprocess.run([sys.executable, '-c', _FAULTS, what, Path(allocator.__file__).parent], text=True,
+                          capture_output=True, timeout=120, env={**env, **environment}, check=True)
     kept, faults = done.stdout.split()
     return kept == 'True', int(faults)
 

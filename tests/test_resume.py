@@ -5,13 +5,12 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 import yaml
+from forked import Command
 from safetensors.torch import load_file
 
 from timm_lm.errors import UserError
@@ -29,15 +28,14 @@ STEPS = 24  # 3 epochs of 8 batches
 
 
 def arguments(data, output, *more):
-    return [sys.executable, '-m', 'timm_lm.cli', 'train', '-c', 'demo_digits', '--data-dir', str(data),
-            *OPTIONS, '--output', str(output), *more]
+    return ['train', '-c', 'demo_digits', '--data-dir', str(data), *OPTIONS, '--output', str(output), *more]
 
 
 def finish(data, output, *more):
     """Run to the end, from the newest checkpoint if there is one."""
-    result = subprocess.run(arguments(data, output, '--resume', 'auto', *more), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    code, out, err = Command(*arguments(data, output, '--resume', 'auto', *more)).wait()
+    assert code == 0, err
+    return out
 
 
 def final_state(output):
@@ -50,14 +48,10 @@ def checkpoints(output):
 
 def kill_when(data, output, condition, signal_number=signal.SIGKILL, *more):
     """Start or resume a run, and send a signal as soon as the condition holds; returns (exit code, standard error)."""
-    process = subprocess.Popen(arguments(data, output, '--resume', 'auto', *more), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not condition():
-        time.sleep(0.0005)
-    if process.poll() is None:
-        process.send_signal(signal_number)
-    _, err = process.communicate()
-    return process.returncode, err
+    process = Command(*arguments(data, output, '--resume', 'auto', *more))
+    process.signal_when(condition, signal_number)
+    code, _, err = process.wait()
+    return code, err
 
 
 def reached(output, updates):
@@ -165,12 +159,9 @@ def test_full_disk_stops_the_run_and_spares_the_earlier_checkpoint(few_digits, l
     code, _ = kill_when(few_digits, tmp_path, reached(tmp_path, 3))
     assert code == -signal.SIGKILL
     before = checkpoints(tmp_path)[-1]
-    limited = ('import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); '
-               'from timm_lm.cli import main; sys.exit(main(sys.argv[1:]))')
-    command = [sys.executable, '-c', limited, *arguments(few_digits, tmp_path, '--resume', 'auto')[3:]]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2, result.stderr
-    last = result.stderr.strip().splitlines()[-1]
+    code, _, err = Command(*arguments(few_digits, tmp_path, '--resume', 'auto'), file_limit=100_000).wait()
+    assert code == 2, err
+    last = err.strip().splitlines()[-1]
     assert 'could not be written' in last and str(before) in last
     assert CheckpointStore(tmp_path / 'run' / 'checkpoints').newest() is not None
     assert not list((tmp_path / 'run' / 'checkpoints').glob('.step-*'))
@@ -206,11 +197,11 @@ def test_going_back_sets_later_checkpoints_aside(few_digits, left_alone, tmp_pat
     shutil.copytree(left_alone / 'run', tmp_path / 'run')
     back, *later = checkpoints(tmp_path)
     command = [word for word in arguments(few_digits, tmp_path) if word not in ('--output', str(tmp_path))]
-    result = subprocess.run([*command, '--resume', str(back)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    code, out, err = Command(*command, '--resume', back).wait()
+    assert code == 0, err
     aside = sorted((tmp_path / 'run' / 'checkpoints').glob('set-aside-*'))
     assert [path.name[-14:] for path in aside] == [path.name for path in later]
-    assert all(f'A later checkpoint is now {path}' in result.stdout for path in aside)
+    assert all(f'A later checkpoint is now {path}' in out for path in aside)
     assert final_state(tmp_path) == final_state(left_alone)
 
 
@@ -226,7 +217,7 @@ def test_loss_that_is_not_finite_names_batch_rate_and_checkpoint(few_digits, tmp
 
 
 def test_other_options_are_refused_by_name(few_digits, left_alone, fails):
-    line = fails(*arguments(few_digits, left_alone, '--resume', 'auto', '--seed', '7')[3:])
+    line = fails(*arguments(few_digits, left_alone, '--resume', 'auto', '--seed', '7'))
     assert 'seed (was 42, is 7)' in line
     assert 'name it with --experiment' in fails('train', '-c', 'demo_digits', '--data-dir', few_digits,
                                                 '--resume', 'auto')
@@ -245,7 +236,7 @@ def test_another_number_of_processes_is_refused(few_digits, left_alone, tmp_path
     shutil.copytree(left_alone / 'run', tmp_path / 'run')
     for path in (tmp_path / 'run' / 'checkpoints').glob('*/state.json'):
         path.write_text(json.dumps(dict(json.loads(path.read_text()), processes=2)))
-    line = fails(*arguments(few_digits, tmp_path, '--resume', 'auto')[3:])
+    line = fails(*arguments(few_digits, tmp_path, '--resume', 'auto'))
     assert 'was started with 2 process(es) and can not go on with 1' in line
 
 

@@ -1,0 +1,63 @@
+"""The command line in processes of its own that start in milliseconds: forked from one that has imported everything.
+
+They are real processes, to be signalled and killed. What only an interpreter's start can show, such as the order of
+imports or settings that are read there, is tested with fresh ones.
+"""
+import multiprocessing
+import os
+import resource
+import runpy
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context('forkserver')
+CONTEXT.set_forkserver_preload(['timm_lm.cli', 'timm_lm.training.train'])
+
+
+def _run(words, script, out, err, file_limit):
+    for number, path in ((1, out), (2, err)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+        os.close(file)
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if script:
+        sys.path.insert(0, os.path.dirname(script))
+        sys.argv = [script, *words]
+        runpy.run_path(script, run_name='__main__')
+        return
+    from timm_lm.cli import main
+    sys.exit(main(words))
+
+
+class Command:
+    """A running ``timm-lm``, or a script."""
+
+    def __init__(self, *words, script='', file_limit=0):
+        """
+        Args:
+            *words: Arguments of the command or script.
+            script: Path of the script.
+            file_limit: Bytes that no file of its may grow beyond, no limit if 0.
+        """
+        self._folder = tempfile.TemporaryDirectory(prefix='timm-lm-command-')
+        self._out, self._err = (Path(self._folder.name, name) for name in ('out', 'err'))
+        self._process = CONTEXT.Process(
+            target=_run, args=([str(word) for word in words], str(script), str(self._out), str(self._err), file_limit))
+        self._process.start()
+
+    def signal_when(self, condition, number):
+        """Send a signal as soon as the condition holds, if the command runs then."""
+        while self._process.is_alive() and not condition():
+            time.sleep(0.0005)
+        if self._process.is_alive():
+            os.kill(self._process.pid, number)
+
+    def wait(self):
+        """Returns (exit code, or minus the number of the signal that killed it, standard output, standard error)."""
+        self._process.join()
+        out, err = (path.read_text() if path.exists() else '' for path in (self._out, self._err))
+        self._folder.cleanup()
+        return self._process.exitcode, out, err
