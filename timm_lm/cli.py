@@ -300,9 +300,11 @@ def _report(argv: List[str]) -> None:
     parser.add_argument('--readme', type=Path, metavar='FILE', help='renew the table of networks in this file too')
     args = parser.parse_args(argv)
 
-    from .networks import write_table
+    from .networks import split_page, write_table
     from .results import add_runs, write_report
 
+    if args.readme:
+        split_page(args.readme)  # what is in the way is told before anything is written
     for path in add_runs(args.add, args.results):
         print(path)
     write_report(args.results, args.page)

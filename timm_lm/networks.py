@@ -91,8 +91,8 @@ def _errors(by_recipe: Dict[str, str]) -> str:
     return ', '.join(f'{error} (`{recipe}`)' for recipe, error in by_recipe.items())
 
 
-def write_table(results: Path, page: Path) -> None:
-    """Write the table of networks between its two marks in a page.
+def split_page(page: Path) -> Tuple[str, str]:
+    """What stands before and after the table of networks in a page, the marks around it included.
 
     Raises:
         UserError: If the page can not be read or has no such marks.
@@ -105,4 +105,14 @@ def write_table(results: Path, page: Path) -> None:
     _, end, after = rest.partition(_END)
     if not start or not end:
         raise UserError(f"{page} has no place for the table of networks; put '{_START}' and '{_END}' there.")
-    write_text(page, '\n'.join([before + start, '', *network_table(results), '', end + after]))
+    return before + start, end + after
+
+
+def write_table(results: Path, page: Path) -> None:
+    """Write the table of networks between its two marks in a page.
+
+    Raises:
+        UserError: As ``split_page``.
+    """
+    before, after = split_page(page)
+    write_text(page, '\n'.join([before, '', *network_table(results), '', after]))
