@@ -1,5 +1,7 @@
 # One environment for everything; `make demo` and `make test` make it on a fresh clone. Modules are compiled when they are
-# imported, as most never are.
+# first imported, as most never are; a setting that keeps what was compiled from being stored would have all of them
+# compiled again whenever Python starts.
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
