@@ -18,9 +18,14 @@ CONTEXT.set_forkserver_preload(['timm_lm.cli', 'timm_lm.training.train'])
 
 def _run(words, script, out, err, file_limit):
     for number, path in ((1, out), (2, err)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        if path:
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        else:
+            reader, file = os.pipe()
+            os.close(reader)
         os.dup2(file, number)
         os.close(file)
+    sys.stdout = open(1, 'w', closefd=False)  # noqa: SIM115  with a buffer, whatever PYTHONUNBUFFERED says
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if script:
@@ -35,17 +40,19 @@ def _run(words, script, out, err, file_limit):
 class Command:
     """A running ``timm-lm``, or a script."""
 
-    def __init__(self, *words, script='', file_limit=0):
+    def __init__(self, *words, script='', read=True, file_limit=0):
         """
         Args:
             *words: Arguments of the command or script.
             script: Path of the script.
+            read: There is a reader of the standard output; otherwise it is a pipe that was closed.
             file_limit: Bytes that no file of its may grow beyond, no limit if 0.
         """
         self._folder = tempfile.TemporaryDirectory(prefix='timm-lm-command-')
         self._out, self._err = (Path(self._folder.name, name) for name in ('out', 'err'))
         self._process = CONTEXT.Process(
-            target=_run, args=([str(word) for word in words], str(script), str(self._out), str(self._err), file_limit))
+            target=_run, args=(list(map(str, words)), str(script), str(self._out) if read else '', str(self._err),
+                               file_limit))
         self._process.start()
 
     def signal_when(self, condition, number):

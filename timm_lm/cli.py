@@ -421,15 +421,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         if command is None:
             raise UserError(f"There is no command '{argv[0]}'; the commands are {', '.join(COMMANDS)}.")
-        return command(argv[1:]) or 0
+        code = command(argv[1:]) or 0
+        sys.stdout.flush()  # a reader that went away is noticed here, not when Python ends
+        return code
     except UserError as e:
         _tell(f'timm-lm: error: {e}')
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         _tell('timm-lm: interrupted')
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of the output went away, as `head` does
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader of the output went away, as `head` does; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
