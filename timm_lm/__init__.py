@@ -6,8 +6,9 @@ __version__ = '0.1.0'
 
 import timm  # noqa: F401  first, so that another thread in the middle of its import is waited for
 
+from .depth import grow
 from .errors import UserError
 from .inference import optimize
 from .models import LMResNet
 
-__all__ = ['LMResNet', 'UserError', '__version__', 'optimize']
+__all__ = ['LMResNet', 'UserError', '__version__', 'grow', 'optimize']

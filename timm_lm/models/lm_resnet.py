@@ -125,6 +125,14 @@ class ResidualBlock(nn.Module):
         noise = StateNoise(noise_level, noise_type)  # checks its settings even if the level is 0
         self.noise = noise if noise_level > 0 else nn.Identity()
 
+    def last_conv(self) -> nn.Conv2d:
+        """The last convolution of the branch, whose output is ``f``."""
+        raise NotImplementedError
+
+    def zero_init_last(self) -> None:
+        """Start the branch from ``f = 0``."""
+        nn.init.zeros_(self.last_conv().weight)
+
     def update(
             self,
             f: torch.Tensor,
@@ -179,9 +187,8 @@ class BasicBlock(ResidualBlock):
         self.norm2 = norm_layer(out_chs, **dd)
         self.conv2 = create_conv2d(out_chs, out_chs, 3, dilation=dilation, **dd)
 
-    def zero_init_last(self) -> None:
-        """Start the branch from ``f = 0``."""
-        nn.init.zeros_(self.conv2.weight)
+    def last_conv(self) -> nn.Conv2d:
+        return self.conv2
 
     def forward(self, x: torch.Tensor, x_prev: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         x_preact = self.norm1(x)
@@ -219,9 +226,8 @@ class BottleneckBlock(ResidualBlock):
         self.norm3 = norm_layer(mid_chs, **dd)
         self.conv3 = create_conv2d(mid_chs, out_chs, 1, **dd)
 
-    def zero_init_last(self) -> None:
-        """Start the branch from ``f = 0``."""
-        nn.init.zeros_(self.conv3.weight)
+    def last_conv(self) -> nn.Conv2d:
+        return self.conv3
 
     def forward(self, x: torch.Tensor, x_prev: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         x_preact = self.norm1(x)
@@ -662,8 +668,8 @@ _c10 = partial(_cifar_cfg, _labels.CIFAR10, mean=(0.4914, 0.4822, 0.4465), std=(
 _c100 = partial(_cifar_cfg, _labels.CIFAR100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
 
 # The first tag of a name fixes its number of classes; the first one that has weights is the default.
-_C10_TAGS = dict(best_c10=_c10, paper_c10=_c10, best_c100=_c100, paper_c100=_c100)
-_C10_SD_TAGS = dict(best_c10=_c10, paper_c10=_c10, sd_c10=_c10, best_c100=_c100, paper_c100=_c100)
+_C10_TAGS = dict(best_c10=_c10, grow_c10=_c10, paper_c10=_c10, best_c100=_c100, paper_c100=_c100)
+_C10_SD_TAGS = dict(best_c10=_c10, grow_c10=_c10, paper_c10=_c10, sd_c10=_c10, best_c100=_c100, paper_c100=_c100)
 _C10_DEMO_TAGS = dict(best_c10=_c10, paper_c10=_c10, demo_c10=_c10, best_c100=_c100, paper_c100=_c100)
 _C100_TAGS = dict(best_c100=_c100, paper_c100=_c100)
 _RESNEXT_TAGS = dict(best_c100=_c100, resnext_c100=_c100)

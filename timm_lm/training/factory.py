@@ -25,6 +25,7 @@ from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
 from timm.utils import ModelEmaV3
 
+from timm_lm.depth import grow
 from timm_lm.errors import UserError
 from timm_lm.hub import TimmModel, check_name, load_model
 from timm_lm.precision import NO_BFLOAT16, cpu_has_bfloat16
@@ -161,6 +162,11 @@ def create_model(args: argparse.Namespace) -> TimmModel:
         except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
             reason = ' '.join(str(e).split())[:200] or type(e).__name__
             raise UserError(f'--initial-checkpoint {args.initial_checkpoint} could not be loaded ({reason}).') from e
+    if args.grow_from:
+        try:
+            grow(load_model(args.grow_from), model)
+        except UserError as e:
+            raise UserError(f'--grow-from {args.grow_from} can not start {args.model}: {e}') from e
     _init_head(args, model)
     return model
 

@@ -280,6 +280,8 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--loader', default='auto', choices=('auto', 'memory', 'timm'),
                        help='decoded images in memory, or timm\'s transforms in worker processes; auto: memory where '
                             'the data fits and the augmentation can be done there')
+    group.add_argument('--grow-from', metavar='NAME_OR_FOLDER', default='',
+                       help='start from the weights of a shallower network, with its blocks repeated')
     group.add_argument('--two-step-epoch', type=int, default=0, metavar='N',
                        help='epoch at which the two-step is switched on; before it k is 0')
     group.add_argument('--log-tensorboard', action=flag, default=False, help='log to TensorBoard in the run folder')
@@ -479,6 +481,9 @@ def check_options(args: argparse.Namespace) -> None:
                         'one of them.')
     if not 0 <= args.two_step_epoch < args.epochs:
         raise UserError(f'--two-step-epoch {args.two_step_epoch} must come before the end, --epochs {args.epochs}.')
+    starts = [name for name in ('pretrained', 'initial_checkpoint', 'grow_from') if getattr(args, name)]
+    if args.grow_from and len(starts) > 1:
+        raise UserError(f"{' and '.join(map(_option, starts))} both give the first weights; leave one out.")
     if args.no_aug:
         args.hflip, args.vflip, args.pad_crop, args.reprob = 0., 0., 0, 0.
     if args.loader == 'memory' and not_in_memory(args):

@@ -74,7 +74,8 @@ def describe_run(
     parameters = sum(p.numel() for p in model.parameters())
     size = 'x'.join(map(str, model.pretrained_cfg['input_size']))
     lines: Dict[str, str] = {
-        'network': f'{args.model}: {parameters:,} parameters, {model.num_classes} classes, images {size}',
+        'network': f'{args.model}: {parameters:,} parameters, {model.num_classes} classes, images {size}'
+                   + (f', grown from {args.grow_from}' if args.grow_from else ''),
         'data': f'{len(train_loader.data):,} images to train on ({_place(args, train_loader)})'
                 + (f', {len(eval_loader.data):,} to validate on' if eval_loader else ', none to validate on'),
         'batches': f'{args.batch_size} images'

@@ -179,7 +179,7 @@ def _finished(args: argparse.Namespace, model: TimmModel, state: Dict[str, torch
     """A network of its own with the final weights, free of what training wrapped around the first one."""
     from_source = args.pretrained and not args.pretrained_path  # a weights folder has the shape of its network
     finished = create_model(argparse.Namespace(**{
-        **vars(args), 'pretrained': from_source, 'pretrained_path': None, 'initial_checkpoint': ''}))
+        **vars(args), 'pretrained': from_source, 'pretrained_path': None, 'initial_checkpoint': '', 'grow_from': ''}))
     finished.pretrained_cfg = model.pretrained_cfg
     finished.load_state_dict({name: tensor.cpu() for name, tensor in state.items()})
     return finished

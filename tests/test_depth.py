@@ -1,0 +1,160 @@
+"""Growing a network in depth: the deep one takes the steps of the shallow one in smaller pieces."""
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import timm_lm
+from timm_lm.depth import repeated_blocks
+from timm_lm.errors import UserError
+
+SMALL = dict(layers=(2, 2, 2))
+
+
+def net(name='lm_resnet20', **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **(SMALL | kwargs)).eval()
+
+
+@pytest.mark.parametrize('shallow, deep, expected', [
+    (3, 3, [0, 1, 2]),
+    (5, 9, [0, 1, 1, 2, 2, 3, 3, 4, 4]),
+    (3, 5, [0, 1, 1, 2, 2]),
+    (3, 4, [0, 1, 1, 2]),
+    (2, 5, [0, 1, 1, 1, 1]),
+    (1, 1, [0]),
+])
+def test_blocks_after_the_first_are_repeated_evenly(shallow, deep, expected):
+    assert repeated_blocks(shallow, deep) == expected
+
+
+@pytest.mark.parametrize('shallow, deep', [(3, 2), (1, 2)])
+def test_no_block_to_repeat_is_told(shallow, deep):
+    with pytest.raises(UserError, match=f'{shallow} blocks of a stage can not become {deep}'):
+        repeated_blocks(shallow, deep)
+
+
+def test_same_depth_is_a_copy():
+    shallow = net()
+    grown = timm_lm.grow(shallow, net(zero_init_last=True))
+    assert all(torch.equal(a, b) for a, b in zip(shallow.state_dict().values(), grown.state_dict().values()))
+
+
+class Constant(torch.nn.Module):
+    """Stands for the last convolution of a branch: a constant, scaled by a weight as the convolution is."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(channels, 1, 1, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.weight.expand(len(x), -1, *x.shape[-2:])
+
+
+@pytest.mark.parametrize('name', ['preact_resnet20', 'lm_resnet20'])
+def test_constant_branches_end_in_the_same_place(name):
+    """A stage of the deep network moves as far as that of the shallow one, but for products of two k."""
+    ends = {}
+    for size in (1e-2, 1e-3):
+        nets = [net(name, layers=layers).double() for layers in ((3, 3, 3), (7, 6, 4))]
+        for model in nets:
+            for stage in model.stages:
+                for block in stage.blocks:
+                    block.conv2 = Constant(block.conv2.out_channels)
+        shallow, deep = nets
+        for i, k in enumerate(shallow.k_values()):
+            shallow.get_submodule(k).step.k.data.fill_(size * (-1) ** i * (1 + i))
+        x = x_prev = shallow.stem(torch.randn(1, 3, 32, 32, dtype=torch.float64))
+        timm_lm.grow(shallow, deep)
+        states = [(x, x_prev)] * 2
+        for stages in zip(shallow.stages, deep.stages):
+            # each stage from the state in which the shallow network enters it
+            states = [stage(*states[0]) for stage in stages]
+            ends.setdefault(size, []).append((states[0][0] - states[1][0]).abs().max().item())
+    for far, near in zip(*ends.values()):
+        assert far < 1e-10 if name.startswith('preact') else near < far / 50 < 0.01
+
+
+def test_trained_network_grown_sees_the_same_in_photographs():
+    """Of the 340 pieces of two photographs most are named alike; undivided branches leave little of that."""
+    from sklearn.datasets import load_sample_images
+    shallow = timm.create_model('lm_resnet20.best_c10', pretrained=True).eval()
+    photos = torch.stack([torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]) / 255
+    photos = torch.nn.functional.interpolate(photos[:, :, :416, :640], scale_factor=1 / 4, mode='area')
+    pieces = photos.unfold(2, 32, 8).unfold(3, 32, 8).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 32, 32)
+    mean, std = (torch.tensor(shallow.pretrained_cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    deep = timm_lm.grow(shallow, timm.create_model('lm_resnet32')).eval()
+    with torch.inference_mode():
+        expected, grown = (model((pieces - mean) / std).argmax(1) for model in (shallow, deep))
+        for stage, old in zip(deep.stages, shallow.stages):
+            repeated = repeated_blocks(len(old.blocks), len(stage.blocks))
+            for block, source in zip(stage.blocks, repeated):
+                block.last_conv().weight.mul_(repeated.count(source))
+        undivided = deep((pieces - mean) / std).argmax(1)
+    assert len(expected.unique()) >= 5
+    assert (grown == expected).float().mean() > 0.5 > 0.4 > (undivided == expected).float().mean()
+
+
+def test_head_of_other_classes_stays_as_it_was_made():
+    deep = net(layers=(3, 3, 3), num_classes=7)
+    head = deep.head.fc.weight.clone()
+    grown = timm_lm.grow(net(), deep)
+    assert torch.equal(grown.head.fc.weight, head)
+    assert torch.equal(grown.stem.conv.weight, net().stem.conv.weight)
+
+
+@pytest.mark.parametrize('shallow, deep, message', [
+    (dict(name='lm_resnet20'), dict(name='preact_resnet20'), 'differ in more than depth: in stages.0.blocks.1.step.k'),
+    (dict(name='preact_resnet20'), dict(name='lm_resnet20'), 'differ in more than depth: in stages.0.blocks.1.step.k'),
+    (dict(channels=(8, 16, 32)), dict(), 'differ in more than depth'),
+    (dict(in_chans=1), dict(), 'differ in more than depth'),
+    (dict(layers=(2, 2), channels=(16, 32)), dict(), '2 stages can not be grown to 3'),
+    (dict(layers=(3, 3, 3)), dict(), '3 blocks of a stage can not become 2'),
+])
+def test_what_can_not_be_grown_is_told_and_left_alone(shallow, deep, message):
+    deep = net(**deep)
+    before = {name: tensor.clone() for name, tensor in deep.state_dict().items()}
+    with pytest.raises(UserError, match=message):
+        timm_lm.grow(net(**shallow), deep)
+    assert all(torch.equal(before[name], tensor) for name, tensor in deep.state_dict().items())
+
+
+def test_network_of_timm_can_not_be_grown():
+    with pytest.raises(UserError, match='A ResNet can not be grown'):
+        timm_lm.grow(timm.create_model('resnet18'), net())
+
+
+# By the command line
+
+FEW = ['-c', 'demo_digits', '--no-torchcompile', '--epochs', 1, '--warmup-epochs', 0]
+DEEP = ['--model-kwargs', 'layers=(3,3,4)']
+
+
+def test_training_starts_from_the_grown_weights(few_digits, weights, tmp_path, command):
+    """At a rate of almost nothing; the saved weights stand on their own, and the run goes on where it stopped."""
+    words = ['train', *FEW, *DEEP, '--data-dir', few_digits, '--grow-from', weights, '--lr', 1e-12, '--weight-decay', 0,
+             '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
+    code, out, err = command(*words)
+    assert code == 0 and f'grown from {weights}' in out, err
+    saved = load_file(tmp_path / 'run' / 'weights' / 'model.safetensors')
+    grown = timm_lm.grow(timm.create_model(f'local-dir:{weights}', pretrained=True),
+                         net(layers=(3, 3, 4), in_chans=1))
+    for name, parameter in grown.named_parameters():
+        torch.testing.assert_close(saved[name], parameter.detach(), msg=name)
+    assert json.loads((tmp_path / 'run' / 'result.json').read_text())['parameters'] == sum(
+        p.numel() for p in grown.parameters())
+    code, out, err = command(*words)
+    assert code == 0 and 'Going on from' in out, err
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--grow-from', 'lm_resnet21'], "--grow-from lm_resnet21 can not start lm_resnet20: There is no model"),
+    (['--grow-from', 'lm_resnet20.best_c10', '--in-chans', 3, *DEEP, '--pretrained'],
+     '--pretrained and --grow-from both give the first weights'),
+    (['--grow-from', 'lm_resnet20.best_c10'], 'differ in more than depth'),
+])
+def test_bad_starts_are_told(few_digits, tmp_path, fails, options, message):
+    assert message in fails('train', *FEW, '--data-dir', few_digits, '--output', tmp_path, *options)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,86 @@
+"""Depth refinement: start a deep network from the weights of a trained shallow one.
+
+To both a stage is the same differential equation, which the deep network solves in smaller steps. Each block after the
+first one of a stage is repeated, and the last convolution of its branch is divided by the number of repeats. The first
+of the repeats takes over the history: the step behind it has become smaller by the repeats of the block before, so its
+``k`` is multiplied by them. The others start from ``k = 0``. Were the branch constant over the repeats, they would
+together make the step of the block they come from, but for products of two ``k``.
+
+Source: Chang, Meng, Haber, Tung, Begert, "Multi-level Residual Networks from Dynamical Systems View", ICLR 2018,
+https://arxiv.org/abs/1710.10348. There each block is doubled, several times during one training, in plain networks
+whose step size is an explicit factor; what becomes of ``k`` is ours.
+"""
+from typing import Any, List, Tuple
+
+import torch
+
+from .errors import UserError
+from .layers import TwoStep
+from .models import LMResNet
+
+
+def repeated_blocks(shallow: int, deep: int) -> List[int]:
+    """For each block of a deep stage the block of the shallow stage that it repeats.
+
+    The first block changes the shape and takes no two-step, so it is not repeated.
+
+    Args:
+        shallow: Blocks of the shallow stage.
+        deep: Blocks of the deep stage.
+
+    Raises:
+        UserError: If the deep stage has fewer blocks, or more where there is none to repeat.
+    """
+    if deep < shallow or deep > shallow == 1:
+        raise UserError(f'{shallow} blocks of a stage can not become {deep}; give a network with at least 2, and not '
+                        'more than the deep one has.')
+    return [0] + [1 + i * (shallow - 1) // (deep - 1) for i in range(deep - 1)]
+
+
+@torch.no_grad()
+def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
+    """Give a deep network the weights of a shallow one of the same kind and width.
+
+    Before any training the deep network computes roughly what the shallow one does. A head of another number of classes
+    is left as it was made.
+
+    Args:
+        shallow: A trained network.
+        deep: The network to start; both two-step or both plain.
+
+    Returns:
+        The deep network.
+
+    Raises:
+        UserError: If one of them is no network of this package, or they differ in more than depth.
+    """
+    for model in (shallow, deep):
+        if not isinstance(model, LMResNet):
+            raise UserError(f'A {type(model).__name__} can not be grown; give networks of timm-lm.')
+    if len(shallow.stages) != len(deep.stages):
+        raise UserError(f'{len(shallow.stages)} stages can not be grown to {len(deep.stages)}.')
+    sources = [repeated_blocks(len(old.blocks), len(new.blocks)) for old, new in _pairs(shallow, deep)]
+    wanted = deep.state_dict()
+    state = {name: tensor for name, tensor in shallow.state_dict().items() if not name.startswith('stages.')}
+    if shallow.num_classes != deep.num_classes:
+        state.update((name, tensor) for name, tensor in wanted.items() if name.startswith('head.'))
+    for stage, ((old, _), repeated) in enumerate(zip(_pairs(shallow, deep), sources)):
+        for i, source in enumerate(repeated):
+            for name, tensor in old.blocks[source].state_dict().items():
+                state[f'stages.{stage}.blocks.{i}.{name}'] = tensor
+    shapes, wanted_shapes = ({name: tensor.shape for name, tensor in d.items()} for d in (state, wanted))
+    differing = sorted(name for name in {*state, *wanted} if shapes.get(name) != wanted_shapes.get(name))
+    if differing:
+        raise UserError(f'The networks differ in more than depth: in {differing[0]} and {len(differing) - 1} others.')
+    deep.load_state_dict(state)
+    for (_, new), repeated in zip(_pairs(shallow, deep), sources):
+        for i, (block, source) in enumerate(zip(new.blocks, repeated)):
+            block.last_conv().weight.div_(repeated.count(source))
+            if i and isinstance(block.step, TwoStep):
+                before = repeated[i - 1]
+                block.step.k.mul_(repeated.count(before) if before != source else 0)
+    return deep
+
+
+def _pairs(shallow: LMResNet, deep: LMResNet) -> List[Tuple[Any, Any]]:
+    return list(zip(shallow.stages, deep.stages))
