@@ -22,7 +22,7 @@ from .models import LMResNet
 def repeated_blocks(shallow: int, deep: int) -> List[int]:
     """For each block of a deep stage the block of the shallow stage that it repeats.
 
-    The first block changes the shape and takes no two-step, so it is not repeated.
+    The first block changes the shape, so it is not repeated. If it takes a two-step (LM-ResNeXt), its ``k`` stays.
 
     Args:
         shallow: Blocks of the shallow stage.
