@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+TIMEOUT = 240  # seconds, which only end a process that hangs
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(['timm_lm.cli', 'timm_lm.training.train'])
 
@@ -64,7 +65,10 @@ class Command:
 
     def wait(self):
         """Returns (exit code, or minus the number of the signal that killed it, standard output, standard error)."""
-        self._process.join()
+        self._process.join(TIMEOUT)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
         out, err = (path.read_text() if path.exists() else '' for path in (self._out, self._err))
         self._folder.cleanup()
         return self._process.exitcode, out, err

@@ -73,6 +73,8 @@ class ResidualBlock(nn.Module):
     its projection where the shape changes.
     """
 
+    last_conv_name = 'conv2'
+
     def __init__(
             self,
             in_chs: int,
@@ -127,7 +129,7 @@ class ResidualBlock(nn.Module):
 
     def last_conv(self) -> nn.Conv2d:
         """The last convolution of the branch, whose output is ``f``."""
-        raise NotImplementedError
+        return getattr(self, self.last_conv_name)
 
     def zero_init_last(self) -> None:
         """Start the branch from ``f = 0``."""
@@ -187,9 +189,6 @@ class BasicBlock(ResidualBlock):
         self.norm2 = norm_layer(out_chs, **dd)
         self.conv2 = create_conv2d(out_chs, out_chs, 3, dilation=dilation, **dd)
 
-    def last_conv(self) -> nn.Conv2d:
-        return self.conv2
-
     def forward(self, x: torch.Tensor, x_prev: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         x_preact = self.norm1(x)
         f = self.conv2(self.norm2(self.conv1(x_preact)))
@@ -200,6 +199,7 @@ class BottleneckBlock(ResidualBlock):
     """Pre-activation bottleneck block: 1x1, grouped and strided 3x3, and 1x1 convolution; expansion 4."""
 
     expansion = 4
+    last_conv_name = 'conv3'
 
     def __init__(
             self,
@@ -225,9 +225,6 @@ class BottleneckBlock(ResidualBlock):
             mid_chs, mid_chs, 3, stride=stride, dilation=first_dilation or dilation, groups=cardinality, **dd)
         self.norm3 = norm_layer(mid_chs, **dd)
         self.conv3 = create_conv2d(mid_chs, out_chs, 1, **dd)
-
-    def last_conv(self) -> nn.Conv2d:
-        return self.conv3
 
     def forward(self, x: torch.Tensor, x_prev: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         x_preact = self.norm1(x)
