@@ -42,6 +42,18 @@ def test_same_depth_is_a_copy():
     assert all(torch.equal(a, b) for a, b in zip(shallow.state_dict().values(), grown.state_dict().values()))
 
 
+@pytest.mark.parametrize('per_channel', [False, True])
+def test_plain_network_becomes_a_two_step_one(per_channel):
+    """With k = 0 it computes the same; deeper, the same as the plain network that is grown."""
+    plain = net('preact_resnet20').eval()
+    images = torch.randn(2, 3, 32, 32)
+    for layers in ((2, 2, 2), (3, 4, 2)):
+        expected = timm_lm.grow(plain, net('preact_resnet20', layers=layers)).eval()(images)
+        grown = timm_lm.grow(plain, net(layers=layers, k_per_channel=per_channel)).eval()
+        assert len(grown.k_values()) == sum(layers) - 3 and not any(k.any() for k in grown.k_values().values())
+        torch.testing.assert_close(grown(images), expected)
+
+
 class Constant(torch.nn.Module):
     """Stands for the last convolution of a branch: a constant, scaled by a weight as the convolution is."""
 
@@ -107,7 +119,8 @@ def test_head_of_other_classes_stays_as_it_was_made():
 
 @pytest.mark.parametrize('shallow, deep, message', [
     (dict(name='lm_resnet20'), dict(name='preact_resnet20'), 'differ in more than depth: in stages.0.blocks.1.step.k'),
-    (dict(name='preact_resnet20'), dict(name='lm_resnet20'), 'differ in more than depth: in stages.0.blocks.1.step.k'),
+    (dict(name='preact_resnext29_8x64d', base_width=4), dict(name='lm_resnext29_8x64d', base_width=4),
+     'differ in more than depth: in stages.1.blocks.0.history'),
     (dict(channels=(8, 16, 32)), dict(), 'differ in more than depth'),
     (dict(in_chans=1), dict(), 'differ in more than depth'),
     (dict(layers=(2, 2), channels=(16, 32)), dict(), '2 stages can not be grown to 3'),

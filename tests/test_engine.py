@@ -17,6 +17,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm_lm.data import load_images
 from timm_lm.hub import load_folder
 from timm_lm.loader import MemoryLoader
+from timm_lm.results import read_run
 from timm_lm.training.evaluate import evaluate
 from timm_lm.training.factory import create_model, create_optimizer
 from timm_lm.training.loop import Training
@@ -138,6 +139,14 @@ def test_average_of_the_weights(run, plain, few_digits, tmp_path, options, decay
     resumed = cut(folder, 4, tmp_path / 'resumed')
     run('resumed', *options, '--resume', 'auto')
     assert equal(weights_of(resumed), found)
+
+
+def test_k_on_record_is_that_of_the_average(run):
+    folder, *_ = run('ema', *TWO_STEP, '--model-ema', '--model-ema-decay', '0.9', '--epochs', '1', '--lr', '0.5')
+    k = weights_of(folder)['stages.0.blocks.1.step.k'].item()
+    ((last,),) = metrics(folder)[-1]['k'].values()
+    found = read_run(folder)
+    assert found['k'] == found['k_min'] == f'{k:.3f}' != f'{last:.3f}'
 
 
 # The two-step's switch

@@ -38,6 +38,7 @@ def test_saved_k_is_the_last_one_of_the_run(run_folder):
     state = load_file(run_folder / 'weights' / 'model.safetensors')
     for name, value in last.items():
         assert state[f'{name}.step.k'].tolist() == value
+    assert json.loads((run_folder / 'result.json').read_text())['k'] == [value for (value,) in last.values()]
 
 
 def test_training_learns_the_digits(digits, tmp_path, command):

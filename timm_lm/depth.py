@@ -4,7 +4,7 @@ To both a stage is the same differential equation, which the deep network solves
 first one of a stage is repeated, and the last convolution of its branch is divided by the number of repeats. The first
 of the repeats takes over the history: the step behind it has become smaller by the repeats of the block before, so its
 ``k`` is multiplied by them. The others start from ``k = 0``. Were the branch constant over the repeats, they would
-together make the step of the block they come from, but for products of two ``k``.
+together make the step of the block they come from, but for products of two ``k``. A plain network has ``k = 0``.
 
 Source: Chang, Meng, Haber, Tung, Begert, "Multi-level Residual Networks from Dynamical Systems View", ICLR 2018,
 https://arxiv.org/abs/1710.10348. There each block is doubled, several times during one training, in plain networks
@@ -42,11 +42,12 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
     """Give a deep network the weights of a shallow one of the same kind and width.
 
     Before any training the deep network computes roughly what the shallow one does. A head of another number of classes
-    is left as it was made.
+    is left as it was made. A plain network becomes a two-step one with ``k = 0``, which at the same depth computes the
+    same.
 
     Args:
         shallow: A trained network.
-        deep: The network to start; both two-step or both plain.
+        deep: The network to start, two-step if the shallow one is.
 
     Returns:
         The deep network.
@@ -68,6 +69,8 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
         for i, source in enumerate(repeated):
             for name, tensor in old.blocks[source].state_dict().items():
                 state[f'stages.{stage}.blocks.{i}.{name}'] = tensor
+    if not any(name.endswith('.step.k') for name in state):
+        state.update((name, torch.zeros_like(tensor)) for name, tensor in wanted.items() if name.endswith('.step.k'))
     shapes, wanted_shapes = ({name: tensor.shape for name, tensor in d.items()} for d in (state, wanted))
     differing = sorted(name for name in {*state, *wanted} if shapes.get(name) != wanted_shapes.get(name))
     if differing:

@@ -51,7 +51,7 @@ def read_run(folder: Union[str, Path]) -> Row:
     except (OSError, ValueError, yaml.YAMLError) as e:
         raise UserError(f'{folder} is not the folder of a run ({e}).') from e
     seen = result.get('seen_in_training') or next((row['eval'] for row in reversed(epochs) if row['eval']), None)
-    k = [sum(values) / len(values) for values in epochs[-1]['k'].values()]
+    k = result['k'] if 'k' in result else [statistics.mean(values) for values in epochs[-1]['k'].values()]
     done = len(epochs)
     row: Dict[str, Any] = dict(
         model=result.get('model') or '.'.join(filter(None, (args['model'].partition('.')[0], args['tag']))),

@@ -15,7 +15,7 @@ from timm_lm.errors import UserError
 
 from .recipes import find_recipe
 
-COUNT_BATCH_SIZE = 125  # of counts in float32 on the CPU: fast, and small beside the memory of a training
+COUNT_BATCH_SIZE = 50  # of counts in float32 on the CPU: fast, and small beside the memory of a training
 
 # Options of timm's train script that this engine does not take, each with the reason; one that is set to off asks for
 # nothing and passes.

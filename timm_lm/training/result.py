@@ -38,6 +38,7 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
     facts: Dict[str, Any] = dict(
         parameters=sum(p.numel() for p in model.parameters()),
         input_size=model.pretrained_cfg['input_size'],
+        k=[k.mean().item() for k in _k_values(model).values()],  # with model_ema not those of the last update
         command=command,
         epochs=epochs,
         seed=args.seed,
@@ -109,10 +110,12 @@ def count_errors(weights: Path, split: str, **source: Any) -> Dict[str, float]:
     return evaluate(model, MemoryLoader(images, COUNT_BATCH_SIZE, config['mean'], config['std']))
 
 
+def _k_values(model: TimmModel) -> Dict[str, torch.Tensor]:
+    return model.k_values() if hasattr(model, 'k_values') else {}
+
+
 def _k_summary(model: TimmModel) -> str:
-    if not hasattr(model, 'k_values'):
-        return ''
-    values = [v for k in model.k_values().values() for v in k.tolist()]
+    values = [v for k in _k_values(model).values() for v in k.tolist()]
     return f'{min(values):.3f} to {max(values):.3f}' if values else ''
 
 
