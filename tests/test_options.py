@@ -124,6 +124,7 @@ def test_options_are_a_recipe_again_after_their_leader_was_turned_off(tmp_path):
 def test_recipes_for_another_of_their_networks():
     args = parse_options(['-c', 'lm_resnet56.paper_c10'])
     assert (args.model, args.tag, args.epochs) == ('lm_resnet56', 'paper_c10', 160)
+    assert parse_options(['-c', 'lm_resnet32.finetune']).model == 'lm_resnet32'
     with pytest.raises(UserError, match='paper_c100 is not for lm_resnext29_8x64d'):
         parse_options(['-c', 'lm_resnext29_8x64d.paper_c100'])
     with pytest.raises(UserError, match='Did you mean lm_resnet56.paper_c10?'):

@@ -399,6 +399,19 @@ def test_branches_and_pull_requests(hub, done, refused, folder):
     assert repo.refs['main'] == main and b'## To cite' in repo.files('refs/pr/1')[CARD_NAME]
 
 
+@pytest.mark.parametrize('config, message', [
+    (dict(architectures=['ViTModel'], hidden_size=8), "its config has no 'architecture'); give a repo of a timm model"),
+    (dict(architecture='lm_resnet20', model_args=dict(depth=3)), "unexpected keyword argument 'depth'"),
+    (dict(architecture='lm_resnet20', model_args=dict(global_pool='nope')), 'could not be loaded ('),
+])
+def test_repos_of_other_kinds_are_told(hub, refused, tmp_path, config, message):
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    name = f'owner/foreign{len(hub.repos)}'
+    hub.add(name, tmp_path)
+    line = refused('export', f'hf-hub:{name}', '--output', tmp_path / 'network.onnx')
+    assert f'hf-hub:{name} could not be loaded' in line and message in line
+
+
 # Faults
 
 

@@ -89,8 +89,11 @@ def test_report_command_and_its_errors(results, run_folder, tmp_path, command, f
     before = (results / 'few.csv').read_text()
     line = fails('report', '--results', results, '--page', page, '--add', run_folder, tmp_path / 'nowhere')
     assert 'nowhere is not the folder of a run' in line
+    assert '| run | `lm_resnet20` | few |' in page.read_text()  # a data set without a table is listed too
     assert (results / 'few.csv').read_text() == before
-    assert 'name its results with --results' in fails('report', '--results', tmp_path / 'nowhere', '--page', page)
+    nowhere = tmp_path / 'nowhere'
+    line = fails('report', '--results', nowhere, '--page', page, '--add', run_folder)
+    assert 'name its results with --results' in line and not nowhere.exists()
 
 
 def test_shipped_page_is_the_one_of_the_files(tmp_path):

@@ -169,6 +169,16 @@ def test_full_disk_stops_the_run_and_spares_the_earlier_checkpoint(few_digits, l
     assert final_state(tmp_path) == final_state(left_alone)
 
 
+def test_full_disk_at_the_end_is_told(few_digits, left_alone, tmp_path):
+    run = shutil.copytree(left_alone / 'run', tmp_path / 'run')
+    shutil.rmtree(run / 'weights')
+    code, _, err = Command(*arguments(few_digits, tmp_path, '--resume', 'auto'), file_limit=100_000).wait()
+    assert code == 2 and f'The weights in {run} could not be written' in err.strip().splitlines()[-1], err
+    assert not (run / 'weights').exists()
+    finish(few_digits, tmp_path)
+    assert final_state(tmp_path) == final_state(left_alone)
+
+
 def test_metrics_cut_short_are_written_anew(few_digits, left_alone, tmp_path):
     """A crash of the machine may leave half a line."""
     shutil.copytree(left_alone / 'run', tmp_path / 'run')

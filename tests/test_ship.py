@@ -64,7 +64,7 @@ def test_large_network_ships_in_half_precision_with_its_own_count(run, places, m
     monkeypatch.setattr(ship_module, 'HALF_FROM', 1)
     told = json.loads((run / 'result.json').read_text())
     # a count that the saved file can not have: what is recorded must be counted anew
-    (run / 'result.json').write_text(json.dumps(told | dict(errors=63, top1=100 / 64)))
+    (run / 'result.json').write_text(json.dumps(told | dict(errors=63, top1=100 / 64, k=[9., 9., 9.])))
     row = ship(run, *places)
     folder = weights / 'lm_resnet20.paper_c10'
     state, whole = load_file(folder / 'model.safetensors'), load_file(run / 'weights' / 'model.safetensors')
@@ -76,6 +76,7 @@ def test_large_network_ships_in_half_precision_with_its_own_count(run, places, m
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert abs(int(row['errors']) - told['errors']) <= 2 and row['images'] == '64'
     assert recorded_error(folder) == float(row['top1_err'])
+    assert row['k'].split() == [f'{k.item():.3f}' for k in model.k_values().values()]
     card = (folder / 'README.md').read_text()
     assert '| weights saved in | float16 |' in card and f"{row['errors']} of 64 images" in card
     assert '| weights saved in | float32 |' in (run / 'weights' / 'README.md').read_text()

@@ -156,6 +156,9 @@ def test_bad_data_is_named_and_nothing_is_written(few_digits, tmp_path, fails):
             (['--opt', 'sdg'], 'The optimizer sdg'),
             (['--sched', 'cosin'], 'cosin'),
             (['--torchcompile', 'nope'], "no backend 'nope'"),
+            (['--torchcompile', 'ts'], "no backend 'ts'"),  # torch has it, Accelerate does not
+            (['--torchcompile', '--torchcompile-mode', 'nope'], "no mode 'nope' of torch.compile; there are: default,"),
+            (['--model', 'ghostnet_050', '--grad-checkpointing'], 'ghostnet_050 can not recompute in its backward pass'),
             (['--interpolation', 'nope', '--train-interpolation', 'nope'], "no interpolation 'nope'"),
             (['--gp', 'nope'], 'can not be made with these options'),
             (['--seed', '-1'], '--seed must not be negative'),
@@ -188,6 +191,8 @@ def test_no_compiler_is_named(few_digits, tmp_path, fails, monkeypatch):
     line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--torchcompile', '--device', 'cpu',
                  '--output', tmp_path / 'output')
     assert 'needs a C++ compiler' in line and '--no-torchcompile' in line
+    line = fails('validate', 'lm_resnet20.best_c10', '--data-dir', few_digits, '--torchcompile')
+    assert 'needs a C++ compiler' in line
 
 
 def test_card_shows_the_command_without_places():

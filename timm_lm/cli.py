@@ -70,6 +70,8 @@ def _validate(argv: List[str]) -> None:
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise UserError(f'--batch-size must be at least 1, not {args.batch_size}.')
+    if args.workers < 0:
+        raise UserError(f'--workers must be at least 0, not {args.workers}.')
 
     import torch
     from timm.data import create_transform, resolve_data_config
@@ -82,13 +84,16 @@ def _validate(argv: List[str]) -> None:
     from .precision import NO_BFLOAT16, cpu_has_bfloat16
     from .training.evaluate import evaluate
 
+    device = _device(args.device)
+    if args.torchcompile:
+        from .training.factory import check_compiler
+        check_compiler('inductor', None, device.type == 'cpu')
     model = load_model(args.model)
     config = resolve_data_config({}, model=model)
     source: Dict[str, Any] = dict(
         data_dir=args.data_dir, dataset=args.dataset, input_key=args.input_key, target_key=args.target_key,
         class_map=args.class_map, download=args.dataset_download)
     size = dict(input_size=config['input_size'], crop_pct=config['crop_pct'], interpolation=config['interpolation'])
-    device = _device(args.device)
     common: Dict[str, Any] = dict(
         batch_size=args.batch_size, mean=config['mean'], std=config['std'], device=device,
         channels_last=args.channels_last)
@@ -301,10 +306,11 @@ def _report(argv: List[str]) -> None:
     args = parser.parse_args(argv)
 
     from .networks import split_page, write_table
-    from .results import add_runs, write_report
+    from .results import add_runs, read_frame, write_report
 
+    read_frame(args.results)  # what is in the way is told before anything is written
     if args.readme:
-        split_page(args.readme)  # what is in the way is told before anything is written
+        split_page(args.readme)
     for path in add_runs(args.add, args.results):
         print(path)
     write_report(args.results, args.page)
@@ -383,8 +389,8 @@ def _print_table(header: List[str], rows: List[List[str]]) -> None:
 def _parser(name: str, command: Callable[[List[str]], Optional[int]]) -> argparse.ArgumentParser:
     from .training.options import Parser
 
-    return Parser(prog=f'timm-lm {name}', description=(command.__doc__ or '').capitalize() + '.',
-                           allow_abbrev=False)
+    title = command.__doc__ or ''
+    return Parser(prog=f'timm-lm {name}', description=f'{title[:1].upper()}{title[1:]}.', allow_abbrev=False)
 
 
 def _tell(line: str) -> None:
@@ -433,6 +439,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except BrokenPipeError:  # the reader of the output went away, as `head` does; what is left goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        _tell(f'timm-lm: error: {e}; check the path, the rights to it, the room there and the connection.')
+        return EXIT_USER_ERROR
 
 
 if __name__ == '__main__':

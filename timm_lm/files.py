@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place and renamed; and digests."""
+"""Files that are whole or not there: written beside their place and renamed; digests; and writing that fails."""
 import hashlib
 import os
 import shutil
@@ -6,6 +6,10 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Union
+
+from safetensors import SafetensorError
+
+from .errors import UserError
 
 
 def sha256(path: Path) -> str:
@@ -50,6 +54,23 @@ def write_text(path: Path, text: str) -> None:
     temporary.write_text(text, encoding='utf-8')
     sync(temporary)
     os.replace(temporary, path)
+
+
+@contextmanager
+def writing(what: str, cure: str) -> Iterator[None]:
+    """Tell in one line if something can not be written.
+
+    Args:
+        what: What is written.
+        cure: What to do.
+
+    Raises:
+        UserError: If the block fails to write, as on a full disk.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        raise UserError(f'{what} could not be written ({e}). {cure}') from e
 
 
 @contextmanager

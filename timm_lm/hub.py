@@ -265,8 +265,8 @@ def load_folder(folder: Union[str, Path], **kwargs: Any) -> TimmModel:
         raise UserError(f'{folder} has no {WEIGHTS_NAME}; other formats are not read, convert them to safetensors.')
     try:
         model = timm.create_model(f'local-dir:{folder}', pretrained=False, **kwargs)
-    except (TypeError, ValueError) as e:
-        raise UserError(f'The config of {folder} does not fit the network {architecture} ({e}).') from e
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise UserError(f'The config of {folder} does not fit the network {architecture} ({_reason(e)}).') from e
     if not kwargs:
         _compare_header(weights, model, architecture)
     _compare_digest(folder)
@@ -394,6 +394,11 @@ def load_model(source: str, pretrained: bool = True, **kwargs: Any) -> TimmModel
         return timm.create_model(source, pretrained=pretrained, **kwargs).eval()
     except UserError:
         raise
-    except (OSError, RuntimeError, ValueError, SafetensorError) as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(f'{source} could not be loaded ({reason}).') from e
+    except KeyError as e:
+        raise UserError(f'{source} could not be loaded (its config has no {e}); give a repo of a timm model.') from e
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
+        raise UserError(f'{source} could not be loaded ({_reason(e)}).') from e
+
+
+def _reason(e: Exception) -> str:
+    return str(e).splitlines()[0] if str(e) else type(e).__name__

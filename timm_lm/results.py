@@ -7,7 +7,7 @@ import csv
 import json
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import yaml
 
@@ -51,7 +51,7 @@ def read_run(folder: Union[str, Path]) -> Row:
     except (OSError, ValueError, yaml.YAMLError) as e:
         raise UserError(f'{folder} is not the folder of a run ({e}).') from e
     seen = result.get('seen_in_training') or next((row['eval'] for row in reversed(epochs) if row['eval']), None)
-    k = result['k'] if 'k' in result else [statistics.mean(values) for values in epochs[-1]['k'].values()]
+    last_k = [statistics.mean(values) for values in epochs[-1]['k'].values()]
     done = len(epochs)
     row: Dict[str, Any] = dict(
         model=result.get('model') or '.'.join(filter(None, (args['model'].partition('.')[0], args['tag']))),
@@ -64,19 +64,19 @@ def read_run(folder: Union[str, Path]) -> Row:
         seed=args['seed'],
         epochs=done,
         seen_top1_err=f"{100 - seen['top1']:.2f}" if seen else '',
-        k_min=f'{min(k):.3f}' if k else '',
-        k_max=f'{max(k):.3f}' if k else '',
-        k=' '.join(f'{value:.3f}' for value in k),
         precision=asked_precision(args),
         run=folder.name,
         status='done' if result else f"stopped after epoch {done} of {args['epochs']}",
         **{name: result.get(name, '') for name in ('minutes', 'hardware', 'versions', 'command')},
     )
-    return with_counts({name: str(row.get(name, '')) for name in COLUMNS}, result)
+    return with_result({name: str(row.get(name, '')) for name in COLUMNS}, dict(k=last_k) | result)
 
 
-def with_counts(row: Row, result: Mapping[str, Any]) -> Row:
-    """A row with the errors that a result counts, if it does."""
+def with_result(row: Row, result: Mapping[str, Any]) -> Row:
+    """A row with the errors that a result counts, if it does, and with its ``k``."""
+    k = result['k']
+    if k:
+        row = row | dict(k_min=f'{min(k):.3f}', k_max=f'{max(k):.3f}', k=' '.join(f'{value:.3f}' for value in k))
     shown = {name: str(result[name]) for name in ('errors', 'images') if name in result}
     for name in ('top1', 'top5'):
         if name in result:
@@ -145,20 +145,31 @@ def _quoted(value: str) -> str:
 # The page
 
 
-def write_report(results: Path, page: Path) -> None:
-    """Write the page of results and its pictures, from the files of a folder of results.
+def read_frame(results: Path) -> Tuple[List[Dict[str, Any]], str]:
+    """The tables of the page and the remarks.
 
     Raises:
         UserError: If a file is missing or can not be read.
     """
     try:
         tables = yaml.safe_load((results / 'tables.yaml').read_text(encoding='utf-8'))
-        remarks = (results / 'remarks.md').read_text(encoding='utf-8').strip()
+        return tables, (results / 'remarks.md').read_text(encoding='utf-8').strip()
     except (OSError, yaml.YAMLError) as e:
         raise UserError(f'{results} has no readable {Path(getattr(e, "filename", None) or "tables.yaml").name}; run '
                         'this in a checkout, or name its results with --results.') from e
+
+
+def write_report(results: Path, page: Path) -> None:
+    """Write the page of results and its pictures, from the files of a folder of results.
+
+    Raises:
+        UserError: If a file is missing or can not be read.
+    """
+    tables, remarks = read_frame(results)
     published = read_rows(results / 'published.csv')
     runs = {dataset: read_rows(results / f'{dataset}.csv') for dataset in DATASETS.values()}
+    others = [path.stem for path in sorted(results.glob('*.csv')) if path.stem not in ('published', *runs)]
+    runs |= {dataset: read_rows(results / f'{dataset}.csv') for dataset in others}
     lines = ['# Results', '', '<!-- made by `timm-lm report`; change results/ and run it again -->', '', remarks, '']
     for table in tables:
         lines += _section(table, runs[table['dataset']], published)

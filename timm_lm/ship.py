@@ -15,8 +15,8 @@ from .files import atomic_folder, write_text
 from .hub import CARD_NAME, check_name, load_folder, save_folder, saved_model_args, verify_folder, write_digests
 from .models._weights import weights_dir
 from .networks import write_table
-from .results import Row, add_rows, read_run, with_counts, write_report
-from .training.result import count_errors, run_card
+from .results import Row, add_rows, read_run, with_result, write_report
+from .training.result import count_errors, mean_k, run_card
 
 HALF_FROM = 600_000  # parameters; from lm_resnet44 (0.66 million) on weights ship in half precision
 TRACKED_LIMIT = 20 << 20  # bytes of all weights folders together
@@ -64,21 +64,21 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
         with atomic_folder(weights / row['model']) as new:
             shutil.copytree(folder, new, dirs_exist_ok=True)
     write_digests(weights)
-    row = with_counts(row, told)
+    row = with_result(row, told)
     add_rows([row], results)
     return row
 
 
 def _save_half(source: Path, folder: Path, told: Dict[str, Any], args: Dict[str, Any],
                data_dir: Optional[str]) -> Dict[str, Any]:
-    """Save a weights folder in half precision, with a card of its own count; returns the count."""
-    model = load_folder(source)
-    save_folder(model, folder, '', saved_model_args(str(source)), dtype=torch.float16)
-    counts = count_errors(
+    """Save a weights folder in half precision, with a card of its own; returns its count of errors and its ``k``."""
+    save_folder(load_folder(source), folder, '', saved_model_args(str(source)), dtype=torch.float16)
+    model = load_folder(folder)
+    counts: Dict[str, Any] = count_errors(
         folder, args['val_split'], data_dir=data_dir or args['data_dir'], dataset=args['dataset'],
         input_key=args['input_key'], target_key=args['target_key'], class_map=args['class_map'])
     write_text(folder / CARD_NAME, run_card(told | counts, args, model, 'float16'))
-    return counts
+    return counts | dict(k=mean_k(model))
 
 
 def _size(path: Path) -> int:

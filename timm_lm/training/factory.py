@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
+    DynamoBackend,
     InitProcessGroupKwargs,
     TorchDynamoPlugin,
 )
@@ -68,7 +69,7 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
     on_cpu = _on_cpu(args)
     plugin = None
     if args.torchcompile:
-        _check_backend(args.torchcompile, on_cpu)
+        check_compiler(args.torchcompile, args.torchcompile_mode, on_cpu)
         plugin = TorchDynamoPlugin(backend=args.torchcompile, mode=args.torchcompile_mode or 'default', dynamic=False)
     AcceleratorState._reset_state()  # of an earlier training in this process, maybe in another precision
     precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else 'no'
@@ -110,12 +111,22 @@ def _has_accelerator() -> bool:
         hasattr(torch, 'accelerator') and torch.accelerator.is_available())
 
 
-def _check_backend(backend: str, on_cpu: bool) -> None:
-    """The backend of torch.compile, and the compiler that its code for the CPU is in need of."""
-    backends = torch._dynamo.list_backends(exclude_tags=())
+def check_compiler(backend: str, mode: Optional[str], on_cpu: bool) -> None:
+    """Check the backend of torch.compile, its mode, and the compiler that its code for the CPU is in need of.
+
+    Raises:
+        UserError: If there is none of this name.
+    """
+    backends = [name for name in torch._dynamo.list_backends(exclude_tags=())
+                if name.upper() in DynamoBackend.__members__]  # those that Accelerate knows
     if backend not in backends:
         raise UserError(f"There is no backend '{backend}' of torch.compile; there are: {', '.join(backends)}.")
-    if not on_cpu or backend != 'inductor':
+    if backend != 'inductor':
+        return
+    modes = list(torch._inductor.list_mode_options())
+    if mode and mode not in modes:
+        raise UserError(f"There is no mode '{mode}' of torch.compile; there are: {', '.join(modes)}.")
+    if not on_cpu:
         return
     if not any(shutil.which(name) for name in (os.environ.get('CXX', 'g++'), 'g++', 'clang++', 'cl')):
         raise UserError('--torchcompile needs a C++ compiler on the CPU and there is none; install g++, or run eagerly '

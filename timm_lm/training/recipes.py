@@ -18,7 +18,8 @@ def find_recipe(name: str) -> Tuple[Path, Optional[str]]:
     """The file of a recipe, and the network if the name tells one.
 
     Args:
-        name: A shipped recipe (``paper_c10``), one for another of its networks (``lm_resnet56.paper_c10``), or a file.
+        name: A shipped recipe (``paper_c10``), one for another of its networks (``lm_resnet56.paper_c10``), where
+            fine-tuning is for any, or a file.
 
     Raises:
         UserError: If there is no such recipe.
@@ -27,8 +28,9 @@ def find_recipe(name: str) -> Tuple[Path, Optional[str]]:
     for stem, network in ((name, None), (recipe, model)):
         if stem in list_recipes():
             path = RECIPES / f'{stem}.yaml'
-            names = re.findall(r'\w+', path.read_text(encoding='utf-8'))
-            if network and network not in names:
+            text = path.read_text(encoding='utf-8')
+            for_any = re.search('(?m)^pretrained: true', text)
+            if network and not for_any and network not in re.findall(r'\w+', text):
                 raise UserError(f"The recipe {stem} is not for {network}; `timm-lm recipe {stem}` tells what it is "
                                 'for, and --model takes any network.')
             return path, network

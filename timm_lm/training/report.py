@@ -3,14 +3,14 @@ import json
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, ContextManager, Dict, List, Mapping, Optional
 
 from timm.utils import update_summary
 from tqdm import tqdm
 
-from timm_lm.errors import UserError
-from timm_lm.files import write_text
+from timm_lm.files import write_text, writing
 
+MAKE_ROOM = 'Make room, then go on with --resume auto.'
 # What evaluate() returns, in its order.
 EVALUATION = ('top1', 'top5', 'loss', 'errors', 'images', 'images_per_second')
 
@@ -101,13 +101,13 @@ class RunLog:
             UserError: If it can not be written, as on a full disk.
         """
         row: Dict[str, Any] = dict(epoch=epoch, train=train, eval=evaluation, lr=lr, k=k)
-        try:
+        with self._writing():
             with open(self.path, 'a') as f:
                 f.write(json.dumps(row) + '\n')
             _add_to_summary(self.summary, row)
-        except OSError as e:
-            raise UserError(f'The metrics in {self.folder} could not be written ({e}). Make room, then go on with '
-                            '--resume auto.') from e
+
+    def _writing(self) -> ContextManager[None]:
+        return writing(f'The metrics in {self.folder}', MAKE_ROOM)
 
     def truncate(self, epochs: int) -> None:
         """Forget all but the first epochs, which a resumed run repeats, and what was cut short by a crash.
@@ -118,7 +118,7 @@ class RunLog:
         if not self.path.exists():
             return
         rows = self.rows()[:epochs]
-        try:
+        with self._writing():
             write_text(self.path, ''.join(json.dumps(row) + '\n' for row in rows))
             with TemporaryDirectory(dir=self.folder) as temporary:
                 summary = Path(temporary) / self.summary.name
@@ -128,9 +128,6 @@ class RunLog:
                     summary.replace(self.summary)
                 else:
                     self.summary.unlink(missing_ok=True)
-        except OSError as e:
-            raise UserError(f'The metrics in {self.folder} could not be written ({e}). Make room, then go on with '
-                            '--resume auto.') from e
 
     def rows(self) -> List[Dict[str, Any]]:
         """All epochs so far, but for a last one that was cut short."""

@@ -38,7 +38,7 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
     facts: Dict[str, Any] = dict(
         parameters=sum(p.numel() for p in model.parameters()),
         input_size=model.pretrained_cfg['input_size'],
-        k=[k.mean().item() for k in _k_values(model).values()],  # with model_ema not those of the last update
+        k=mean_k(model),  # with model_ema not those of the last update
         command=command,
         epochs=epochs,
         seed=args.seed,
@@ -112,6 +112,11 @@ def count_errors(weights: Path, split: str, **source: Any) -> Dict[str, float]:
 
 def _k_values(model: TimmModel) -> Dict[str, torch.Tensor]:
     return model.k_values() if hasattr(model, 'k_values') else {}
+
+
+def mean_k(model: TimmModel) -> List[float]:
+    """``k`` of each block, the mean over channels if it is one a channel."""
+    return [k.mean().item() for k in _k_values(model).values()]
 
 
 def _k_summary(model: TimmModel) -> str:

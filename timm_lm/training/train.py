@@ -15,6 +15,7 @@ from tqdm import tqdm
 from timm_lm.allocator import keep_freed_memory, release_freed_memory
 from timm_lm.data import check_class_names, check_labels
 from timm_lm.errors import UserError
+from timm_lm.files import writing
 from timm_lm.hub import TimmModel, describe
 
 from .batches import create_loader, load_split, resolve_input_config
@@ -28,7 +29,7 @@ from .factory import (
 )
 from .loop import Training
 from .plan import describe_data, describe_run, describe_schedule
-from .report import RunLog, epoch_table
+from .report import MAKE_ROOM, RunLog, epoch_table
 from .result import command_line, save_weights
 from .run_folder import create_run_folder, find_checkpoint, run_folder
 from .signals import Interrupted, StopSignals
@@ -92,7 +93,11 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     channels_last = args.channels_last and accelerator.distributed_type != DistributedType.FSDP
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     if args.grad_checkpointing:
-        model.set_grad_checkpointing()
+        try:
+            model.set_grad_checkpointing()
+        except (AssertionError, AttributeError) as e:
+            raise UserError(f'{args.model} can not recompute in its backward pass; leave --grad-checkpointing '
+                            'out.') from e
     model = share_batch_statistics(args, model, accelerator)
     set_seed(args.seed, device_specific=True)  # each process drops other paths
     signals = StopSignals(several=accelerator.num_processes > 1)
@@ -150,14 +155,17 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     release_freed_memory()
     final = training.final_weights()
     if is_main:
-        log.plot()
+        with writing(f'The pictures in {folder}', MAKE_ROOM):
+            log.plot()
         if training.best is not None:
             best = training.best
             tqdm.write(f"best {best['metric']} {best['value']:.4g} after epoch {best['epoch'] + 1}, in "
                        f"{store.folder / best['checkpoint']}; the weights saved are those of the last epoch")
         seen = evaluation or (log.rows()[-1]['eval'] if log.rows() else None)
-        save_weights(args, _finished(args, model, final), folder, eval_loader, seen, training.num_epochs,
-                     training.seconds, command, accelerator.device, accelerator.num_processes)
+        finished = _finished(args, model, final)
+        with writing(f'The weights in {folder}', MAKE_ROOM):
+            save_weights(args, finished, folder, eval_loader, seen, training.num_epochs,
+                         training.seconds, command, accelerator.device, accelerator.num_processes)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
