@@ -149,6 +149,12 @@ def test_k_on_record_is_that_of_the_average(run):
     assert found['k'] == found['k_min'] == f'{k:.3f}' != f'{last:.3f}'
 
 
+def test_drop_is_off_by_default_whatever_the_network_s_own_default_is():
+    options = ['--model', 'ghostnet_050', '--num-classes', '10']
+    assert timm.create_model('ghostnet_050').drop_rate > 0
+    assert [create_model(parse_options([*options, *more])).drop_rate for more in ([], ['--drop', '0.1'])] == [0, 0.1]
+
+
 # The two-step's switch
 
 

@@ -218,6 +218,14 @@ def test_each_reading_of_an_image_is_augmented_anew(tmp_path):
     assert torch.cat(seen).unique(dim=0).shape == (24, 3, 32, 32)
 
 
+def test_large_files_are_not_read_to_find_that_they_do_not_fit(photos, monkeypatch):
+    monkeypatch.setattr(data_module, 'LONG_TO_READ', 0)
+    monkeypatch.setattr(data_module, 'MEMORY_LIMIT', 1000)
+    monkeypatch.setattr(data_module, 'sha256', lambda path: pytest.fail('read as a whole'))
+    with pytest.raises(UserError, match='more than the 0 GiB held in memory'):
+        load_images('test', photos)
+
+
 def test_flips_are_done_once(photos):
     off = ['--loader', 'timm', '--workers', 0, '--scale', 1, 1, '--ratio', 1, 1, '--color-jitter', 0, '--hflip', 0,
            '--train-interpolation', 'bilinear', '--batch-size', 4]
@@ -225,13 +233,16 @@ def test_flips_are_done_once(photos):
     assert all(torch.equal(images.flip(2), other) for (images, _), (other, _) in zip(upright, flipped))
 
 
-@pytest.mark.parametrize('more', [['--no-aug'], ['--train-interpolation', '', '--scale', 1, 1, '--ratio', 1, 1,
-                                                 '--color-jitter', 0, '--hflip', 0]], ids=['no-aug', 'whole images'])
-def test_training_in_memory_sees_whole_images(tmp_path, more):
+@pytest.mark.parametrize('width, more', [
+    (48, ['--no-aug']),
+    (60, ['--no-aug']),
+    (48, ['--train-interpolation', '', '--scale', 1, 1, '--ratio', 1, 1, '--color-jitter', 0, '--hflip', 0]),
+])
+def test_training_in_memory_sees_whole_images(tmp_path, width, more):
     """The share of a centre crop is for validation; images are those of timm's transforms."""
     rng = np.random.default_rng(0)
     for split in ('train', 'test'):
-        write_parquet(tmp_path / f'{split}.parquet', [rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)] * 8)
+        write_parquet(tmp_path / f'{split}.parquet', [rng.integers(0, 256, (48, width, 3), dtype=np.uint8)] * 8)
     common = ['--crop-pct', 0.5, '--batch-size', 4, '--workers', 0, *more]
     (memory, shown), (workers, _) = (loaders(tmp_path, *common, '--loader', kind) for kind in ('memory', 'timm'))
     assert same(list(memory), list(workers))

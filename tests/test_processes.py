@@ -262,6 +262,13 @@ def test_bad_input_is_told_once(output, tmp_path):
     assert not (output / 'bad').exists()
 
 
+def test_run_folder_that_one_process_does_not_see_is_told(driven, output):
+    for facts, own in zip(driven.facts, (output, output / 'other_disk')):
+        code, told = facts['apart']
+        assert code == 2 and f'The processes do not find the same checkpoint in {own / "alone"};' in told
+    assert not (output / 'other_disk').exists()
+
+
 # Ends
 
 

@@ -401,8 +401,8 @@ def test_branches_and_pull_requests(hub, done, refused, folder):
 
 @pytest.mark.parametrize('config, message', [
     (dict(architectures=['ViTModel'], hidden_size=8), "its config has no 'architecture'); give a repo of a timm model"),
-    (dict(architecture='lm_resnet20', model_args=dict(depth=3)), "unexpected keyword argument 'depth'"),
-    (dict(architecture='lm_resnet20', model_args=dict(global_pool='nope')), 'could not be loaded ('),
+    (dict(architecture='lm_resnet20', pretrained_cfg={}, model_args=dict(depth=3)), "unexpected keyword argument"),
+    (dict(architecture='lm_resnet20', pretrained_cfg={}, model_args=dict(global_pool='nope')), 'could not be loaded ('),
 ])
 def test_repos_of_other_kinds_are_told(hub, refused, tmp_path, config, message):
     (tmp_path / 'config.json').write_text(json.dumps(config))

@@ -74,7 +74,7 @@ def test_a_run_that_did_not_end_is_a_row_too(run_folder, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / 'cut')
     (run / 'result.json').unlink()
     lines = (run / 'metrics.jsonl').read_text().splitlines(keepends=True)
-    (run / 'metrics.jsonl').write_text(lines[0])
+    (run / 'metrics.jsonl').write_text(lines[0] + lines[1][:-20])  # killed while it wrote
     (path,) = add_runs([run], tmp_path / 'results')
     (found,) = read_rows(path)
     assert found['status'] == 'stopped after epoch 1 of 2' and found['top1_err'] == ''

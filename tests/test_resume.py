@@ -14,9 +14,12 @@ from forked import Command
 from safetensors.torch import load_file
 
 from timm_lm.errors import UserError
+from timm_lm.results import read_run
 from timm_lm.training.checkpoint import CheckpointStore
+from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
 from timm_lm.training.report import RunLog
+from timm_lm.training.run_folder import create_run_folder
 
 # A network with dropped paths and noise, so that random states count; float32 on the CPU.
 OPTIONS = [
@@ -139,6 +142,10 @@ def test_damaged_newest_checkpoint_is_passed_over(few_digits, left_alone, tmp_pa
     assert any(f'{cut} is not whole' in line for line in lines)
     assert f'Going on from {before}' in out
     assert final_state(tmp_path) == final_state(left_alone)
+    # what was passed over is out of the way of the new ones
+    aside = {path.name[-14:] for path in (tmp_path / 'run' / 'checkpoints').glob('set-aside-*')}
+    assert aside == {cut.name, flipped.name}
+    assert CheckpointStore(tmp_path / 'run' / 'checkpoints').read(flipped).progress.epoch == 3
 
 
 def test_checkpoint_holds_what_moves_and_no_more_than_asked_are_kept(left_alone):
@@ -215,6 +222,18 @@ def test_going_back_sets_later_checkpoints_aside(few_digits, left_alone, tmp_pat
     assert final_state(tmp_path) == final_state(left_alone)
 
 
+def test_result_of_a_later_end_goes(few_digits, left_alone, tmp_path):
+    shutil.copytree(left_alone / 'run', tmp_path / 'run')
+    unfinished = tmp_path / 'run' / 'checkpoints' / '.step-000000003.x'  # as a process killed while it writes leaves
+    unfinished.mkdir()
+    assert read_run(tmp_path / 'run')['status'] == 'done'
+    words = arguments(few_digits, tmp_path, '--resume', checkpoints(tmp_path)[-2])
+    code, _, err = Command(*words, file_limit=100_000).wait()
+    assert code == 2 and 'could not be written' in err
+    assert read_run(tmp_path / 'run')['status'].startswith('stopped after epoch ')
+    assert not unfinished.exists()
+
+
 def test_loss_that_is_not_finite_names_batch_rate_and_checkpoint(few_digits, tmp_path, fails):
     line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, *OPTIONS, '--output', tmp_path, '--lr',
                  '1e20', '--log-interval', '1')
@@ -233,6 +252,18 @@ def test_other_options_are_refused_by_name(few_digits, left_alone, fails):
                                                 '--resume', 'auto')
 
 
+def test_of_two_runs_that_start_at_once_one_is_refused(few_digits, left_alone, tmp_path):
+    started = [Command(*arguments(few_digits, tmp_path)) for _ in range(2)]
+    codes, _, errors = zip(*(run.wait() for run in started))
+    assert sorted(codes) == [0, 2] and 'holds another run' in ''.join(errors), errors
+    assert final_state(tmp_path) == final_state(left_alone)
+    # also where both have looked into the folder before either makes it
+    args = parse_options(arguments(few_digits, tmp_path)[1:])
+    create_run_folder(tmp_path / 'other', args, resumed=False)
+    with pytest.raises(UserError, match='holds another run'):
+        create_run_folder(tmp_path / 'other', args, resumed=False)
+
+
 def test_missing_checkpoint_is_named(few_digits, tmp_path, fails):
     folder = tmp_path / 'run' / 'checkpoints' / 'step-000000001'
     line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--resume', folder)
@@ -246,8 +277,12 @@ def test_another_number_of_processes_is_refused(few_digits, left_alone, tmp_path
     shutil.copytree(left_alone / 'run', tmp_path / 'run')
     for path in (tmp_path / 'run' / 'checkpoints').glob('*/state.json'):
         path.write_text(json.dumps(dict(json.loads(path.read_text()), processes=2)))
-    line = fails(*arguments(few_digits, tmp_path, '--resume', 'auto'))
-    assert 'was started with 2 process(es) and can not go on with 1' in line
+    before = {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
+    for resume in ('auto', checkpoints(tmp_path)[0]):
+        words = arguments(few_digits, tmp_path, '--resume', resume)
+        line = fails(*words)
+        assert 'was started with 2 process(es) and can not go on with 1' in line
+    assert {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()} == before
 
 
 def test_a_run_whose_rate_follows_the_batch_goes_on(few_digits, tmp_path, command):

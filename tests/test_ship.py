@@ -17,7 +17,7 @@ from timm_lm import ship as ship_module
 from timm_lm.errors import UserError
 from timm_lm.hub import recorded_error, verify_folder
 from timm_lm.models._weights import read_digests
-from timm_lm.results import read_rows
+from timm_lm.results import read_rows, read_run
 from timm_lm.ship import ship
 from timm_lm.training.options import parse_options
 from timm_lm.training.train import train
@@ -57,6 +57,15 @@ def test_small_network_ships_as_it_is(run, places):
         assert (folder / path.relative_to(run / 'weights')).read_bytes() == path.read_bytes()
     assert list(read_digests(weights)) == ['lm_resnet20.paper_c10/model.safetensors']
     assert read_rows(results / 'cifar10.csv') == [row] and row['run'] == 'run'
+
+
+def test_run_without_a_validation_is_done_and_does_not_ship(few_digits, places, tmp_path):
+    run = train(parse_options(['-c', 'demo_digits', '--data-dir', str(few_digits), *SMALL, '--val-split', '',
+                               '--output', str(tmp_path), '--experiment', 'uncounted']))
+    row = read_run(run)
+    assert (row['status'], row['errors']) == ('done', '') and row['param_count']
+    with pytest.raises(UserError, match='it was trained without a --val-split'):
+        ship(run, *places)
 
 
 def test_large_network_ships_in_half_precision_with_its_own_count(run, places, monkeypatch):

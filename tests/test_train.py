@@ -157,8 +157,10 @@ def test_bad_data_is_named_and_nothing_is_written(few_digits, tmp_path, fails):
             (['--sched', 'cosin'], 'cosin'),
             (['--torchcompile', 'nope'], "no backend 'nope'"),
             (['--torchcompile', 'ts'], "no backend 'ts'"),  # torch has it, Accelerate does not
-            (['--torchcompile', '--torchcompile-mode', 'nope'], "no mode 'nope' of torch.compile; there are: default,"),
-            (['--model', 'ghostnet_050', '--grad-checkpointing'], 'ghostnet_050 can not recompute in its backward pass'),
+            (['--torchcompile', '--torchcompile-mode', 'nope'], "no mode 'nope' of torch.compile; there are: "),
+            (['--model', 'dla46_c', '--grad-checkpointing'], 'dla46_c can not recompute in its backward pass'),
+            (['--mixup', '0.2', '--mixup-off-epoch', '13'], '--mixup-off-epoch 13 comes after the end, the run has 12'),
+            (['--two-step-epoch', '12'], '--two-step-epoch 12 comes after the end, the run has 12'),
             (['--interpolation', 'nope', '--train-interpolation', 'nope'], "no interpolation 'nope'"),
             (['--gp', 'nope'], 'can not be made with these options'),
             (['--seed', '-1'], '--seed must not be negative'),

@@ -2,6 +2,7 @@
 
 Each process leaves ``facts<rank>.json``; the last thing is a training that must fail.
 """
+import io
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import sys
 import time
 import traceback
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from copy import copy, deepcopy
 from pathlib import Path
 
@@ -171,6 +172,16 @@ def cut_back(folder, target, updates):
             shutil.rmtree(path)
 
 
+def apart(data, output, rank):
+    """Go on with a run whose folder is on a disk that only the main process sees; returns what is told."""
+    own = output if rank == 0 else output / 'other_disk'
+    patience, cli.PATIENCE = cli.PATIENCE, 0
+    with redirect_stderr(io.StringIO()) as told:
+        code = cli.main(train_command(data, own, 'alone', *LONG))
+    cli.PATIENCE = patience
+    return [code, told.getvalue()]
+
+
 def poison_one_process():
     """Make the third batch of the second epoch of process 1 unusable."""
     batches = BatchLoader.batches
@@ -214,6 +225,7 @@ def main(data, output, port):
     facts['statistics'] = []
     with watched_statistics(facts['statistics']):
         train('own', '--epochs', '1', '--batch-size', '32', '--no-ddp-bb', '--model-ema', '--model-ema-decay', '0.5')
+    facts['apart'] = apart(data, output, rank)
     facts['written'] = [path for path in written if str(output) in path]
     (output / f'facts{rank}.json').write_text(json.dumps(facts))
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .errors import UserError
 from .files import sha256
 
+LONG_TO_READ = 1 << 30  # bytes of files; whether a split fits is found before they are read
 MEMORY_LIMIT = 4 << 30  # bytes of a decoded split
 # train-00000-of-00005, also with the digest that older uploads have, or train
 _SHARD = re.compile(r'(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+)(?:-[0-9a-f]{16})?)?$')
@@ -138,14 +139,14 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
 class _Decoder:
     """Encoded image -> uint8 array (C, H, W) of the wanted size, by timm's evaluation transform where sizes differ."""
 
-    def __init__(self, input_size: Sequence[int], crop_pct: float, interpolation: str):
+    def __init__(self, input_size: Sequence[int], crop_pct: float, interpolation: str, crop_mode: str):
         channels, height, width = input_size
         self.size = (width, height)
         self.as_it_is = crop_pct == 1.0
         try:
             self.transform = create_transform(
                 (channels, height, width), is_training=False, use_prefetcher=True, crop_pct=crop_pct,
-                interpolation=interpolation)
+                crop_mode=crop_mode, interpolation=interpolation)
         except KeyError as e:
             raise UserError(f"There is no interpolation '{interpolation}'; use bilinear or bicubic.") from e
 
@@ -432,6 +433,7 @@ def load_images(
         class_map: str = '',
         download: bool = False,
         progress: bool = False,
+        crop_mode: str = 'center',
 ) -> ImageSet:
     """Decode a split into memory.
 
@@ -448,6 +450,7 @@ def load_images(
         class_map: As in ``timm.data.create_dataset``.
         download: As in ``timm.data.create_dataset``.
         progress: Show a progress bar while decoding.
+        crop_mode: How images that are not square become so, in timm's names.
 
     Returns:
         The decoded split; Parquet comes from a cache on disk when it was decoded before.
@@ -455,7 +458,7 @@ def load_images(
     Raises:
         UserError: If the data is missing, has no such split, or can not be read.
     """
-    decode = _Decoder(input_size, crop_pct, interpolation)
+    decode = _Decoder(input_size, crop_pct, interpolation, crop_mode)
     mode = _mode(input_size[0])
     folder = _parquet_folder(data_dir, dataset, split)
     if folder is None:
@@ -464,8 +467,10 @@ def load_images(
         return _decode_all(images, decode, progress)
     paths = find_parquet(folder, split)
     _check_no_class_map(folder, class_map)
-    settings = dict(input_size=list(input_size), crop_pct=crop_pct, interpolation=interpolation,
+    settings = dict(input_size=list(input_size), crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation,
                     input_key=input_key, target_key=target_key)
+    if sum(path.stat().st_size for path in paths) > LONG_TO_READ:
+        _check_memory(split, _count_rows(paths), input_size)
     cache = _cache_path(paths, settings)
     data = _read_cache(cache)
     if data is None:

@@ -39,11 +39,11 @@ def read_run(folder: Union[str, Path]) -> Row:
     Raises:
         UserError: If it is no run folder.
     """
+    from .training.report import RunLog
     folder = Path(folder)
     try:
         args = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
-        lines = (folder / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
-        epochs = [json.loads(line) for line in lines]
+        epochs = RunLog(folder).rows()
         path = folder / 'result.json'
         result = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
         if not epochs:

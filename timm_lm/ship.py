@@ -43,9 +43,12 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
     """
     run = Path(run)
     row = read_run(run)
-    if row['status'] != 'done' or not row['errors']:
+    if row['status'] != 'done':
         raise UserError(f"The run {run} has no count of errors to ship ({row['status']}); go on with it by --resume "
-                        'auto, with a --val-split.')
+                        'auto.')
+    if not row['errors']:
+        raise UserError(f'The run {run} has no count of errors to ship, as it was trained without a --val-split; train '
+                        'another with one.')
     check_name(row['model'])
     told = json.loads((run / 'result.json').read_text(encoding='utf-8'))
     args = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))

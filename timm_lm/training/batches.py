@@ -64,6 +64,7 @@ def load_split(args: argparse.Namespace, split: str, data_config: Dict[str, Any]
                 split,
                 input_size=data_config['input_size'],
                 crop_pct=1.0 if is_training else data_config['crop_pct'],  # timm crops validation images only
+                crop_mode='squash' if is_training and args.no_aug else 'center',
                 interpolation=data_config['interpolation'],
                 progress=show,
                 **source,

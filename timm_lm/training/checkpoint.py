@@ -162,15 +162,24 @@ class CheckpointStore:
                 shutil.rmtree(old)
         return folder
 
-    def set_aside_after(self, checkpoint: Checkpoint) -> List[Path]:
-        """Rename the checkpoints after one that a run goes back to, so that it does not go on from them later.
+    def remove_unfinished(self) -> None:
+        """Remove what a killed process left of checkpoints that it was writing."""
+        for folder in self.folder.glob(f'.{PREFIX}*'):
+            shutil.rmtree(folder)
+
+    def set_aside_after(self, checkpoint: Optional[Checkpoint]) -> List[Path]:
+        """Rename the checkpoints after the one that a run goes on from, damaged ones or those of another way, so that
+        they do not count as its newest.
+
+        Args:
+            checkpoint: The one it goes on from, None if it starts anew.
 
         Returns:
             Where they lie now.
         """
         aside = []
         for folder in self.newest_first():
-            if folder.name > checkpoint.folder.name:
+            if checkpoint is None or folder.name > checkpoint.folder.name:
                 place = folder.with_name(f'set-aside-{datetime.now():%Y%m%d-%H%M%S}-{folder.name}')
                 aside.append(folder.rename(place))
         return aside

@@ -145,7 +145,7 @@ def create_model(args: argparse.Namespace) -> TimmModel:
     kwargs = dict(
         num_classes=args.num_classes,
         in_chans=in_chans,
-        drop_rate=args.drop or None,
+        drop_rate=args.drop,
         drop_path_rate=args.drop_path,
         drop_block_rate=args.drop_block,
         global_pool=args.gp,

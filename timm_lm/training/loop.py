@@ -85,6 +85,11 @@ class Training:
         if args.sched != 'none' and self.scheduler is None:
             raise UserError(f"There is no schedule '{args.sched}'; use cosine, multistep, step, poly, tanh, plateau or "
                             'none.')
+        for name, value, last in (('mixup-off', args.mixup_off_epoch, self.num_epochs),
+                                  ('two-step', args.two_step_epoch, self.num_epochs - 1)):
+            if value > last:
+                raise UserError(f'--{name}-epoch {value} comes after the end, the run has {self.num_epochs} epochs; '
+                                'change one of them.')
         self.network, self.optimizer = accelerator.prepare(model, self.plain_optimizer)
         self.uses_cuda_graphs = bool(args.torchcompile) and accelerator.device.type == 'cuda'
         # of the running epoch, on the device: summed loss, correct images; of the first batch whose loss is not finite,

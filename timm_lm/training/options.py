@@ -476,11 +476,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f'Mixup and cutmix mix pairs: --batch-size must be even, not {args.batch_size}.')
     if args.kd_temperature <= 0:
         raise UserError(f'--kd-temperature must be positive, not {args.kd_temperature}.')
-    if args.mixup_off_epoch > args.epochs:
-        raise UserError(f'--mixup-off-epoch {args.mixup_off_epoch} comes after the end, --epochs {args.epochs}; change '
-                        'one of them.')
-    if not 0 <= args.two_step_epoch < args.epochs:
-        raise UserError(f'--two-step-epoch {args.two_step_epoch} must come before the end, --epochs {args.epochs}.')
+    if args.two_step_epoch < 0:
+        raise UserError(f'--two-step-epoch must not be negative, it is {args.two_step_epoch}.')
     starts = [name for name in ('pretrained', 'initial_checkpoint', 'grow_from') if getattr(args, name)]
     if args.grow_from and len(starts) > 1:
         raise UserError(f"{' and '.join(map(_option, starts))} both give the first weights; leave one out.")

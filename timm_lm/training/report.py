@@ -110,14 +110,14 @@ class RunLog:
         return writing(f'The metrics in {self.folder}', MAKE_ROOM)
 
     def truncate(self, epochs: int) -> None:
-        """Forget all but the first epochs, which a resumed run repeats, and what was cut short by a crash.
+        """Forget all after the first epochs, which a resumed run repeats, and what was cut short by a crash.
 
         Raises:
             UserError: If they can not be written; the files are as before then.
         """
         if not self.path.exists():
             return
-        rows = self.rows()[:epochs]
+        rows = [row for row in self.rows() if row['epoch'] < epochs]
         with self._writing():
             write_text(self.path, ''.join(json.dumps(row) + '\n' for row in rows))
             with TemporaryDirectory(dir=self.folder) as temporary:

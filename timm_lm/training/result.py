@@ -21,6 +21,7 @@ from timm_lm.precision import asked_precision
 from .evaluate import evaluate
 from .options import COUNT_BATCH_SIZE
 
+RESULT_NAME = 'result.json'  # in the folder of a run that ended
 DATASET_NAMES = {'uoft-cs/cifar10': 'CIFAR-10', 'uoft-cs/cifar100': 'CIFAR-100'}
 
 
@@ -52,6 +53,7 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
     options = vars(args)
     weights = save_folder(model, folder / 'weights', run_card(told, options, model), model_args)
     if eval_loader is None:
+        _write_result(folder, told)
         return
     threads = torch.get_num_threads()
     if num_processes > 1:  # a launcher gives each process one thread or a few; the others wait now
@@ -60,9 +62,13 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
     torch.set_num_threads(threads)
     told = result | told
     write_text(weights / CARD_NAME, run_card(told, options, model))
-    write_text(folder / 'result.json', json.dumps(told, indent=2) + '\n')
+    _write_result(folder, told)
     tqdm.write(f"{weights}: error {100 - result['top1']:.2f} % ({result['errors']} of {result['images']} images, "
                'float32, eager, on the CPU)')
+
+
+def _write_result(folder: Path, told: Mapping[str, Any]) -> None:
+    write_text(folder / RESULT_NAME, json.dumps(told, indent=2) + '\n')
 
 
 def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel, saved_in: str = 'float32') -> str:

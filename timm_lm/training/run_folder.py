@@ -20,6 +20,10 @@ FREE_OPTIONS = (
 )
 
 
+_OTHER_RUN = ('The run folder {} holds another run; give another --experiment, go on with --resume auto, or remove '
+              'it.')
+
+
 def run_folder(args: argparse.Namespace, model: TimmModel) -> Path:
     """Where the run is to be, not made yet.
 
@@ -54,8 +58,7 @@ def find_checkpoint(args: argparse.Namespace, folder: Path, store: CheckpointSto
         raise UserError(f'The run folder {folder} can not be made, a file is in its way; choose another --output.')
     if not args.resume:
         if folder.exists() and any(folder.iterdir()):
-            raise UserError(f'The run folder {folder} holds another run; give another --experiment, go on with '
-                            '--resume auto, or remove it.')
+            raise UserError(_OTHER_RUN.format(folder))
         return None
     if (folder / 'args.yaml').is_file():
         _compare_options(args, folder)
@@ -78,12 +81,15 @@ def create_run_folder(folder: Path, args: argparse.Namespace, resumed: bool) -> 
     """Make the folder, and write the options of a new run.
 
     Raises:
-        UserError: If it can not be written.
+        UserError: If it can not be written, or another run was started there in the meantime.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / 'checkpoints').mkdir(exist_ok=bool(args.resume))  # by the first of several that start at once
         if not resumed:
             options = {name: value for name, value in vars(args).items() if name not in ('config', 'resume', 'dry_run')}
             write_text(folder / 'args.yaml', yaml.safe_dump(options, sort_keys=True))
+    except FileExistsError as e:
+        raise UserError(_OTHER_RUN.format(folder)) from e
     except OSError as e:
         raise UserError(f'The run folder {folder} can not be written ({e}); choose another place with --output.') from e

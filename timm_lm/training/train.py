@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
 import torch
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 from tqdm import tqdm
 
 from timm_lm.allocator import keep_freed_memory, release_freed_memory
@@ -19,7 +19,7 @@ from timm_lm.files import writing
 from timm_lm.hub import TimmModel, describe
 
 from .batches import create_loader, load_split, resolve_input_config
-from .checkpoint import CheckpointStore, Progress
+from .checkpoint import Checkpoint, CheckpointStore, Progress
 from .factory import (
     create_accelerator,
     create_model,
@@ -30,7 +30,7 @@ from .factory import (
 from .loop import Training
 from .plan import describe_data, describe_run, describe_schedule
 from .report import MAKE_ROOM, RunLog, epoch_table
-from .result import command_line, save_weights
+from .result import RESULT_NAME, command_line, save_weights
 from .run_folder import create_run_folder, find_checkpoint, run_folder
 from .signals import Interrupted, StopSignals
 
@@ -74,6 +74,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     # The checkpoint to go on from
     store = CheckpointStore(folder / 'checkpoints', keep=args.checkpoint_hist)
     checkpoint = find_checkpoint(args, folder, store, tell=tqdm.write if is_main else lambda line: None)
+    _compare_checkpoints(accelerator, checkpoint, folder)
 
     # Data
     data_config = resolve_input_config(args, model)
@@ -112,21 +113,22 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
         return folder
 
     # Run folder
+    progress = training.resume(checkpoint) if checkpoint else Progress()  # refused before anything is changed
     accelerator.wait_for_everyone()
     log = RunLog(folder)
     if is_main:
         create_run_folder(folder, args, resumed=checkpoint is not None)
-        log.truncate(checkpoint.progress.epoch if checkpoint else 0)
-    _start_trackers(args, accelerator, folder)
-    progress = Progress()
-    if checkpoint is not None:
-        progress = training.resume(checkpoint)
-        if is_main:
+        log.truncate(progress.epoch)
+        if progress.epoch < training.num_epochs:
+            (folder / RESULT_NAME).unlink(missing_ok=True)  # of a later end
+        if checkpoint is not None:
             print(f'Going on from {checkpoint.folder}: epoch {progress.epoch + 1}, batch {progress.batch + 1}',
                   flush=True)
-            if args.resume != 'auto':
-                for aside in store.set_aside_after(checkpoint):
-                    print(f'A later checkpoint is now {aside}', flush=True)
+        if args.resume:
+            store.remove_unfinished()
+            for aside in store.set_aside_after(checkpoint):
+                print(f'A later checkpoint is now {aside}', flush=True)
+    _start_trackers(args, accelerator, folder)
 
     # Epochs
     if accelerator.device.type == 'cpu':
@@ -169,6 +171,12 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
+
+
+def _compare_checkpoints(accelerator: Any, checkpoint: Optional[Checkpoint], folder: Path) -> None:
+    if accelerator.num_processes > 1 and len(set(gather_object([checkpoint and checkpoint.state['sha256']]))) > 1:
+        raise UserError(f'The processes do not find the same checkpoint in {folder}; the folder of a run must lie on a '
+                        'disk that all machines see.')
 
 
 @contextmanager
