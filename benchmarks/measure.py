@@ -14,6 +14,8 @@ import torch
 from timm_lm.precision import cpu_has_bfloat16
 from timm_lm.training.result import usable_cores
 
+torch.backends.cudnn.benchmark = True  # as timm's scripts
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of every benchmark that takes turns."""
@@ -78,7 +80,6 @@ def take_turns(
         if device == 'cuda':
             torch.cuda.synchronize()
 
-    torch.backends.cudnn.benchmark = True  # as timm's scripts
     seconds: Dict[str, List[float]] = {name: [] for name in peers}
     for work in peers.values():
         for _ in range(warmup):

@@ -1,12 +1,12 @@
 """Peak memory of one training, which runs in this process: our engine's, or a bare loop's that it is compared with.
 
-Of the bare loop also images/s: an engine that has nothing to do but the same steps would reach them.
+The bare loop also prints its images/s, a line an epoch: what an engine would reach that did nothing but the steps.
 
     python peak_memory.py REPORT engine COMMAND...   what `timm-lm COMMAND...` does
     python peak_memory.py REPORT bare OPTIONS        a loop by the options in a file of JSON
     python peak_memory.py REPORT keeping OPTIONS     the same loop, which keeps freed memory as our engine does
 
-REPORT gets one JSON object: ``bytes`` and what they are, ``kind``, and ``images_per_second`` of a loop.
+Further arguments are passed over. REPORT gets one JSON object: ``bytes`` and what they are, ``kind``.
 `train_throughput.py` starts all.
 """
 import json
@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any, Dict
 
 from timm_lm.allocator import keep_freed_memory
-
-WARM_UP = 5  # steps of the bare loop that do not count
 
 
 def peak_memory() -> Dict[str, Any]:
@@ -37,17 +35,15 @@ def peak_memory() -> Dict[str, Any]:
         return dict(bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, kind='peak resident set')
 
 
-def bare_loop(options: Namespace) -> float:
+def bare_loop(options: Namespace) -> None:
     """Train on random pixels: what a network costs without an engine.
 
     It holds nothing but the data set as one uint8 tensor (N, C, H, W) with its labels, the network, the optimizer and
     the compiled step.
 
     Args:
-        options: Options of a training, with ``images``, the number N, ``input_size`` (C, H, W) and ``steps``, batches.
-
-    Returns:
-        Images/s of the steps after the first ones, which compile.
+        options: Options of a training, with ``images``, the number N, ``input_size`` (C, H, W) and ``steps``, the
+            batches of an epoch.
     """
     import timm
     import torch
@@ -77,10 +73,8 @@ def bare_loop(options: Namespace) -> float:
             model, backend=options.torchcompile, mode=options.torchcompile_mode, dynamic=False)  # type: ignore
     dtype = torch.bfloat16 if options.amp_dtype == 'bfloat16' else torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp and dtype == torch.float16)
-    start = 0.
-    for step in range(WARM_UP + options.steps):
-        if step == WARM_UP:
-            start = clock()
+    start = clock()
+    for step in range(options.epochs * options.steps):
         index = torch.randint(options.images, (options.batch_size,), device=device)
         images = pixels[index].float().sub_(128).div_(64).contiguous(memory_format=layout)
         with torch.autocast(device.type, dtype=dtype, enabled=options.amp):
@@ -89,22 +83,24 @@ def bare_loop(options: Namespace) -> float:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    return options.steps * options.batch_size / (clock() - start)
+        if (step + 1) % options.steps == 0:
+            end = clock()
+            print(f'{options.steps * options.batch_size / (end - start):.1f} images/s', flush=True)
+            start = end
 
 
 def main() -> None:
     report, kind, *rest = sys.argv[1:]
-    speed: Dict[str, float] = {}
     try:
         if kind in ('bare', 'keeping'):
             if kind == 'keeping':
                 keep_freed_memory()
-            speed['images_per_second'] = bare_loop(Namespace(**json.loads(Path(rest[0]).read_text())))
+            bare_loop(Namespace(**json.loads(Path(rest[0]).read_text())))
         else:
             sys.argv[1:] = rest
             runpy.run_module('timm_lm.cli', run_name='__main__', alter_sys=True)
     finally:
-        Path(report).write_text(json.dumps(peak_memory() | speed))
+        Path(report).write_text(json.dumps(peak_memory()))
 
 
 if __name__ == '__main__':

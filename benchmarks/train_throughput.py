@@ -7,7 +7,8 @@ In one run, on the same Parquet data and machine, by turns and each in a process
 - `timm-lm train` by the recipe;
 - timm's script by the same recipe, thus in the same precision, memory layout and compilation (float32 on a CPU without
   bfloat16, where `timm-lm train` would leave the recipe's);
-- timm's script by the recipe less these, that is by timm's defaults: float32, contiguous, eager, 4 worker processes.
+- timm's script by the recipe less these, that is by timm's defaults: float32, contiguous, eager, 4 worker processes;
+- a bare loop of the same steps on random pixels, which no engine exceeds without other kernels (`peak_memory.py`).
 
 An epoch is `--steps` batches of the training split. Both engines measure the seconds of an epoch of training, from
 asking for its first batch to its last update. The first epoch, which compiles, does not count; the rate is that of the
@@ -15,8 +16,7 @@ others together, the result the median of the rounds.
 
 Memory is the peak of one epoch of `timm-lm train` on all the data, with validation, checkpoint and saved weights, over
 that of `peak_memory.py bare`, and over that of the same loop when it keeps freed memory, which `timm-lm train` does on
-the CPU. Compilers start with empty caches for all. The rate of that last loop, whose steps are those of the recipe, is
-what no engine exceeds without other kernels.
+the CPU. Compilers start with empty caches for all.
 
 timm's script reads Parquet by the package `datasets`. Runs and caches are in a temporary folder that goes away.
 """
@@ -45,13 +45,16 @@ from measure import columns, machine, machine_line
 from timm_lm.data import find_parquet
 from timm_lm.errors import UserError
 from timm_lm.precision import cpu_has_bfloat16
+from timm_lm.training.factory import can_fuse
 from timm_lm.training.options import parse_options
 from timm_lm.training.result import usable_cores
 
+PEAK_MEMORY = Path(__file__).resolve().parent / 'peak_memory.py'
 # Keys of a recipe that timm's defaults leave off.
 AMP_OPTIONS = ('amp', 'amp_dtype')
 SPEED_OPTIONS = (*AMP_OPTIONS, 'channels_last', 'torchcompile', 'torchcompile_mode')
 # timm's line of a batch: epoch, batch, batches, ..., (mean seconds, mean images/s of the epoch so far)
+BARE_LINE = re.compile(r'([\d.]+) images/s')
 TIMM_LINE = re.compile(r'Train: (\d+) \[ *(\d+)/(\d+) .*?\( *[\d.]+s, +([\d.]+)/s\)')
 LAST_LINES = 12  # of the output of a command that failed
 
@@ -188,6 +191,10 @@ def timm_rates(_folder: Path, printed: str) -> List[float]:
     return [rates[epoch] for epoch in sorted(rates)]
 
 
+def bare_rates(_folder: Path, printed: str) -> List[float]:
+    return [float(rate) for rate in BARE_LINE.findall(printed)]
+
+
 def measure_rate(engine: Engine, folder: Path, name: str, epochs: int) -> float:
     """Images/s of all epochs but the first.
 
@@ -216,6 +223,23 @@ def measure_rates(engines: List[Engine], folder: Path, epochs: int, rounds: int)
 # Memory
 
 
+def write_bare_options(options: List[str], device: str, images: int, steps: int, epochs: int, path: Path) -> Path:
+    """What the bare loop is told, with the optimizer that our engine takes."""
+    args = parse_options(options)
+    cfg = timm.get_pretrained_cfg(args.model)
+    bare = {name: value for name, value in vars(args).items() if name != 'config'} | dict(
+        device=device,
+        images=images,
+        input_size=args.input_size or (list(cfg.input_size) if cfg else [3, 224, 224]),
+        num_classes=args.num_classes or (cfg.num_classes if cfg else 1000),
+        steps=steps,
+        epochs=epochs,
+        opt_kwargs=dict(fused=True) | args.opt_kwargs if can_fuse(args.opt) else args.opt_kwargs,
+    )
+    path.write_text(json.dumps(bare, default=str))
+    return path
+
+
 def measure_memory(options: List[str], data_dir: Path, device: str, steps: int, folder: Path) -> Dict[str, Any]:
     """Peak memory of our engine, of the bare loop, and of the bare loop that keeps freed memory.
 
@@ -228,31 +252,23 @@ def measure_memory(options: List[str], data_dir: Path, device: str, steps: int, 
 
     Returns:
         ``timm_lm``, ``bare`` and ``keeping`` in bytes, the ratios of the first to the others, ``ratio`` and
-        ``ratio_keeping``, ``kind`` of memory, and ``images_per_second`` of the loop that keeps freed memory.
+        ``ratio_keeping``, and ``kind`` of memory.
     """
     args = parse_options(options)
-    cfg = timm.get_pretrained_cfg(args.model)
-    bare = {name: value for name, value in vars(args).items() if name != 'config'} | dict(
-        device=device,
-        images=count_rows(data_dir, args.train_split) + count_rows(data_dir, args.val_split),
-        input_size=args.input_size or (list(cfg.input_size) if cfg else [3, 224, 224]),
-        num_classes=args.num_classes or (cfg.num_classes if cfg else 1000),
-        steps=steps,
-    )
-    (folder / 'bare.json').write_text(json.dumps(bare, default=str))
+    images = count_rows(data_dir, args.train_split) + count_rows(data_dir, args.val_split)
+    bare = str(write_bare_options(options, device, images, steps, 1, folder / 'memory.json'))
     ours = ['train', *options, '--data-dir', str(data_dir), '--epochs', '1', '--device', device,
             '--output', str(folder / 'runs'), '--experiment', 'memory']
-    commands = dict(bare=['bare', 'bare.json'], keeping=['keeping', 'bare.json'], timm_lm=['engine', *ours])
+    commands = dict(bare=['bare', bare], keeping=['keeping', bare], timm_lm=['engine', *ours])
     peaks = {}
     for name, argv in commands.items():
         report = folder / f'{name}-peak.json'
-        run([sys.executable, str(Path(__file__).resolve().parent / 'peak_memory.py'), str(report), *argv], folder,
-            caches=f'{name}-caches')
+        run([sys.executable, str(PEAK_MEMORY), str(report), *argv], folder, caches=f'{name}-caches')
         peaks[name] = json.loads(report.read_text())
         print(f"memory     {peaks[name]['bytes'] / 2**20:9.1f} MiB       {name}", file=sys.stderr, flush=True)
     of = {name: peak['bytes'] for name, peak in peaks.items()}
     return dict(**of, ratio=of['timm_lm'] / of['bare'], ratio_keeping=of['timm_lm'] / of['keeping'],
-                kind=peaks['bare']['kind'], images_per_second=peaks['keeping']['images_per_second'])
+                kind=peaks['bare']['kind'])
 
 
 # The comparison
@@ -295,12 +311,15 @@ def compare(args: argparse.Namespace, folder: Path) -> Dict[str, Any]:
     # neither engine counts validation in its rate
     short = ['--epochs', str(args.epochs), '--val-split', '', '--device', args.device]
     of_timm = ['--dataset', f'hfds/{folder / "data"}', *short]
+    bare = write_bare_options(same, args.device, images, steps, args.epochs, folder / 'bare.json')
     engines = [
         Engine('timm-lm train', our_command('train', *same, '--data-dir', str(folder / 'data'), *short), our_rates),
         Engine('timm train.py, same options', [sys.executable, script, *same, *of_timm, '--workers', str(args.workers)],
                timm_rates),
         Engine('timm train.py, float32, contiguous, eager, 4 workers', [sys.executable, script, *plain, *of_timm],
                timm_rates),
+        Engine('bare loop, the steps alone', [
+            sys.executable, str(PEAK_MEMORY), str(folder / 'bare-peak.json'), 'keeping', str(bare)], bare_rates),
     ]
     rates = measure_rates(engines, folder, args.epochs, args.rounds)
     medians = [statistics.median(of_engine) for of_engine in rates]
@@ -340,9 +359,6 @@ def table(result: Dict[str, Any]) -> str:
     lines += columns(rows)
     memory: Optional[Dict[str, Any]] = result['memory']
     if memory:
-        reached = result['engines'][0]['images_per_second'] / memory['images_per_second']
-        lines += [f"A bare loop of the same steps runs {memory['images_per_second']:,.0f} images/s; timm-lm train "
-                  f'reaches {reached:.2f} of it.']
         lines += ['', *columns([
             (memory['kind'], 'MiB', 'ours is larger by'),
             ('timm-lm train, all data', f"{memory['timm_lm'] / 2**20:,.0f}", ''),

@@ -55,6 +55,7 @@ class Fault:
     status: int
     times: int
     page: Optional[bytes] = None  # what is sent with the status, else the Hub's JSON
+    code: Optional[str] = None  # the Hub's name of the error
 
 
 class Hub:
@@ -94,9 +95,9 @@ class Hub:
         repo.commit({p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()})
         return repo
 
-    def fail(self, route, status=500, times=1, page=None):
+    def fail(self, route, status=500, times=1, page=None, code=None):
         """Answer the next requests of a route with a status."""
-        self.faults.append(Fault(route, 'status', status, times, page))
+        self.faults.append(Fault(route, 'status', status, times, page, code))
 
     def cut(self, route, times=1):
         """Cut the connection in the middle of the body of the next requests of a route."""
@@ -148,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.page:
             return self._send(fault.status, fault.page, {'Content-Type': 'text/html'})
         if fault:
-            return self._error(fault.status, 'the server was told to fail')
+            return self._error(fault.status, 'the server was told to fail', code=fault.code)
         if self.headers.get('Transfer-Encoding'):
             return self._error(411, 'a length is needed')
         self._route([unquote(part) for part in url.path.strip('/').split('/')])

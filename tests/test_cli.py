@@ -102,6 +102,18 @@ def test_validate_refuses_data_of_other_classes(fails, weights, tmp_path):
     assert 'labels from -1 on' in fails('validate', weights, '--data-dir', tmp_path)
 
 
+def test_folder_of_a_run_with_the_name_of_a_network(command, few_digits, tmp_path, monkeypatch):
+    """It has no weights when the last epoch is over; the name goes on to be the network's."""
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(
+        'train', '--pretrained', '--model', 'lm_resnet20.best_c10', '--data-dir', few_digits, '--epochs', 1,
+        '--warmup-epochs', 0, '--batch-size', 128, '--val-split', '', '--output', '.', '--experiment', 'lm_resnet20')
+    assert code == 0, err
+    code, out, err = command('info', 'lm_resnet20')
+    assert code == 0 and '855' not in out and 'shipped' in out, err
+    assert command('info', 'lm_resnet20/weights')[0] == 0
+
+
 def test_usage_version_and_a_closed_pipe(command):
     import timm_lm
     assert command('--version')[:2] == (0, f'{timm_lm.__version__}\n')

@@ -85,6 +85,13 @@ def test_half_precision():
         assert difference(optimized(x).float(), model.float()(x.float())) < 0.1
 
 
+def test_double_precision():
+    model = made('lm_resnet20', {}).double()
+    x = images(model).double()
+    with torch.no_grad():
+        assert difference(timm_lm.optimize(model)(x), model(x)) < 1e-12
+
+
 def test_features():
     model = timm.create_model('lm_resnet18', features_only=True).eval()
     x = torch.randn(1, 3, 64, 64)

@@ -5,6 +5,8 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -76,6 +78,15 @@ def test_changed_weights_are_seen(change):
     torch.testing.assert_close(packed(x), conv(x))
 
 
+def test_passing_weights_are_seen():
+    """Each call's weights are freed before the next one's are made, which often come to lie where they lay."""
+    conv, packed = pair()
+    x = torch.randn(1, 16, 8, 8)
+    for scale in range(1, 9):
+        found = functional_call(packed, {'weight': scale * conv.weight}, x)
+        torch.testing.assert_close(found, functional_call(conv, {'weight': scale * conv.weight}, x))
+
+
 def test_copies_and_files_go_without_the_packed_weights():
     conv, packed = pair()
     x = torch.randn(1, 16, 8, 8)
@@ -98,6 +109,10 @@ def test_gradients_flow():
     assert packed.weight.grad.abs().sum() > 0
     with torch.no_grad():
         assert packed_calls(lambda: packed(x))[1] == 1
+    packed.requires_grad_(False).bias.requires_grad_()
+    packed.bias.grad = None
+    packed(x.detach()).sum().backward()
+    torch.testing.assert_close(packed.bias.grad, torch.full((32,), 2. * 8 * 8))
 
 
 def in_autocast(layer, x):
@@ -112,12 +127,30 @@ def counted(layer, x):
     return out
 
 
+def forward_mode(layer, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x + 1))).tangent
+
+
+def without_onednn(layer, x):
+    with torch.backends.mkldnn.flags(enabled=False):
+        return layer(x)
+
+
+def vmap_over_weights(layer, x):
+    weights = torch.stack([layer.weight, 2 * layer.weight])
+    return torch.func.vmap(lambda weight: functional_call(layer, {'weight': weight}, x))(weights)
+
+
 STEPS_ASIDE = {
     'autocast': in_autocast,
     'double': lambda layer, x: layer.double()(x.double()),
     'no images': lambda layer, x: layer(x[:0]),
     'one image without a batch': lambda layer, x: layer(x[0]),
     'vmap': lambda layer, x: torch.func.vmap(layer)(x[:, None]),
+    'vmap over weights': vmap_over_weights,
+    'forward mode': forward_mode,
+    'oneDNN turned off': without_onednn,
     'count of operations': counted,
     'torch.jit.trace': lambda layer, x: torch.jit.trace(layer, x, check_trace=False)(x),
     'torch.jit.script': lambda layer, x: torch.jit.script(layer)(x),

@@ -12,6 +12,7 @@ from PIL import Image
 
 from timm_lm.data import load_images
 from timm_lm.loader import normalize
+from timm_lm.predict import predict
 
 
 @pytest.fixture(scope='module')
@@ -51,6 +52,13 @@ def test_table_has_names_and_shares(pictures, command):
     assert line.startswith(f"{pictures / '0.png'}  ") and line.count('%') == 3
     assert sum(name in line for name in (
         'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')) == 3
+
+
+def test_names_of_another_head_are_not_taken(pictures):
+    model = timm.create_model('lm_resnet20', pretrained=True, num_classes=12).eval()
+    assert len(model.pretrained_cfg['label_names']) == 10
+    (prediction,) = predict(model, [pictures / '0.png'], topk=12)
+    assert {name for name, _ in prediction.classes} == {str(i) for i in range(12)}
 
 
 def test_16_bits_are_scaled(pictures, weights, tmp_path, command):

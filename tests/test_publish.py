@@ -359,6 +359,19 @@ def test_all_leaves_what_is_equal_and_uploads_what_changed(hub, done, refused, t
     card.write_text(whole)
 
 
+def test_all_are_published_where_that_can_not_be_recorded(hub, done, refused, tree):
+    record = tree / 'published.json'
+    record.rename(record.with_suffix('.aside'))
+    record.mkdir()  # stands for a package that others have installed
+    try:
+        line = refused('push', '--all', '--owner', 'owner', '--revision', 'unrecorded')
+    finally:
+        record.rmdir()
+        record.with_suffix('.aside').rename(record)
+    assert f'owner/{NAME} is published, but {record} can not be written' in line
+    assert all(hub.repos[f'owner/{name}'].find('unrecorded') for name in (NAME, 'lm_resnet20.small'))
+
+
 def test_folders_elsewhere_are_not_recorded(done, tree, folder):
     before = (tree / 'published.json').read_bytes() if (tree / 'published.json').exists() else None
     assert 'recorded' not in done('push', folder, '--repo-id', 'owner/elsewhere')
@@ -502,6 +515,15 @@ def test_fault_is_one_line_and_the_next_try_completes(hub, done, refused, folder
     done('push', folder, '--repo-id', 'owner/faults')
     assert len(commits(hub, 'owner/faults')) == 1
     assert {*FILES} <= {*hub.repos['owner/faults'].files()}
+
+
+@pytest.mark.parametrize('fault, message', [
+    (dict(status=403), 'The token has no right to read owner/faults (403'),
+    (dict(status=403, code='GatedRepo'), 'gives access to owner/faults on request only; ask for it on its page'),
+])
+def test_who_only_reads_is_told_of_reading(hub, refused, fault, message):
+    hub.fail('GET /api/models/owner/faults', **fault)
+    assert message in refused('verify', 'hf-hub:owner/faults')
 
 
 def test_no_connection(hub, refused, done, folder):

@@ -157,14 +157,14 @@ def _info(argv: List[str]) -> None:
     parser.add_argument('model', metavar='MODEL_OR_FOLDER', help='as in validate')
     args = parser.parse_args(argv)
 
-    from .hub import check_name, load_model, model_tags, recorded_error
+    from .hub import check_name, load_model, model_tags, names_folder, recorded_error
     from .models._weights import weights_dir
     from .networks import count_macs
 
     source = args.model.removeprefix('local-dir:')
     if source.startswith('hf-hub:'):
         raise UserError(f'{source} is not fetched to be shown; download it, and give its folder.')
-    is_folder = Path(source).is_dir() or '/' in source
+    is_folder = names_folder(args.model)
     if not is_folder:
         check_name(source)
     # weights of the Hub are not fetched to show a network

@@ -81,7 +81,7 @@ def export_model(model: TimmModel, kind: str, path: Path) -> float:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
-            temporary = Path(folder) / f'model{ending}'
+            temporary = Path(folder) / path.with_suffix(ending).name  # weights beside an ONNX file are named after it
             run = write(model, images[:2], temporary)
             difference = 0.
             for batch in (images[:1], images[:2], images):

@@ -239,7 +239,7 @@ def _compare_header(weights: Path, model: TimmModel, architecture: str) -> None:
 def saved_model_args(source: str) -> Dict[str, Any]:
     """Keywords that the network of a weights folder was made with; none for other names of a network."""
     folder = Path(source.removeprefix('local-dir:'))
-    return dict(_read_config(folder).get('model_args', {})) if folder.is_dir() else {}
+    return dict(_read_config(folder).get('model_args', {})) if names_folder(source) and folder.is_dir() else {}
 
 
 def load_folder(folder: Union[str, Path], **kwargs: Any) -> TimmModel:
@@ -370,6 +370,17 @@ def model_tags(architecture: str) -> List[str]:
     return [name.partition('.')[2] for name in timm.models.get_arch_pretrained_cfgs(architecture) if '.' in name]
 
 
+def names_folder(source: str) -> bool:
+    """Whether the name of a network is that of a weights folder.
+
+    A folder that has the name of a network but no weights, such as that of a run, does not stand in the network's way.
+    """
+    if source.startswith('local-dir:') or os.sep in source and ':' not in source:
+        return True
+    folder = Path(source)
+    return folder.is_dir() and ((folder / CONFIG_NAME).is_file() or not timm.is_model(source.partition('.')[0]))
+
+
 def load_model(source: str, pretrained: bool = True, **kwargs: Any) -> TimmModel:
     """Load a network by any of its names.
 
@@ -381,7 +392,7 @@ def load_model(source: str, pretrained: bool = True, **kwargs: Any) -> TimmModel
     Raises:
         UserError: If there is no such network, or no weights of it.
     """
-    if source.startswith('local-dir:') or os.sep in source and ':' not in source or Path(source).is_dir():
+    if names_folder(source):
         return load_folder(source.removeprefix('local-dir:'), **kwargs)
     if not source.startswith('hf-hub:'):
         check_name(source)

@@ -69,7 +69,8 @@ def _fold(block: ResidualBlock, conv_name: str, norm_name: str) -> None:
     if not isinstance(norm, BatchNormAct2d) or norm.running_mean is None:
         return
     dtype = conv.weight.dtype
-    setattr(block, conv_name, fuse_conv_bn_eval(conv.float(), norm.float()).to(dtype))
+    wide = torch.promote_types(dtype, torch.float32)
+    setattr(block, conv_name, fuse_conv_bn_eval(conv.to(wide), norm.to(wide)).to(dtype))
     setattr(block, norm_name, norm.act)
 
 

@@ -16,7 +16,8 @@ class PackedConv2d(nn.Conv2d):
     compilers, tracing and export) it is an ``nn.Conv2d``; parameters and state dict always are those of one.
     """
 
-    _packed: Optional[Tuple[Any, torch.Tensor]] = None
+    # what the copy is of, the copy, and the weights: as long as they live, others can not be at their address
+    _packed: Optional[Tuple[Any, torch.Tensor, torch.Tensor]] = None
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> 'PackedConv2d':
@@ -39,26 +40,30 @@ class PackedConv2d(nn.Conv2d):
     @torch.jit.unused
     def _can_pack(self, x: torch.Tensor) -> bool:
         weight = self.weight
+        tensors = [tensor for tensor in (x, weight, self.bias) if tensor is not None]
         return (
             not torch.compiler.is_compiling() and not torch.jit.is_tracing()
             and type(x) is torch.Tensor and x.dim() == 4 and x.numel() > 0
-            and x.device.type == weight.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32
-            and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+            and all(tensor.device.type == 'cpu' and tensor.dtype == torch.float32 for tensor in tensors)
+            and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+            and torch.autograd.forward_ad._current_level < 0
             and not weight.is_inference()  # these do not tell whether they changed
             and not torch.is_autocast_enabled('cpu')
-            and not torch._C._functorch.is_functorch_wrapped_tensor(x) and not torch._C._len_torch_dispatch_stack()
-            and torch.backends.mkldnn.is_available())
+            and not any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+            and not torch._C._len_torch_dispatch_stack()
+            and torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled())
 
     @torch.jit.unused
     def _forward_packed(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        state = (x.shape, self.weight.data_ptr(), self.weight._version)
+        weight = self.weight.detach()
+        state = (x.shape, weight.data_ptr(), weight._version)
         packed = self._packed
         if packed is None or packed[0] != state:
-            weight = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]
-                self.weight.detach().to_mkldnn(), list(self.padding), list(self.stride), list(self.dilation),
-                self.groups, list(x.shape))
-            self._packed = packed = (state, weight)
+            reordered = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]
+                weight.to_mkldnn(), list(self.padding), list(self.stride), list(self.dilation), self.groups,
+                list(x.shape))
+            self._packed = packed = (state, reordered, weight)
         return torch.ops.mkldnn._convolution_pointwise(
             x, packed[1], self.bias, self.padding, self.stride, self.dilation, self.groups, 'none', [], '')
 

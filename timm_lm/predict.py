@@ -72,7 +72,9 @@ def predict(model: TimmModel, paths: Sequence[Union[str, Path]], topk: int = 5,
     config = resolve_data_config({}, model=model)
     transform: Any = create_transform(**config)
     mode = 'RGB' if config['input_size'][0] == 3 else 'L'
-    names = model.pretrained_cfg.get('label_names') or [str(i) for i in range(model.num_classes)]
+    names = model.pretrained_cfg.get('label_names') or ()
+    if len(names) != model.num_classes:  # none, or those of the head that this one took the place of
+        names = [str(i) for i in range(model.num_classes)]
     device = next(model.parameters()).device
     for start in range(0, len(paths), batch_size):
         some = [str(path) for path in paths[start:start + batch_size]]

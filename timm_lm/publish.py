@@ -13,6 +13,7 @@ import huggingface_hub
 import jinja2
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token, metadata_load
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
@@ -152,6 +153,10 @@ def published_card(text: str, repo_id: str) -> str:
 # Publishing
 
 
+class NotRecorded(UserError):
+    """Weights that are published, which could not be recorded."""
+
+
 def push(
         uploads: Sequence[Upload],
         private: bool = False,
@@ -185,8 +190,14 @@ def push(
     api = HfApi(token=token, library_name='timm-lm', library_version=__version__)
     with _told(uploads[0].repo_id):
         api.whoami()
+    not_recorded: Optional[NotRecorded] = None
     for upload in uploads:
-        yield _push(api, upload, private, revision, create_pr)
+        try:
+            yield _push(api, upload, private, revision, create_pr)
+        except NotRecorded as e:  # the others are published all the same
+            not_recorded = not_recorded or e
+    if not_recorded:
+        raise not_recorded
 
 
 def _push(api: HfApi, upload: Upload, private: bool, revision: Optional[str], create_pr: bool) -> str:
@@ -261,7 +272,7 @@ def _record(folder: Path, repo_id: str, revision: str) -> bool:
         published[folder.resolve().name] = record
         write_text(path, json.dumps(dict(sorted(published.items())), indent=2) + '\n')
     except (OSError, ValueError) as e:
-        raise UserError(f'{repo_id} is published, but {path} can not be written ({_one_line(e)}); mend that and '
+        raise NotRecorded(f'{repo_id} is published, but {path} can not be written ({_one_line(e)}); mend that and '
                         f'{AGAIN}.') from e
     return True
 
@@ -286,7 +297,7 @@ def verify_repo(source: str) -> Dict[str, float]:
     _set_up_client()
     api = HfApi(library_name='timm-lm', library_version=__version__)
     with tempfile.TemporaryDirectory(prefix='timm-lm-') as folder:
-        with _told(repo_id, again='run the same command again'):
+        with _told(repo_id, again='run the same command again', writes=False):
             info = api.model_info(repo_id, revision=revision or None)
             for name in sorted({file.rfilename for file in info.siblings or []} & {*FILES}):
                 # not from the cache: what is checked is what stands on the Hub
@@ -326,16 +337,16 @@ def _set_up_client() -> None:
 
 
 @contextmanager
-def _told(repo_id: str, again: str = AGAIN) -> Iterator[None]:
+def _told(repo_id: str, again: str = AGAIN, writes: bool = True) -> Iterator[None]:
     try:
         yield
     except UserError:
         raise
     except _HUB_ERRORS as e:
-        raise UserError(_explain(e, repo_id, again)) from e
+        raise UserError(_explain(e, repo_id, again, writes)) from e
 
 
-def _explain(error: BaseException, repo_id: str, again: str) -> str:
+def _explain(error: BaseException, repo_id: str, again: str, writes: bool) -> str:
     """One line on what was wrong on the way to the Hub, and what to do."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
@@ -352,16 +363,20 @@ def _explain(error: BaseException, repo_id: str, again: str) -> str:
         return f'The connection to {endpoint} failed ({_one_line(deepest)}); check the network, and {again}.'
     status = getattr(answered, 'response').status_code  # noqa: B009
     message = _one_line(getattr(answered, 'server_message', None) or answered)
+    if isinstance(answered, GatedRepoError):
+        return f'{endpoint} gives access to {repo_id} on request only; ask for it on its page, and {again}.'
     if isinstance(answered, RepositoryNotFoundError):
         return f'There is no {repo_id} on {endpoint}, or it is private and not open to the token; check the name.'
     if isinstance(answered, RevisionNotFoundError):
         return f'There is no such revision of {repo_id} on {endpoint}; check its name.'
     if status == 401:
-        return (f'{endpoint} does not accept the token (401); set HF_TOKEN to one with write access to {owner}, or log '
-                f'in with `hf auth login`, and {again}.')
+        access = f'write access to {owner}' if writes else f'read access to {repo_id}'
+        return (f'{endpoint} does not accept the token (401); set HF_TOKEN to one with {access}, or log in with `hf '
+                f'auth login`, and {again}.')
     if status == 403:
-        return (f'The token has no right to write to {repo_id} (403: {message}); use one that has, or another name, '
-                f'and {again}.')
+        right = f'write to {repo_id}' if writes else f'read {repo_id}'
+        return (f'The token has no right to {right} (403: {message}); use one that has, or another name, and '
+                f'{again}.')
     if status == 429 or status >= 500:
         return f'{endpoint} is not working as it should ({status}: {message}); wait a while, and {again}.'
     return f'{endpoint} refused {repo_id} ({status}: {message}); mend it, and {again}.'

@@ -232,7 +232,7 @@ def set_learning_rate(args: argparse.Namespace, num_processes: int) -> None:
     args.lr = args.lr_base * (math.sqrt(ratio) if scale == 'sqrt' else ratio)
 
 
-def _can_fuse(name: str) -> bool:
+def can_fuse(name: str) -> bool:
     """Whether an optimizer of timm's factory is one of PyTorch's that updates all weights by one kernel."""
     if torch.backends.mps.is_available():
         return False
@@ -257,7 +257,7 @@ def create_optimizer(args: argparse.Namespace, model: TimmModel, sharded: bool =
     name = args.opt.lower().removeprefix('lookahead_')
     _check_optimizer(name)
     kwargs = optimizer_kwargs(cfg=args) | args.opt_kwargs
-    if not kwargs.keys() & {'fused', 'foreach'} and not sharded and _can_fuse(name):
+    if not kwargs.keys() & {'fused', 'foreach'} and not sharded and can_fuse(name):
         kwargs['fused'] = True
     if not kwargs.get('filter_bias_and_bn', True) and args.layer_decay is None:
         exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else set()
