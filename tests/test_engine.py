@@ -27,7 +27,7 @@ from timm_lm.training.train import train
 # float32 on the CPU; 256 images in batches of 64 are 4 updates an epoch
 BASE = ['-c', 'demo_digits', '--model-kwargs', 'layers=(1,1,1)', '--warmup-epochs', '0', '--no-amp']
 TWO_STEP = ['--model-kwargs', 'layers=(2,1,1)']  # with one k
-AT_REST = ['--lr', '1e-12', '--weight-decay', '0', '--epochs', '1']  # no weight moves
+AT_REST = ['--lr', '1e-30', '--weight-decay', '0', '--epochs', '1']  # no weight moves
 BY_EPOCH = ['--no-sched-on-updates']
 
 
@@ -139,6 +139,14 @@ def test_average_of_the_weights(run, plain, few_digits, tmp_path, options, decay
     resumed = cut(folder, 4, tmp_path / 'resumed')
     run('resumed', *options, '--resume', 'auto')
     assert equal(weights_of(resumed), found)
+
+
+def test_torchcompile_compiles_the_network(run):
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    run('run', '--torchcompile', 'aot_eager', '--epochs', '1')
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] > 0
+    torch.compiler.reset()
 
 
 def test_k_on_record_is_that_of_the_average(run):

@@ -226,11 +226,20 @@ def test_large_files_are_not_read_to_find_that_they_do_not_fit(photos, monkeypat
         load_images('test', photos)
 
 
-def test_flips_are_done_once(photos):
-    off = ['--loader', 'timm', '--workers', 0, '--scale', 1, 1, '--ratio', 1, 1, '--color-jitter', 0, '--hflip', 0,
-           '--train-interpolation', 'bilinear', '--batch-size', 4]
-    upright, flipped = (list(loaders(photos, *off, *more)[0]) for more in ([], ['--vflip', 1]))
-    assert all(torch.equal(images.flip(2), other) for (images, _), (other, _) in zip(upright, flipped))
+@pytest.mark.parametrize('kind', ['memory', 'timm'])
+@pytest.mark.parametrize('option, dim', [('--hflip', 3), ('--vflip', 2)])
+def test_flips_are_done_once(photos, kind, option, dim):
+    off = ['--loader', kind, '--workers', 0, '--scale', 1, 1, '--ratio', 1, 1, '--color-jitter', 0, '--hflip', 0,
+           '--train-interpolation', '', '--batch-size', 4]
+    upright, flipped = (list(loaders(photos, *off, *more)[0]) for more in ([], [option, 1]))
+    assert len(upright) > 1
+    assert all(torch.equal(images.flip(dim), other) for (images, _), (other, _) in zip(upright, flipped, strict=True))
+
+
+def test_crop_of_the_options_is_done_in_memory(few_digits):
+    plain, cropped = (list(loaders(few_digits, '-c', 'demo_digits', '--pad-crop', n)[0]) for n in (0, 2))
+    assert not same(cropped, plain)
+    assert all(torch.equal(labels, others) for (_, labels), (_, others) in zip(plain, cropped, strict=True))
 
 
 @pytest.mark.parametrize('width, more', [
@@ -424,6 +433,9 @@ def test_validate_reads_what_does_not_fit_in_memory_by_workers(weights, few_digi
     size = (few_digits / 'test-00000-of-00001.parquet').stat().st_size
     assert size < 64 * 16 * 16  # between them is a limit for decoded images that encoded ones keep
     monkeypatch.setattr(data_module, 'MEMORY_LIMIT', size)
+    monkeypatch.setattr(data_module, '_read_cache', lambda path: None)  # it fitted when it was decoded before
+    made, start = [], WorkerLoader.__init__
+    monkeypatch.setattr(WorkerLoader, '__init__', lambda self, *args, **more: made.append(start(self, *args, **more)))
     code, other, err = command(*words)
-    assert code == 0, err
+    assert code == 0 and made, err
     assert other.rpartition(',')[0] == out.rpartition(',')[0] and '64 images' in out

@@ -360,6 +360,7 @@ def test_all_leaves_what_is_equal_and_uploads_what_changed(hub, done, refused, t
 
 
 def test_all_are_published_where_that_can_not_be_recorded(hub, done, refused, tree):
+    done('push', '--all', '--owner', 'owner')  # so that there is a record
     record = tree / 'published.json'
     record.rename(record.with_suffix('.aside'))
     record.mkdir()  # stands for a package that others have installed
@@ -373,10 +374,11 @@ def test_all_are_published_where_that_can_not_be_recorded(hub, done, refused, tr
 
 
 def test_folders_elsewhere_are_not_recorded(done, tree, folder):
-    before = (tree / 'published.json').read_bytes() if (tree / 'published.json').exists() else None
+    record = tree / 'published.json'
+    before = record.read_bytes() if record.exists() else None
     assert 'recorded' not in done('push', folder, '--repo-id', 'owner/elsewhere')
     assert 'recorded' not in done('push', '--all', folder.parent, '--owner', 'owner')
-    assert ((tree / 'published.json').read_bytes() if before else None) == before
+    assert (record.read_bytes() if record.exists() else None) == before
 
 
 def test_private_repos(hub, done, refused, tree):
