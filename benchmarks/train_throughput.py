@@ -8,14 +8,14 @@ In one run, on the same Parquet data and machine, by turns and each in a process
 - timm's script by the same recipe, thus in the same precision, memory layout and compilation (float32 on a CPU without
   bfloat16, where `timm-lm train` would leave the recipe's);
 - timm's script by the recipe less these, that is by timm's defaults: float32, contiguous, eager, 4 worker processes;
-- a bare loop of the same steps on random pixels, which no engine exceeds without other kernels (`peak_memory.py`).
+- a bare loop of the same steps on random pixels, which no engine exceeds without other kernels (`one_training.py`).
 
 An epoch is `--steps` batches of the training split. Both engines measure the seconds of an epoch of training, from
 asking for its first batch to its last update. The first epoch, which compiles, does not count; the rate is that of the
 others together, the result the median of the rounds.
 
 Memory is the peak of one epoch of `timm-lm train` on all the data, with validation, checkpoint and saved weights, over
-that of `peak_memory.py bare`, and over that of the same loop when it keeps freed memory, which `timm-lm train` does on
+that of `one_training.py bare`, and over that of the same loop when it keeps freed memory, which `timm-lm train` does on
 the CPU. Compilers start with empty caches for all.
 
 timm's script reads Parquet by the package `datasets`. Runs and caches are in a temporary folder that goes away.
@@ -49,12 +49,12 @@ from timm_lm.training.factory import can_fuse
 from timm_lm.training.options import parse_options
 from timm_lm.training.result import usable_cores
 
-PEAK_MEMORY = Path(__file__).resolve().parent / 'peak_memory.py'
+ONE_TRAINING = Path(__file__).resolve().parent / 'one_training.py'
 # Keys of a recipe that timm's defaults leave off.
 AMP_OPTIONS = ('amp', 'amp_dtype')
 SPEED_OPTIONS = (*AMP_OPTIONS, 'channels_last', 'torchcompile', 'torchcompile_mode')
+BARE_LINE = re.compile(r'([\d.]+) images/s')  # of an epoch of one_training.py
 # timm's line of a batch: epoch, batch, batches, ..., (mean seconds, mean images/s of the epoch so far)
-BARE_LINE = re.compile(r'([\d.]+) images/s')
 TIMM_LINE = re.compile(r'Train: (\d+) \[ *(\d+)/(\d+) .*?\( *[\d.]+s, +([\d.]+)/s\)')
 LAST_LINES = 12  # of the output of a command that failed
 
@@ -263,7 +263,7 @@ def measure_memory(options: List[str], data_dir: Path, device: str, steps: int, 
     peaks = {}
     for name, argv in commands.items():
         report = folder / f'{name}-peak.json'
-        run([sys.executable, str(PEAK_MEMORY), str(report), *argv], folder, caches=f'{name}-caches')
+        run([sys.executable, str(ONE_TRAINING), str(report), *argv], folder, caches=f'{name}-caches')
         peaks[name] = json.loads(report.read_text())
         print(f"memory     {peaks[name]['bytes'] / 2**20:9.1f} MiB       {name}", file=sys.stderr, flush=True)
     of = {name: peak['bytes'] for name, peak in peaks.items()}
@@ -319,7 +319,7 @@ def compare(args: argparse.Namespace, folder: Path) -> Dict[str, Any]:
         Engine('timm train.py, float32, contiguous, eager, 4 workers', [sys.executable, script, *plain, *of_timm],
                timm_rates),
         Engine('bare loop, the steps alone', [
-            sys.executable, str(PEAK_MEMORY), str(folder / 'bare-peak.json'), 'keeping', str(bare)], bare_rates),
+            sys.executable, str(ONE_TRAINING), str(folder / 'bare-peak.json'), 'keeping', str(bare)], bare_rates),
     ]
     rates = measure_rates(engines, folder, args.epochs, args.rounds)
     medians = [statistics.median(of_engine) for of_engine in rates]

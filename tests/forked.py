@@ -63,6 +63,10 @@ class Command:
         if self._process.is_alive():
             os.kill(self._process.pid, number)
 
+    def printed(self):
+        """Its standard output so far."""
+        return self._out.read_text() if self._out.exists() else ''
+
     def wait(self):
         """Returns (exit code, or minus the number of the signal that killed it, standard output, standard error)."""
         self._process.join(TIMEOUT)

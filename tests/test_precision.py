@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from test_train import SMALL
 
 from timm_lm import precision
 from timm_lm.results import read_run
+from timm_lm.training import evaluate as evaluate_module
 
 NOTE = 'this CPU has no instructions for bfloat16'
 
@@ -77,8 +79,16 @@ def test_a_run_in_another_precision_is_not_gone_on_with(few_digits, tmp_path, co
     assert 'Going on from' in out
 
 
-def test_validation_in_bfloat16_where_the_cpu_has_it(has_bfloat16, weights, few_digits, command):
+def test_validation_in_bfloat16_where_the_cpu_has_it(has_bfloat16, weights, few_digits, command, monkeypatch):
+    seen, evaluate = [], evaluate_module.evaluate
+
+    def watched(forward, loader, **more):
+        seen.append(forward(next(iter(loader))[0]).dtype)
+        return evaluate(forward, loader, **more)
+
+    monkeypatch.setattr(evaluate_module, 'evaluate', watched)
     code, out, err = command('validate', weights, '--data-dir', few_digits, '--amp')
     assert code == 0, err
     assert 'of 64 images' in out
     assert (f'note: {NOTE}' in err) == (not has_bfloat16)
+    assert seen == [torch.bfloat16 if has_bfloat16 else torch.float32]

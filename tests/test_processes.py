@@ -121,10 +121,15 @@ def stopped(few_digits, output):
     folder = output / 'stopped'
     with launched(['-m', 'timm_lm.cli', *train_command(few_digits, output, 'stopped', *LONG)], output) as run:
         deadline = time.monotonic() + TIMEOUT
-        while run.launcher.poll() is None and not checkpoints(folder) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        assert checkpoints(folder), run.err.read_text()
+
+        def wait_for(condition, pause):
+            while run.launcher.poll() is None and not condition() and time.monotonic() < deadline:
+                time.sleep(pause)
+
+        wait_for(lambda: '1' in run.processes(), 0.1)
         process, = run.processes()['1']
+        wait_for(lambda: 'epoch 2/3 step 1/8' in run.out.read_text(), 0.005)
+        assert checkpoints(folder), run.err.read_text()
         process.send_signal(signal.SIGTERM)
         result = run.wait()
     result.checkpoints = checkpoints(folder)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from test_train import SMALL
 
+from timm_lm import check_weights
 from timm_lm import ship as ship_module
 from timm_lm.errors import UserError
 from timm_lm.hub import recorded_error, verify_folder
@@ -155,3 +156,32 @@ def test_command_on_bad_input_says_one_line_and_writes_nothing(run, tmp_path, ca
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith('ship: error: ') and expected in line
     assert files() == before
+
+
+def test_counts_are_made_again(few_digits, places, tmp_path, monkeypatch, capsys):
+    """``make check-weights``: 0 to within two images, 1 beyond them, 2 without the data."""
+    shutil.copytree(few_digits, tmp_path / 'cifar10')
+    run = train(parse_options(['-c', 'demo_digits', '--dataset', 'hfds/uoft-cs/cifar10', '--data-dir',
+                               str(tmp_path / 'cifar10'), *SMALL, '--tag', 'paper_c10', '--output', str(tmp_path),
+                               '--experiment', 'counted']))
+    ship(run, *places)
+    weights, _ = places
+    monkeypatch.setattr(check_weights, 'weights_dir', lambda: weights)
+    errors = json.loads((run / 'result.json').read_text())['errors']
+    card = weights / 'lm_resnet20.paper_c10' / 'README.md'
+    text = card.read_text()
+    for off, expected in ((0, 0), (2, 0), (3, 1)):
+        other = errors + off if errors + off <= 64 else errors - off
+        monkeypatch.setattr(check_weights, 'recorded_error', lambda folder, other=other: 100 * other / 64)
+        capsys.readouterr()
+        assert check_weights.main([str(tmp_path)]) == expected
+        assert capsys.readouterr().out == (
+            f'lm_resnet20.paper_c10: {errors} errors of 64 images, recorded {other}\n')
+    monkeypatch.undo()
+    monkeypatch.setattr(check_weights, 'weights_dir', lambda: weights)
+    assert check_weights.main([str(tmp_path)]) == 0
+    assert check_weights.main([str(tmp_path / 'nowhere')]) == 2
+    card.write_text(text.replace('uoft-cs/cifar10', 'uoft-cs/cifar11'))
+    capsys.readouterr()
+    assert check_weights.main([str(tmp_path)]) == 2
+    assert 'names the data set uoft-cs/cifar11' in capsys.readouterr().err

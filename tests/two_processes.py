@@ -57,7 +57,10 @@ def kill_in_the_middle(data, output, port):
     if not child:
         os.environ.pop('TORCHELASTIC_USE_AGENT_STORE', None)  # a meeting place of their own
         os.environ['MASTER_PORT'] = port
-        os._exit(cli.main(train_command(data, output, 'killed', *LONG, '--recovery-interval', '1')))
+        try:
+            cli.main(train_command(data, output, 'killed', *LONG, '--recovery-interval', '1'))
+        finally:
+            os._exit(1)  # without a traceback, if the other one was killed first
     folder = output / 'killed' / 'checkpoints'
     try:
         while not any(folder.glob('step-*1[1-9]')) and os.waitpid(child, os.WNOHANG) == (0, 0):

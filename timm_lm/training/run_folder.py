@@ -18,8 +18,6 @@ FREE_OPTIONS = (
     'config', 'resume', 'output', 'experiment', 'data_dir', 'log_interval', 'recovery_interval', 'checkpoint_hist',
     'workers', 'pin_mem', 'dry_run', 'log_tensorboard', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id',
 )
-
-
 _OTHER_RUN = ('The run folder {} holds another run; give another --experiment, go on with --resume auto, or remove '
               'it.')
 

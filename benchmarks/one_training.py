@@ -1,10 +1,10 @@
-"""Peak memory of one training, which runs in this process: our engine's, or a bare loop's that it is compared with.
+"""One training in this process, to be measured: our engine's, or a bare loop's of the same steps.
 
-The bare loop also prints its images/s, a line an epoch: what an engine would reach that did nothing but the steps.
+Its peak memory is reported. The bare loop prints its images/s, a line an epoch; our engine leaves them in its folder.
 
-    python peak_memory.py REPORT engine COMMAND...   what `timm-lm COMMAND...` does
-    python peak_memory.py REPORT bare OPTIONS        a loop by the options in a file of JSON
-    python peak_memory.py REPORT keeping OPTIONS     the same loop, which keeps freed memory as our engine does
+    python one_training.py REPORT engine COMMAND...   what `timm-lm COMMAND...` does
+    python one_training.py REPORT bare OPTIONS        a loop by the options in a file of JSON
+    python one_training.py REPORT keeping OPTIONS     the same loop, which keeps freed memory as our engine does
 
 Further arguments are passed over. REPORT gets one JSON object: ``bytes`` and what they are, ``kind``.
 `train_throughput.py` starts all.
