@@ -3,6 +3,7 @@ import pytest
 import yaml
 
 from timm_lm.errors import UserError
+from timm_lm.training.factory import set_learning_rate
 from timm_lm.training.options import REFUSED, build_parser, parse_options
 
 
@@ -128,3 +129,17 @@ def test_recipes_for_another_of_their_networks():
         parse_options(['-c', 'lm_resnext29_8x64d.paper_c100'])
     with pytest.raises(UserError, match='Did you mean lm_resnet56.paper_c10?'):
         parse_options(['-c', 'lm_resnet56.paper_c11'])
+
+
+@pytest.mark.parametrize('words, lr', [
+    ([], 0.1 * 192 / 256),
+    (['--lr', '0.3'], 0.3),
+    (['--lr-base', '0.2', '--lr-base-size', '96'], 0.4),
+    (['--opt', 'adamw'], 0.1 * (192 / 256) ** 0.5),
+    (['--opt', 'adamw', '--lr-base-scale', 'linear'], 0.1 * 192 / 256),
+    (['--lr-base-scale', 'sqrt'], 0.1 * (192 / 256) ** 0.5),
+])
+def test_rate_without_lr_follows_the_images_of_an_update(words, lr):
+    args = parse_options(['--batch-size', '32', '--grad-accum-steps', '3', *words])
+    set_learning_rate(args, num_processes=2)
+    assert args.lr == pytest.approx(lr)

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from two_processes import CAN_SHARD, CUTS, LONG, PIECES, identities, loaders, train_command
 
@@ -226,6 +227,11 @@ def test_running_statistics_are_shared_after_an_epoch(driven):
             assert statistics['apart_before'] > 1e-3
             assert statistics['equal_after']
             assert statistics['from_mean'] < 1e-6
+
+
+def test_rate_follows_the_batch_of_both_processes(driven, output):
+    """By timm's rule, 0.1 for 256 images, where the recipe tells none."""
+    assert yaml.safe_load((output / 'own' / 'args.yaml').read_text())['lr'] == 0.1 * 2 * 32 / 256
 
 
 @pytest.mark.skipif(not CAN_SHARD, reason='this Accelerate has no FSDP2')

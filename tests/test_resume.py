@@ -17,7 +17,7 @@ from timm_lm.training.checkpoint import CheckpointStore
 from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
 from timm_lm.training.report import RunLog
-from timm_lm.training.run_folder import create_run_folder
+from timm_lm.training.run_folder import own_run_folder
 
 # A network with dropped paths and noise, so that random states count; float32 on the CPU.
 OPTIONS = [
@@ -116,6 +116,25 @@ def test_signals_finish_the_step_and_save(few_digits, left_alone, tmp_path, numb
     assert state['progress']['epoch'] in (1, 2)
     finish(few_digits, tmp_path)
     assert final_state(tmp_path) == final_state(left_alone)
+
+
+@pytest.mark.parametrize('number, several, code', [
+    (signal.SIGTERM, False, -signal.SIGTERM), (signal.SIGINT, False, 1), (signal.SIGTERM, True, 0)])
+def test_second_signal_acts_as_ever(tmp_path, number, several, code):
+    """For who will not wait for the end of a step; of several processes each may be sent one signal twice."""
+    script = tmp_path / 'script.py'
+    script.write_text(f"""
+import os
+from timm_lm.training.signals import StopSignals
+with StopSignals(several={several}) as signals:
+    os.kill(os.getpid(), {int(number)})
+    print('noted', signals.number, flush=True)
+    os.kill(os.getpid(), {int(number)})
+    print('went on', signals.number, flush=True)
+""")
+    got, out, err = Command(script=script).wait()
+    assert got == code and out.startswith(f'noted {int(number)}\n'), err
+    assert ('went on' in out) == several and ('KeyboardInterrupt' in err) == (number == signal.SIGINT)
 
 
 def test_compiled_run_resumes_bit_for_bit(few_digits, tmp_path):
@@ -259,9 +278,25 @@ def test_of_two_runs_that_start_at_once_one_is_refused(few_digits, left_alone, t
     assert final_state(tmp_path) == final_state(left_alone)
     # also where both have looked into the folder before either makes it
     args = parse_options(arguments(few_digits, tmp_path)[1:])
-    create_run_folder(tmp_path / 'other', args, resumed=False)
-    with pytest.raises(UserError, match='holds another run'):
-        create_run_folder(tmp_path / 'other', args, resumed=False)
+    with own_run_folder(tmp_path / 'other', args, resumed=False):
+        pass
+    with pytest.raises(UserError, match='holds another run'), own_run_folder(tmp_path / 'other', args, resumed=False):
+        pass
+
+
+def test_run_that_goes_on_elsewhere_is_left_alone(few_digits, left_alone, tmp_path):
+    """As when a scheduler starts a job again whose first process still lives; a killed one is no matter."""
+    words = arguments(few_digits, tmp_path, '--resume', 'auto')
+    process = Command(*words)
+    process.signal_when(reached(tmp_path, 3), signal.SIGSTOP)
+    before = {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
+    code, _, err = Command(*words).wait()
+    assert code == 2 and f"The run in {tmp_path / 'run'} goes on in another process" in err, err
+    assert {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()} == before
+    process.signal_when(lambda: True, signal.SIGKILL)
+    assert process.wait()[0] == -signal.SIGKILL
+    assert 'Going on from' in finish(few_digits, tmp_path)
+    assert final_state(tmp_path) == final_state(left_alone)
 
 
 def test_missing_checkpoint_is_named(few_digits, tmp_path, fails):

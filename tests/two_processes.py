@@ -28,6 +28,7 @@ from timm_lm.training.batches import create_loader, load_split, resolve_input_co
 from timm_lm.training.checkpoint import CheckpointStore
 from timm_lm.training.factory import create_accelerator, create_model
 from timm_lm.training.options import parse_options
+from timm_lm.training.recipes import find_recipe
 from timm_lm.training.report import RunLog
 from timm_lm.training.signals import StopSignals
 
@@ -219,6 +220,10 @@ def main(data, output, port):
     accelerator = create_accelerator(parse_options([]), output)
     facts = dict(shares=shares(data, accelerator), gradient=gradient(data, accelerator, output))
 
+    recipe = output / f'without_rate{rank}.yaml'
+    text = find_recipe('demo_digits')[0].read_text()
+    recipe.write_text(''.join(line for line in text.splitlines(True) if not line.startswith('lr:')))
+
     sys.addaudithook(note)
     train('alone', *LONG)
     train('stopped', *LONG)
@@ -227,7 +232,8 @@ def main(data, output, port):
         train(name, *PIECES, *CUTS[name])
     facts['statistics'] = []
     with watched_statistics(facts['statistics']):
-        train('own', '--epochs', '1', '--batch-size', '32', '--no-ddp-bb', '--model-ema', '--model-ema-decay', '0.5')
+        train('own', '-c', str(recipe), '--epochs', '1', '--batch-size', '32', '--no-ddp-bb', '--model-ema',
+              '--model-ema-decay', '0.5')
     facts['apart'] = apart(data, output, rank)
     facts['written'] = [path for path in written if str(output) in path]
     (output / f'facts{rank}.json').write_text(json.dumps(facts))

@@ -1,8 +1,10 @@
 """The folder of a run: its place, its options, and the checkpoint that a run goes on from."""
 import argparse
+import errno
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Callable, Optional
+from typing import IO, Callable, Iterator, Optional
 
 import yaml
 from timm.models import safe_model_name
@@ -12,6 +14,11 @@ from timm_lm.files import write_text
 from timm_lm.hub import TimmModel
 
 from .checkpoint import Checkpoint, CheckpointStore
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 # Options that may differ between a run and its resumption.
 FREE_OPTIONS = (
@@ -75,19 +82,38 @@ def _compare_options(args: argparse.Namespace, folder: Path) -> None:
                         'run with another --experiment.')
 
 
-def create_run_folder(folder: Path, args: argparse.Namespace, resumed: bool) -> None:
-    """Make the folder, and write the options of a new run.
+@contextmanager
+def own_run_folder(folder: Path, args: argparse.Namespace, resumed: bool) -> Iterator[None]:
+    """Make the folder, keep other processes out of it, and write the options of a new run.
+
+    The lock is one of POSIX: the system takes it back however the process ends, and workers do not inherit it. Windows
+    and disks without locks go without.
 
     Raises:
-        UserError: If it can not be written, or another run was started there in the meantime.
+        UserError: If the folder can not be written, another run was started there in the meantime, or another process
+            runs there.
     """
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / 'checkpoints').mkdir(exist_ok=bool(args.resume))  # by the first of several that start at once
+            _lock(stack.enter_context(open(folder / '.lock', 'a')), folder)
+            if not resumed:
+                left_out = ('config', 'resume', 'dry_run')
+                options = {name: value for name, value in vars(args).items() if name not in left_out}
+                write_text(folder / 'args.yaml', yaml.safe_dump(options, sort_keys=True))
+        except FileExistsError as e:
+            raise UserError(_OTHER_RUN.format(folder)) from e
+        except OSError as e:
+            raise UserError(f'The run folder {folder} can not be written ({e}); choose another place with '
+                            '--output.') from e
+        yield
+
+
+def _lock(file: IO[str], folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'checkpoints').mkdir(exist_ok=bool(args.resume))  # by the first of several that start at once
-        if not resumed:
-            options = {name: value for name, value in vars(args).items() if name not in ('config', 'resume', 'dry_run')}
-            write_text(folder / 'args.yaml', yaml.safe_dump(options, sort_keys=True))
-    except FileExistsError as e:
-        raise UserError(_OTHER_RUN.format(folder)) from e
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-        raise UserError(f'The run folder {folder} can not be written ({e}); choose another place with --output.') from e
+        if e.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(f'The run in {folder} goes on in another process; wait for its end, or stop it.') from e

@@ -4,7 +4,7 @@ The loop is an ordinary one on Accelerate, which owns device, precision and proc
 """
 import argparse
 import importlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
@@ -17,6 +17,7 @@ from timm_lm.data import check_class_names, check_labels
 from timm_lm.errors import UserError
 from timm_lm.files import writing
 from timm_lm.hub import TimmModel, describe
+from timm_lm.loader import BatchLoader
 
 from .batches import create_loader, load_split, resolve_input_config
 from .checkpoint import Checkpoint, CheckpointStore, Progress
@@ -31,7 +32,7 @@ from .loop import Training
 from .plan import describe_data, describe_run, describe_schedule
 from .report import MAKE_ROOM, RunLog, epoch_table
 from .result import RESULT_NAME, command_line, save_weights
-from .run_folder import create_run_folder, find_checkpoint, run_folder
+from .run_folder import find_checkpoint, own_run_folder, run_folder
 from .signals import Interrupted, StopSignals
 
 __all__ = ['Interrupted', 'command_line', 'train']
@@ -112,12 +113,29 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
             print(describe_schedule(args, training.updates_per_epoch, training.num_epochs))
         return folder
 
-    # Run folder
     progress = training.resume(checkpoint) if checkpoint else Progress()  # refused before anything is changed
     accelerator.wait_for_everyone()
+    with own_run_folder(folder, args, resumed=checkpoint is not None) if is_main else nullcontext():
+        _run(args, accelerator, training, eval_loader, folder, checkpoint, progress, command)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return folder
+
+
+def _run(
+        args: argparse.Namespace,
+        accelerator: Any,
+        training: Training,
+        eval_loader: Optional[BatchLoader],
+        folder: Path,
+        checkpoint: Optional[Checkpoint],
+        progress: Progress,
+        command: str,
+) -> None:
+    """From the checkpoint, or the start, to the weights."""
+    is_main, store = accelerator.is_main_process, training.store
     log = RunLog(folder)
     if is_main:
-        create_run_folder(folder, args, resumed=checkpoint is not None)
         log.truncate(progress.epoch)
         if progress.epoch < training.num_epochs:
             (folder / RESULT_NAME).unlink(missing_ok=True)  # of a later end
@@ -134,7 +152,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     if accelerator.device.type == 'cpu':
         keep_freed_memory()
     evaluation: Optional[Dict[str, float]] = None
-    with signals:
+    with training.signals:
         for epoch in range(progress.epoch, training.num_epochs):
             metrics = training.train_epoch(epoch, progress.batch if epoch == progress.epoch else 0)
             lr = training.learning_rate
@@ -164,13 +182,10 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
             tqdm.write(f"best {best['metric']} {best['value']:.4g} after epoch {best['epoch'] + 1}, in "
                        f"{store.folder / best['checkpoint']}; the weights saved are those of the last epoch")
         seen = evaluation or (log.rows()[-1]['eval'] if log.rows() else None)
-        finished = _finished(args, model, final)
+        finished = _finished(args, training.model, final)
         with writing(f'The weights in {folder}', MAKE_ROOM):
             save_weights(args, finished, folder, eval_loader, seen, training.num_epochs,
                          training.seconds, command, accelerator.device, accelerator.num_processes)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return folder
 
 
 def _compare_checkpoints(accelerator: Any, checkpoint: Optional[Checkpoint], folder: Path) -> None:
