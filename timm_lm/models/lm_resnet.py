@@ -666,8 +666,9 @@ _c100 = partial(_cifar_cfg, _labels.CIFAR100, mean=(0.5071, 0.4865, 0.4409), std
 
 # The first tag of a name fixes its number of classes; the first one that has weights is the default.
 # They are the names of the recipes of a network.
-def _c10_tags(*further: str) -> Dict[str, Callable[..., Dict[str, Any]]]:
-    return {**dict.fromkeys(('best_c10', *further), _c10), 'best_c100': _c100, 'paper_c100': _c100}
+def _cifar_tags(*further: str) -> Dict[str, Callable[..., Dict[str, Any]]]:
+    tags = sorted(('best_c10', *further, 'best_c100', 'paper_c100'), key=lambda tag: tag.endswith('_c100'))
+    return {tag: _c100 if tag.endswith('_c100') else _c10 for tag in tags}
 
 
 _C100_TAGS = dict(best_c100=_c100, paper_c100=_c100)
@@ -683,19 +684,19 @@ def _resnetv2_tag(tag: str, hf_hub_id: str, **kwargs: Any) -> Dict[str, Callable
 
 
 _TAGS: Mapping[str, Mapping[str, Callable[..., Dict[str, Any]]]] = {
-    'lm_resnet20': _c10_tags('paper_c10', 'demo_c10', 'plain_first_c10'),
-    'lm_resnet32': _c10_tags('grow_c10', 'paper_c10', 'plain_first_c10'),
-    'lm_resnet44': _c10_tags('grow_c10', 'paper_c10', 'plain_first_c10'),
-    'lm_resnet56': _c10_tags('grow_c10', 'paper_c10', 'plain_first_c10', 'sd_c10', 'noise_c10'),
-    'lm_resnet110': _c10_tags('grow_c10', 'paper_c10', 'plain_first_c10', 'sd_c10', 'noise_c10'),
+    'lm_resnet20': _cifar_tags('paper_c10', 'demo_c10', 'plain_first_c10'),
+    'lm_resnet32': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10', 'plain_first_c10'),
+    'lm_resnet44': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10', 'plain_first_c10'),
+    'lm_resnet56': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10', 'plain_first_c10', 'sd_c10', 'noise_c10'),
+    'lm_resnet110': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10', 'plain_first_c10', 'sd_c10', 'noise_c10'),
     'lm_resnet164': _C100_TAGS,
     'lm_resnext29_8x64d': _RESNEXT_TAGS,
     'lm_resnext29_16x64d': _RESNEXT_TAGS,
-    'preact_resnet20': _c10_tags('paper_c10', 'demo_c10'),
-    'preact_resnet32': _c10_tags('grow_c10', 'paper_c10'),
-    'preact_resnet44': _c10_tags('grow_c10', 'paper_c10'),
-    'preact_resnet56': _c10_tags('grow_c10', 'paper_c10', 'sd_c10', 'noise_c10'),
-    'preact_resnet110': _c10_tags('grow_c10', 'paper_c10', 'sd_c10', 'noise_c10'),
+    'preact_resnet20': _cifar_tags('paper_c10', 'demo_c10'),
+    'preact_resnet32': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10'),
+    'preact_resnet44': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10'),
+    'preact_resnet56': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10', 'sd_c10', 'noise_c10'),
+    'preact_resnet110': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10', 'sd_c10', 'noise_c10'),
     'preact_resnet164': _C100_TAGS,
     'preact_resnext29_8x64d': _RESNEXT_TAGS,
     'preact_resnext29_16x64d': _RESNEXT_TAGS,
