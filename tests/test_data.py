@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from timm_lm import data as data_module
-from timm_lm.data import find_parquet, load_images
+from timm_lm.data import find_parquet, load_images, open_images
 from timm_lm.errors import UserError
 
 
@@ -78,6 +78,61 @@ def test_image_folder_opens_through_timm(tmp_path, images):
     loaded = load_images('test', tmp_path)
     assert loaded.labels.tolist() == [0, 1]
     assert torch.equal(loaded.images[1], torch.from_numpy(images[1]).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize('part, rows', [
+    ('[:50%]', (0, 3)), ('[50%:]', (3, 6)), ('[-1:]', (5, 6)), ('[1:-25%]', (1, 4)), ('[:]', (0, 6)),
+    ('[20%:2]', (1, 2)),
+])
+def test_part_of_a_split(tmp_path, images, part, rows):
+    write_parquet(tmp_path / 'train-00000-of-00002.parquet', images[:4])
+    write_parquet(tmp_path / 'train-00001-of-00002.parquet', images[4:], [4, 5])
+    loaded, opened = load_images(f'train{part}', tmp_path), open_images(f'train{part}', tmp_path)
+    expected = list(range(*rows))
+    assert loaded.labels.tolist() == opened.labels.tolist() == [label for _, label in opened] == expected
+    assert torch.equal(loaded.images, torch.from_numpy(np.stack(images)[expected]).permute(0, 3, 1, 2))
+    assert np.array_equal(np.asarray(opened[0][0]), images[expected[0]])
+
+
+@pytest.mark.parametrize('part', ['[3:3]', '[:7]', '[-7:]', '[4:2]', '[90%:110%]'])
+def test_part_that_is_not_there_is_refused(tmp_path, images, part):
+    write_parquet(tmp_path / 'train.parquet', images)
+    with pytest.raises(UserError, match="The split 'train' has 6 images and no part"):
+        load_images(f'train{part}', tmp_path)
+
+
+def test_broken_image_of_a_part_is_named_by_its_row(tmp_path, images):
+    write_parquet(tmp_path / 'train.parquet', [*images[:3], b'no image'])
+    part = open_images('train[2:]', tmp_path)
+    with pytest.raises(UserError, match='Row 3 of .* is not a readable image'):
+        part[1]
+
+
+def test_keys_name_endings_of_a_folder_of_images_and_else_columns(tmp_path, images):
+    for name in ('cat', 'dog'):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        (tmp_path / 'train' / name / '0.png').write_bytes(png(images[0]))
+        Image.fromarray(images[1]).save(tmp_path / 'train' / name / '1.jpg')
+    assert len(load_images('train', tmp_path)) == 4
+    assert len(load_images('train', tmp_path, input_key='.png')) == 2
+    for source in (dict(), dict(dataset='torch/image_folder')):
+        for keys in (dict(input_key='img'), dict(target_key='label')):
+            with pytest.raises(UserError, match='name columns and .* has none; leave them out'):
+                load_images('train', tmp_path, **source, **keys)
+
+
+def test_data_that_is_read_from_end_to_end_only_is_refused(tmp_path, monkeypatch):
+    """A data set of timm's that has a length all the same, as its wds/, tfds/ and hfids/ have."""
+    class FromEndToEnd(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 6
+
+        def __iter__(self):
+            return iter(())
+
+    monkeypatch.setattr(data_module, 'create_dataset', lambda *args, **kwargs: FromEndToEnd())
+    with pytest.raises(UserError, match=r'wds/shards.* \(it can be read from end to end only; give Parquet'):
+        load_images('train', tmp_path, dataset='wds/shards')
 
 
 def test_missing_data_is_named(tmp_path, images):

@@ -2,12 +2,13 @@
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import LogitDistillationTask
 
 from timm_lm.errors import UserError
 from timm_lm.hub import describe, save_folder
-from timm_lm.training.losses import Distillation, create_criterion, load_teacher
+from timm_lm.training.losses import Distillation, create_criterion, create_loss, load_teacher
 from timm_lm.training.options import parse_options
 
 CLASSES = 10
@@ -146,6 +147,16 @@ def test_teacher_that_does_not_fit_is_refused_in_one_line(teachers, name, kwargs
     with pytest.raises(UserError) as e:
         load_teacher(args, student)
     assert str(e.value) == f'The teacher {teachers / name} {message}'
+
+
+def test_teacher_of_another_size_of_images_is_refused(tmp_path):
+    teacher = timm.create_model('vit_tiny_patch16_224', num_classes=CLASSES, depth=1, img_size=16)
+    describe(teacher, input_size=(3, 16, 16), **TEACHER_NORM)
+    save_folder(teacher, tmp_path, '', dict(depth=1, img_size=16))
+    student = timm.create_model('lm_resnet20', num_classes=CLASSES, layers=(1, 1, 1))
+    with pytest.raises(UserError, match=r'The teacher .* does not take images of 3x32x32 \(Input height'):
+        create_loss(parse_options(['--kd-model-name', str(tmp_path)]), student,
+                    dict(STUDENT_NORM, input_size=(3, 32, 32)), Accelerator(cpu=True))
 
 
 def test_teacher_that_is_not_there_is_named():

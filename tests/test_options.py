@@ -65,6 +65,16 @@ def test_refused_options_tell_the_reason(name, tmp_path):
     (dict(img_size=0), '--img-size must be positive'),
     (dict(input_size=[3, 32, 0]), '--input-size must be positive'),
     (dict(crop_pct=-1.0), '--crop-pct must be positive'),
+    (dict(std=[0.2, 0, 0.2]), '--std must be positive'),
+    (dict(lr_base_size=0), '--lr-base-size must be positive'),
+    (dict(lr_noise=0.5, lr_noise_pct=0), '--lr-noise-pct must be positive'),
+    (dict(sched='step', decay_epochs=0), '--decay-epochs must be positive'),
+    (dict(clip_grad=0), '--clip-grad must be positive'),
+    (dict(layer_decay=0), '--layer-decay must be positive'),
+    (dict(bce_loss=True, smoothing=1), '--smoothing must be less than 1 with --bce-loss'),
+    (dict(cutmix_minmax=[0.8, 0.2]), '--cutmix-minmax takes two increasing shares'),
+    (dict(cutmix_minmax=[0.2, 1.5]), '--cutmix-minmax takes two increasing shares'),
+    (dict(lr_base_scale='squareroot'), "'lr_base_scale' .* can not be 'squareroot'"),
     (dict(opt_betas=[0.9]), '--opt-betas takes at least two'),
     (dict(clip_mode='agc'), '--clip-mode does nothing without --clip-grad'),
     (dict(torchcompile_mode='max-autotune'), '--torchcompile-mode does nothing without --torchcompile'),
@@ -86,6 +96,8 @@ def test_bad_files_and_arguments(tmp_path):
         parse_options(['-c', str(broken)])
     with pytest.raises(UserError, match="Unknown argument '--epoch'; did you mean --epochs"):
         parse_options(['-c', 'paper_c10', '--epoch', '3'])
+    with pytest.raises(UserError, match="Unknown argument 'images'; name the data with --data-dir"):
+        parse_options(['-c', 'paper_c10', 'images'])
     with pytest.raises(UserError, match="takes pairs name=value, not 'fused'"):
         parse_options(['--opt-kwargs', 'fused'])
     with pytest.raises(UserError, match='--wandb-project does nothing without --log-wandb'):
@@ -106,6 +118,21 @@ def test_defaults_of_refused_options_ask_for_nothing(tmp_path):
         parse_options(['-c', recipe(tmp_path, **asked | dict(worker_seeding='part'))])
     with pytest.raises(UserError, match="'data' .* is unknown"):
         parse_options(['-c', recipe(tmp_path, **asked | dict(data='folder'))])
+
+
+@pytest.mark.parametrize('words', [
+    ['--worker-seeding', 'all'], ['--epoch-repeats', '0.'], ['--aug-splits', '0'], ['--jsd-loss', 'False'],
+    ['--naflex-train-seq-lens', '128', '256', '576', '784', '1024'],
+])
+def test_refused_options_that_ask_for_nothing_pass_on_the_command_line_too(words):
+    assert vars(parse_options(words)) == vars(parse_options([]))
+    for asked in (words[:1], [words[0], '7']):
+        with pytest.raises(UserError, match=f'{words[0]} is refused'):
+            parse_options(asked)
+
+
+def test_multistep_without_milestones_is_a_constant_rate(tmp_path):
+    assert parse_options(['-c', recipe(tmp_path, sched='multistep', decay_milestones=[])]).decay_milestones == []
 
 
 def test_a_leader_can_be_turned_off_without_its_followers(tmp_path):

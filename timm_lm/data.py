@@ -1,4 +1,5 @@
 """The splits of a data set: found, opened image by image, or decoded once into uint8 tensors and cached."""
+import copy
 import hashlib
 import io
 import json
@@ -8,7 +9,7 @@ import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.data import create_dataset, create_transform, get_img_extensions
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from .errors import UserError
@@ -27,6 +28,8 @@ MEMORY_LIMIT = 4 << 30  # bytes of a decoded split
 # train-00000-of-00005, also with the digest that older uploads have, or train
 _SHARD = re.compile(r'(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+)(?:-[0-9a-f]{16})?)?$')
 _NUMBERED = re.compile(r'\d{4,5}$')  # train/0000, as on the Hub's branch of converted data sets
+# train[:90%], train[45000:]: a part of a split, as the package datasets names it
+_PART = re.compile(r'(?P<split>[^\[\]]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]$')
 # Names of a split that timm takes for one another in a folder of images.
 _SYNONYMS = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'), ('test',))
 # What names of timm's data sets begin with.
@@ -56,6 +59,12 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def part(self, start: int, stop: int) -> 'ImageSet':
+        """The images from one index to another, without the latter."""
+        return ImageSet(self.images[start:stop], self.labels[start:stop], self.class_names, self.remark)
+
+
+_Images = TypeVar('_Images', ImageSet, 'EncodedImages')
 
 # Finding the files of a split
 
@@ -105,6 +114,31 @@ def find_parquet(folder: Union[str, Path], split: str) -> List[Path]:
         raise UserError(f"The split '{split}' in {folder} should have {shards[0][2]} shards but has {len(shards)}; "
                         'copy the folder again.')
     return [path for path, _, _ in sorted(shards, key=lambda shard: shard[1])]
+
+
+def _split_of_part(split: str) -> str:
+    """The split that ``train[:90%]`` is a part of; other names as they are."""
+    match = _PART.match(split)
+    return match['split'] if match else split
+
+
+def _part(data: _Images, split: str) -> _Images:
+    """The rows of a split that its name asks for, in the manner of the package datasets."""
+    match = _PART.match(split)
+    if match is None:
+        return data
+    count = len(data)
+
+    def bound(text: Optional[str], default: int) -> int:
+        if text is None:
+            return default
+        value = round(count * int(text[:-1]) / 100) if text.endswith('%') else int(text)
+        return value + count if value < 0 else value
+
+    start, stop = bound(match['start'], 0), bound(match['stop'], count)
+    if not 0 <= start < stop <= count:
+        raise UserError(f"The split '{match['split']}' has {count:,} images and no part '{split}'; give another one.")
+    return data.part(start, stop)
 
 
 def _download_parquet(repo_id: str, split: str) -> Path:
@@ -211,9 +245,16 @@ class EncodedImages(Dataset):
         self.place = place
         self.remark = remark
         self.transform: Optional[Callable[[Image.Image], Any]] = None
+        self.first = 0
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def part(self, start: int, stop: int) -> 'EncodedImages':
+        """The images from one index to another, without the latter."""
+        part = copy.copy(self)
+        part.labels, part.first = self.labels[start:stop], self.first + start
+        return part
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         """Image (what ``transform`` makes of it) and class number.
@@ -221,11 +262,12 @@ class EncodedImages(Dataset):
         Raises:
             UserError: If the image is not readable.
         """
+        row = self.first + index
         try:
-            image = convert_image(self.read(index), self.mode)
+            image = convert_image(self.read(row), self.mode)
         except (UnidentifiedImageError, Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, TypeError,
                 ValueError) as e:
-            raise UserError(f'{self.place(index)} is not a readable image ({e}); repair or remove it.') from e
+            raise UserError(f'{self.place(row)} is not a readable image ({e}); repair or remove it.') from e
         return self.transform(image) if self.transform else image, int(self.labels[index])
 
 
@@ -279,15 +321,22 @@ class _ParquetImages:
 
 
 def _open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: str, download: bool,
-                  keys: Dict[str, Any]) -> EncodedImages:
+                  input_key: Optional[str], target_key: Optional[str]) -> EncodedImages:
     """A data set of timm's factory that can be read by index."""
     root = None if data_dir is None else str(data_dir)
     if is_image_folder(data_dir, dataset):
         check_split_folder(str(data_dir), split)
+    if not dataset.startswith('hfds/') and (target_key or input_key and '.' not in input_key):
+        raise UserError(f"--input-key and --target-key name columns and {dataset or root} has none; leave them out, or "
+                        "set what a recipe gives to ''.")
+    keys = {name: key for name, key in dict(input_key=input_key, target_key=target_key).items() if key}
     try:
         images: Any = create_dataset(
             dataset, root=root, split=split, class_map=class_map, download=download, **keys)  # type: ignore[arg-type]
-        len(images)  # an iterable one has none
+        if isinstance(images, IterableDataset):
+            raise TypeError('it can be read from end to end only; give Parquet, a folder of images, or one of torch/ '
+                            'or hfds/')
+        len(images)
     except (AssertionError, ImportError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError,
             ValueError) as e:
         reason = ' '.join(str(e).replace('download=True', '--dataset-download').split())
@@ -438,15 +487,16 @@ def load_images(
     """Decode a split into memory.
 
     Args:
-        split: Name of the split.
+        split: Name of the split; of Parquet also a part of it, such as ``train[:90%]`` or ``train[45000:]``.
         data_dir: Folder of the data. With Parquet files in the Hub's layout it is read directly.
         dataset: timm's name of the data set. ``hfds/<folder>`` and ``hfds/<owner>/<name>`` name a Parquet folder and a
             repo of the Hub; anything else is opened by ``timm.data.create_dataset``.
         input_size: Size (C, H, W) that images get, by timm's evaluation transform where theirs is another.
         crop_pct: Share of the resized image that the centre crop keeps.
         interpolation: Of the resizing, in timm's names.
-        input_key: Column of the images; guessed if None.
-        target_key: Column of the class numbers; guessed if None.
+        input_key: Column of the images, guessed if empty; of a folder of images the endings that are read, as
+            ``.png;.jpg``.
+        target_key: Column of the class numbers; guessed if empty.
         class_map: As in ``timm.data.create_dataset``.
         download: As in ``timm.data.create_dataset``.
         progress: Show a progress bar while decoding.
@@ -460,12 +510,13 @@ def load_images(
     """
     decode = _Decoder(input_size, crop_pct, interpolation, crop_mode)
     mode = _mode(input_size[0])
-    folder = _parquet_folder(data_dir, dataset, split)
+    whole = _split_of_part(split)
+    folder = _parquet_folder(data_dir, dataset, whole)
     if folder is None:
-        images = _open_dataset(split, data_dir, dataset, mode, class_map, download, {})
+        images = _open_dataset(split, data_dir, dataset, mode, class_map, download, input_key, target_key)
         _check_memory(split, len(images), input_size)
         return _decode_all(images, decode, progress)
-    paths = find_parquet(folder, split)
+    paths = find_parquet(folder, whole)
     _check_no_class_map(folder, class_map)
     settings = dict(input_size=list(input_size), crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation,
                     input_key=input_key, target_key=target_key)
@@ -478,7 +529,7 @@ def load_images(
         data = _decode_all(_open_parquet(paths, mode, input_key, target_key), decode, progress)
         _release_arrow_memory()
         _write_cache(cache, data)
-    return data
+    return _part(data, split)
 
 
 def open_images(
@@ -502,16 +553,15 @@ def open_images(
         UserError: If the data is missing, has no such split, or can not be read.
     """
     mode = _mode(channels)
-    folder = _parquet_folder(data_dir, dataset, split)
+    whole = _split_of_part(split)
+    folder = _parquet_folder(data_dir, dataset, whole)
     if folder is None:
-        return _open_dataset(split, data_dir, dataset, mode, class_map, download, {})
-    paths = find_parquet(folder, split)
+        return _open_dataset(split, data_dir, dataset, mode, class_map, download, input_key, target_key)
+    paths = find_parquet(folder, whole)
     _check_no_class_map(folder, class_map)
     if sum(path.stat().st_size for path in paths) <= MEMORY_LIMIT:
-        return _open_parquet(paths, mode, input_key, target_key)
-    keys = dict(input_key=input_key, target_key=target_key)
-    return _open_dataset(split, None, f'hfds/{folder}', mode, class_map, download,
-                         {name: key for name, key in keys.items() if key})
+        return _part(_open_parquet(paths, mode, input_key, target_key), split)
+    return _open_dataset(split, None, f'hfds/{folder}', mode, class_map, download, input_key, target_key)
 
 
 def _check_no_class_map(folder: Path, class_map: str) -> None:

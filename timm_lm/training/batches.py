@@ -1,7 +1,8 @@
 """The data of a training: splits in memory or read by workers, and the batches that are made of them."""
 import argparse
-from typing import Any, Dict, Union
+from typing import Any, Dict, Sequence, Union
 
+import torch
 from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
 
@@ -43,6 +44,22 @@ def resolve_input_config(args: argparse.Namespace, model: TimmModel) -> Dict[str
         raise UserError(f'The mean and standard deviation of {args.model} are for {len(config["mean"])} channels, the '
                         f'images have {in_chans}; give --mean and --std.')
     return config
+
+
+@torch.no_grad()
+def check_input(model: TimmModel, data_config: Dict[str, Any], name: str) -> None:
+    """Give a network an image of the size that it is going to get, as some are made for one size.
+
+    Raises:
+        UserError: If it does not take it.
+    """
+    size = data_config['input_size']
+    try:
+        model.eval()(torch.zeros(1, *size))
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as e:
+        reason = ' '.join(str(e).split())[:200] or type(e).__name__
+        raise UserError(f"{name} does not take images of {'x'.join(map(str, size))} ({reason}); give another "
+                        '--input-size, or what it needs for this one by --model-kwargs.') from e
 
 
 def load_split(args: argparse.Namespace, split: str, data_config: Dict[str, Any], show: bool,
@@ -95,7 +112,7 @@ def create_loader(args: argparse.Namespace, data: Union[ImageSet, EncodedImages]
         repeats=args.aug_repeats,
     )
     if is_training:
-        common['augmentation'] = _augmentation(args, num_classes, flips=in_memory)
+        common['augmentation'] = _augmentation(args, num_classes, data_config['input_size'], flips=in_memory)
     mean, std = data_config['mean'], data_config['std']
     if isinstance(data, ImageSet):
         return MemoryLoader(data, batch_size, mean, std, accelerator.device, **common)
@@ -104,9 +121,14 @@ def create_loader(args: argparse.Namespace, data: Union[ImageSet, EncodedImages]
         data, batch_size, mean, std, accelerator.device, transform, args.workers, args.pin_mem, **common)
 
 
-def _augmentation(args: argparse.Namespace, num_classes: int, flips: bool) -> Augmentation:
+def _augmentation(args: argparse.Namespace, num_classes: int, input_size: Sequence[int], flips: bool) -> Augmentation:
     """What is done to batches; flips only where timm's transforms have not done them."""
     mixup = None
+    if args.cutmix_minmax is not None:
+        low, high = args.cutmix_minmax
+        side = min(input_size[1:])
+        if int(side * low) >= int(side * high):  # timm draws whole pixels
+            raise UserError(f'--cutmix-minmax {low} {high} is less than a pixel of {side} apart; choose others.')
     if mixes(args):
         mixup = BatchMixup(
             args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,

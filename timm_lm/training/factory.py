@@ -7,6 +7,7 @@ import os
 import shutil
 from datetime import timedelta
 from pathlib import Path
+from pickle import PickleError
 from typing import Any, Dict, List, Optional
 
 import timm
@@ -23,16 +24,21 @@ from accelerate.utils import (
 from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm
 from timm.models import load_checkpoint
-from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 
 from timm_lm.depth import grow
 from timm_lm.errors import UserError
-from timm_lm.hub import TimmModel, check_name, load_model
+from timm_lm.hub import TimmModel, check_name, load_model, names_folder
 from timm_lm.precision import NO_BFLOAT16, cpu_has_bfloat16
 
 from .options import turn_off
 
+# What loading a file of weights fails with.
+_UNREADABLE = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, PickleError,
+               SafetensorError)
+# Whether timm spares what a network names from weight decay with filter_bias_and_bn=False too.
+_TIMM_SPARES = 'weight_decay_exclude_1d' in inspect.signature(param_groups_weight_decay).parameters
 # Processes wait for the first one while it decodes the data and while it counts the errors of the final weights.
 LONGEST_WAIT = timedelta(hours=4)
 
@@ -164,13 +170,13 @@ def create_model(args: argparse.Namespace) -> TimmModel:
         model = load_model(args.model, **kwargs) if from_source else _create(args.model, kwargs)
     except UserError:
         raise
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
+    except (*_UNREADABLE, AssertionError) as e:
         reason = ' '.join(str(e).split())[:300] or type(e).__name__
         raise UserError(f'{args.model} can not be made with these options ({reason}).') from e
     if args.initial_checkpoint:
         try:
             load_checkpoint(model, args.initial_checkpoint, weights_only=True)
-        except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
+        except _UNREADABLE as e:
             reason = ' '.join(str(e).split())[:200] or type(e).__name__
             raise UserError(f'--initial-checkpoint {args.initial_checkpoint} could not be loaded ({reason}).') from e
     if args.grow_from:
@@ -206,7 +212,11 @@ def share_batch_statistics(args: argparse.Namespace, model: TimmModel, accelerat
 
 
 def _create(name: str, kwargs: Dict[str, Any]) -> TimmModel:
-    check_name(name)
+    """A network by its name, or as a weights folder or a repo of the Hub has it, with new weights."""
+    if names_folder(name):
+        name = f"local-dir:{name.removeprefix('local-dir:')}"
+    elif not name.startswith('hf-hub:'):
+        check_name(name)
     return timm.create_model(name, **kwargs)
 
 
@@ -236,6 +246,8 @@ def can_fuse(name: str) -> bool:
     """Whether an optimizer of timm's factory is one of PyTorch's that updates all weights by one kernel."""
     if torch.backends.mps.is_available():
         return False
+    if name == 'adagrad' and _has_accelerator():  # older PyTorch has its kernel for the CPU alone
+        return False
     return 'fused' in inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
 
 
@@ -249,17 +261,22 @@ def create_optimizer(args: argparse.Namespace, model: TimmModel, sharded: bool =
     """The optimizer of timm's factory, fused where PyTorch can (and ``sharded`` weights allow it).
 
     Weight decay spares ``model.no_weight_decay()`` whatever else it is put on. With ``filter_bias_and_bn: false`` older
-    versions of timm decay that too, so the groups are made here.
+    versions of timm decay that too, so the groups are made here for them.
 
     Raises:
-        UserError: If it is one that this engine can not train with or not go on with.
+        UserError: If it is one that this engine can not train with or not go on with, or ``opt_kwargs`` has what an
+            option of its own is for.
     """
     name = args.opt.lower().removeprefix('lookahead_')
     _check_optimizer(name)
-    kwargs = optimizer_kwargs(cfg=args) | args.opt_kwargs
+    kwargs = optimizer_kwargs(cfg=args)
+    twice = sorted(kwargs.keys() & args.opt_kwargs.keys())
+    if twice:
+        raise UserError(f"--opt-kwargs can not give {', '.join(twice)}, for which there are options of their own.")
+    kwargs |= args.opt_kwargs
     if not kwargs.keys() & {'fused', 'foreach'} and not sharded and can_fuse(name):
         kwargs['fused'] = True
-    if not kwargs.get('filter_bias_and_bn', True) and args.layer_decay is None:
+    if not kwargs.get('filter_bias_and_bn', True) and args.layer_decay is None and not _TIMM_SPARES:
         exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else set()
 
         def groups(model: TimmModel) -> List[Dict[str, Any]]:

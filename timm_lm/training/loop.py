@@ -77,14 +77,18 @@ class Training:
             raise UserError('--clip-mode agc can not clip sharded weights; use norm or value, or train without FSDP.')
         try:
             self.plain_optimizer = create_optimizer(args, model, self.sharded)
+        except (AssertionError, ImportError, KeyError, TypeError, ValueError) as e:
+            raise UserError(f'The optimizer {args.opt} can not be made with these options ({e or type(e).__name__}).'
+                            ) from e
+        try:
             self.scheduler, self.num_epochs = create_scheduler_v2(
                 self.plain_optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch)
-        except (AssertionError, ImportError, KeyError, TypeError, ValueError) as e:
-            raise UserError(f'The optimizer {args.opt} or the schedule {args.sched} can not be made with these options '
-                            f'({e or type(e).__name__}).') from e
-        if args.sched != 'none' and self.scheduler is None:
-            raise UserError(f"There is no schedule '{args.sched}'; use cosine, multistep, step, poly, tanh, plateau or "
-                            'none.')
+            if args.sched != 'none' and self.scheduler is None:  # in older timm
+                raise ValueError(f"Unknown scheduler '{args.sched}'")
+        except (AssertionError, TypeError, ValueError) as e:
+            raise UserError(f'The schedule {args.sched} can not be made with these options ({e or type(e).__name__}); '
+                            'there are cosine, multistep, step, poly, tanh, plateau and none, in newer timm also '
+                            'constant, rsqrt and wsd.') from e
         for name, value, last in (('mixup-off', args.mixup_off_epoch, self.num_epochs),
                                   ('two-step', args.two_step_epoch, self.num_epochs - 1)):
             if value > last:
@@ -104,8 +108,9 @@ class Training:
 
     @property
     def learning_rate(self) -> float:
-        """That of the fastest parameters."""
-        return max(group['lr'] for group in self.plain_optimizer.param_groups)
+        """The mean over the groups of parameters, as timm tells it."""
+        rates = [group['lr'] for group in self.plain_optimizer.param_groups]
+        return sum(rates) / len(rates)
 
     @property
     def seconds(self) -> float:

@@ -11,6 +11,7 @@ from torch import nn
 from timm_lm.errors import UserError
 from timm_lm.hub import TimmModel, load_model
 
+from .batches import check_input
 from .options import mixes
 
 
@@ -119,6 +120,7 @@ def create_loss(args: argparse.Namespace, model: TimmModel, data_config: Dict[st
     if not args.kd_model_name:
         return PlainLoss(criterion).to(accelerator.device)
     teacher: Any = load_teacher(args, model)
+    check_input(teacher, data_config, f'The teacher {args.kd_model_name}')
     norm = {key: teacher.pretrained_cfg[key] for key in ('mean', 'std')}
     teacher.to(accelerator.device, memory_format=torch.channels_last if args.channels_last else None)
     if args.torchcompile:

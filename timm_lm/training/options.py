@@ -190,7 +190,8 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--lr', type=float, metavar='X', help='learning rate')
     group.add_argument('--lr-base', type=float, default=0.1, metavar='X', help='rate at the base batch size')
     group.add_argument('--lr-base-size', type=int, default=256, metavar='N', help='base batch size')
-    group.add_argument('--lr-base-scale', default='', metavar='NAME', help='linear or sqrt')
+    group.add_argument('--lr-base-scale', default='', choices=('linear', 'sqrt', ''),
+                       help='how the rate follows the batch (default: sqrt for adaptive optimizers, else linear)')
     group.add_argument('--lr-noise', type=float, nargs='+', metavar='X', help='noise on and off, shares of the run')
     group.add_argument('--lr-noise-pct', type=float, default=0.67, metavar='X', help='limit of the noise')
     group.add_argument('--lr-noise-std', type=float, default=1.0, metavar='X', help='its standard deviation')
@@ -289,7 +290,7 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--dry-run', action='store_true', default=False, help='show what would be done, and end')
 
     for name, reason in REFUSED.items():
-        parser.add_argument(_option(name), nargs='*', dest=name, action=_refuse(reason), help=argparse.SUPPRESS)
+        parser.add_argument(_option(name), nargs='*', dest=name, action=_refuse(name, reason), help=argparse.SUPPRESS)
     return parser
 
 
@@ -297,12 +298,18 @@ def _option(name: str) -> str:
     return '--' + name.replace('_', '-')
 
 
-def _refuse(reason: str) -> Type[argparse.Action]:
+def _refuse(name: str, reason: str) -> Type[argparse.Action]:
     class Refuse(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None):
-            if values != ['0']:
+            items = [_literal(item) for item in values]
+            if not values or _asks(name, items[0] if len(items) == 1 else items):
                 raise UserError(f'{option_string} is refused: {reason}.')
     return Refuse
+
+
+def _asks(name: str, value: Any) -> bool:
+    """Whether a value of a refused option asks for something: it is neither off nor timm's default."""
+    return bool(value) and value != _TIMM_DEFAULTS.get(name)
 
 
 # Recipes
@@ -316,7 +323,7 @@ def _read_recipe(path: Path, actions: Dict[str, argparse.Action]) -> Dict[str, A
     if not isinstance(values, dict):
         raise UserError(f'The recipe {path} must hold "option: value" lines.')
     asked = {str(name): value for name, value in values.items()
-             if name not in REFUSED or value and value != _TIMM_DEFAULTS.get(name)}
+             if name not in REFUSED or _asks(str(name), value)}
     if asked.get('data', '') is None:  # timm's older name of data_dir, which it writes beside that
         del asked['data']
     return {name: _recipe_value(path, name, value, actions) for name, value in asked.items()}
@@ -396,6 +403,8 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
         options = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0], options, n=1)
         hint = f'; did you mean {near[0]}?' if near else f'; see `{prog} --help`'
+        if not unknown[0].startswith('-'):
+            hint = '; name the data with --data-dir'
         raise UserError(f"Unknown argument '{unknown[0]}'{hint}")
     for name in REFUSED:
         delattr(args, name)
@@ -435,7 +444,8 @@ def check_options(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if any(isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value])):
             raise UserError(f'{_option(name)} must be a finite number, not {value}.')
-    for name in ('img_size', 'input_size', 'crop_pct'):
+    for name in ('img_size', 'input_size', 'crop_pct', 'std', 'lr', 'lr_base', 'lr_base_size', 'lr_noise_pct',
+                 'decay_epochs', 'clip_grad', 'layer_decay', 'kd_temperature'):
         value = getattr(args, name)
         if value is not None and min(value if isinstance(value, list) else [value]) <= 0:
             raise UserError(f'{_option(name)} must be positive, not {value}.')
@@ -457,11 +467,13 @@ def check_options(args: argparse.Namespace) -> None:
     for name in ('hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'smoothing', 'drop', 'model_ema_decay'):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f'{_option(name)} must be between 0 and 1, not {getattr(args, name)}.')
-    if args.lr is not None and args.lr <= 0:
-        raise UserError(f'--lr must be positive, not {args.lr}.')
+    if args.bce_loss and args.smoothing == 1:
+        raise UserError('--smoothing must be less than 1 with --bce-loss.')
+    if args.cutmix_minmax is not None and not 0 <= args.cutmix_minmax[0] < args.cutmix_minmax[1] <= 1:
+        raise UserError(f'--cutmix-minmax takes two increasing shares of a side, not {args.cutmix_minmax}.')
     if args.sched == 'plateau' and not args.val_split:
         raise UserError('--sched plateau lowers the rate by the validation; give --val-split, or another schedule.')
-    if args.sched == 'multistep':
+    if args.sched == 'multistep' and args.decay_milestones:
         milestones = args.decay_milestones
         if sorted(set(milestones)) != list(milestones):
             raise UserError(f'--decay-milestones must increase, they are {milestones}.')
@@ -474,8 +486,6 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f'--recount must be at least 1, not {args.recount}.')
     if mixes(args) and args.batch_size % 2:
         raise UserError(f'Mixup and cutmix mix pairs: --batch-size must be even, not {args.batch_size}.')
-    if args.kd_temperature <= 0:
-        raise UserError(f'--kd-temperature must be positive, not {args.kd_temperature}.')
     if args.two_step_epoch < 0:
         raise UserError(f'--two-step-epoch must not be negative, it is {args.two_step_epoch}.')
     starts = [name for name in ('pretrained', 'initial_checkpoint', 'grow_from') if getattr(args, name)]

@@ -19,7 +19,7 @@ from timm_lm.files import writing
 from timm_lm.hub import TimmModel, describe
 from timm_lm.loader import BatchLoader
 
-from .batches import create_loader, load_split, resolve_input_config
+from .batches import check_input, create_loader, load_split, resolve_input_config
 from .checkpoint import Checkpoint, CheckpointStore, Progress
 from .factory import (
     create_accelerator,
@@ -79,6 +79,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
 
     # Data
     data_config = resolve_input_config(args, model)
+    check_input(model, data_config, args.model)
     with _first_of_machine_first(accelerator):
         train_set = load_split(args, args.train_split, data_config, is_main, is_training=True)
         eval_set = load_split(args, args.val_split, data_config, is_main) if args.val_split else None
