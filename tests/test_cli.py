@@ -146,3 +146,17 @@ def test_ctrl_c_in_a_command(monkeypatch, command):
 
     monkeypatch.setitem(cli.COMMANDS, 'validate', stop)
     assert command('validate') == (130, '', 'timm-lm: interrupted\n')
+
+
+@pytest.mark.parametrize('name, defaults', [
+    ('train', dict(val_split='validation', epochs='300', scale='0.08 1.0', model='lm_resnet20')),
+    ('validate', dict(val_split='test', batch_size='50', device='cpu')),
+])
+def test_help_tells_defaults_once(name, defaults):
+    code, out, _ = Command(name, '--help').wait()
+    text = ' '.join(out.split())
+    assert code == 0
+    for option, value in defaults.items():
+        _, _, rest = text.rpartition(f"--{option.replace('_', '-')} ")
+        assert f'(default: {value})' in rest.partition(' --')[0], option
+    assert 'None)' not in text and ') (default' not in text

@@ -117,8 +117,9 @@ def test_keys_name_endings_of_a_folder_of_images_and_else_columns(tmp_path, imag
     assert len(load_images('train', tmp_path, input_key='.png')) == 2
     for source in (dict(), dict(dataset='torch/image_folder')):
         for keys in (dict(input_key='img'), dict(target_key='label')):
-            with pytest.raises(UserError, match='name columns and .* has none; leave them out'):
-                load_images('train', tmp_path, **source, **keys)
+            loaded = load_images('train', tmp_path, **source, **keys)
+            assert len(loaded) == 4 and 'say nothing of' in loaded.remark and list(keys.values())[0] in loaded.remark
+    assert not load_images('train', tmp_path, input_key='.png').remark
 
 
 def test_data_that_is_read_from_end_to_end_only_is_refused(tmp_path, monkeypatch):

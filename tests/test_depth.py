@@ -151,6 +151,8 @@ def test_training_starts_from_the_grown_weights(few_digits, weights, tmp_path, c
              '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
     code, out, err = command(*words)
     assert code == 0 and f'grown from {weights}' in out, err
+    card = (tmp_path / 'run' / 'weights' / 'README.md').read_text()
+    assert f'1 epoch, grown from the weights of `{weights.parent.name}`, seed 42, ' in card
     saved = load_file(tmp_path / 'run' / 'weights' / 'model.safetensors')
     grown = timm_lm.grow(timm.create_model(f'local-dir:{weights}', pretrained=True),
                          net(layers=(3, 3, 4), in_chans=1))

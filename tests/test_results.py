@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from timm_lm.results import COLUMNS, add_runs, read_rows, write_report
+from timm_lm.hub import model_tags
+from timm_lm.results import COLUMNS, add_runs, read_frame, read_rows, write_report
+from timm_lm.training.recipes import find_recipe
 
 RESULTS = Path(__file__).resolve().parents[1] / 'results'
 
@@ -55,6 +57,21 @@ def test_page_sets_runs_beside_published_figures(results, tmp_path):
     for name in ('error_cifar10.png', 'k_by_depth.png'):
         assert f'({name})' in text and (page.parent / name).stat().st_size > 5000
     assert 'error_cifar100.png' not in text
+
+
+def test_page_of_this_project_is_that_of_its_record(tmp_path):
+    write_report(RESULTS, tmp_path / 'results.md')
+    assert (tmp_path / 'results.md').read_text() == (RESULTS.parent / 'docs' / 'results.md').read_text()
+
+
+@pytest.mark.parametrize('table', read_frame(RESULTS)[0], ids=lambda table: table['title'])
+def test_commands_of_the_tables_are_understood(table):
+    """Those that fill a row: the recipe is for the network, and its weights get a tag of the network."""
+    for network in filter(None, sum(table['pairs'], [])):
+        path, model = find_recipe(f"{network}.{table['recipe']}")
+        assert (path.stem, model) == (table['recipe'], network)
+        assert table['recipe'] in model_tags(network) or not network.startswith(('lm_', 'preact_')) or (
+            table['recipe'] == 'paper_in1k')
 
 
 def test_a_run_is_added_once_with_what_it_left(run_folder, tmp_path):

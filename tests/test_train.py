@@ -158,7 +158,8 @@ def test_bad_data_is_named_and_nothing_is_written(few_digits, tmp_path, fails):
             (['--torchcompile', 'nope'], "no backend 'nope'"),
             (['--torchcompile', 'ts'], "no backend 'ts'"),  # torch has it, Accelerate does not
             (['--torchcompile', '--torchcompile-mode', 'nope'], "no mode 'nope' of torch.compile; there are: "),
-            (['--model', 'dla46_c', '--grad-checkpointing'], 'dla46_c can not recompute in its backward pass'),
+            (['--model', 'dla46_c', '--input-size', '1', '32', '32', '--grad-checkpointing'],
+             'dla46_c can not recompute in its backward pass'),
             (['--mixup', '0.2', '--mixup-off-epoch', '13'], '--mixup-off-epoch 13 comes after the end, the run has 12'),
             (['--two-step-epoch', '12'], '--two-step-epoch 12 comes after the end, the run has 12'),
             (['--interpolation', 'nope', '--train-interpolation', 'nope'], "no interpolation 'nope'"),
@@ -271,4 +272,6 @@ def test_fine_tuning_of_a_folder_keeps_the_shape_of_its_network(weights, few_dig
     tuned = tmp_path / 'run' / 'weights'
     verify_folder(tuned)
     assert load_file(tuned / 'model.safetensors').keys() == load_file(weights / 'model.safetensors').keys()
-    assert '# lm_resnet20.demo_digits' in (tuned / 'README.md').read_text()
+    card = (tuned / 'README.md').read_text()
+    assert '# lm_resnet20.demo_digits' in card
+    assert f'1 epoch, starting from the weights of `{weights.parent.name}`, seed 42, ' in card

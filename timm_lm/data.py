@@ -324,12 +324,17 @@ def _open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map:
                   input_key: Optional[str], target_key: Optional[str]) -> EncodedImages:
     """A data set of timm's factory that can be read by index."""
     root = None if data_dir is None else str(data_dir)
-    if is_image_folder(data_dir, dataset):
+    is_folder = is_image_folder(data_dir, dataset)
+    if is_folder:
         check_split_folder(str(data_dir), split)
-    if not dataset.startswith('hfds/') and (target_key or input_key and '.' not in input_key):
-        raise UserError(f"--input-key and --target-key name columns and {dataset or root} has none; leave them out, or "
-                        "set what a recipe gives to ''.")
     keys = {name: key for name, key in dict(input_key=input_key, target_key=target_key).items() if key}
+    remarks = []
+    if not dataset.startswith('hfds/'):
+        # names of columns, which a recipe may give; for a folder of images timm takes endings instead
+        columns = [name for name, key in keys.items() if not (is_folder and name == 'input_key' and '.' in key)]
+        told = ' and '.join(f"--{name.replace('_', '-')} {keys.pop(name)}" for name in columns)
+        if told:
+            remarks.append(f'{told} say nothing of {dataset or root}, which has no columns.')
     try:
         images: Any = create_dataset(
             dataset, root=root, split=split, class_map=class_map, download=download, **keys)  # type: ignore[arg-type]
@@ -344,10 +349,12 @@ def _open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map:
             f"timm could not open the split '{split}' of the data set '{dataset or root}' ({reason}).") from e
     names = getattr(getattr(images, 'reader', images), 'class_to_idx', None) or {}
     source = _TimmImages(images)
+    if is_folder:
+        remarks.append(_unread(getattr(getattr(images, 'reader', None), 'root', '')))
     return EncodedImages(
         source.read, _dataset_labels(images),
         tuple(str(name) for name in sorted(names, key=names.__getitem__)) or None, mode, source.place,
-        _unread(getattr(getattr(images, 'reader', None), 'root', '')) if is_image_folder(data_dir, dataset) else '')
+        ' '.join(filter(None, remarks)))
 
 
 def _unread(root: str) -> str:
@@ -494,7 +501,7 @@ def load_images(
         input_size: Size (C, H, W) that images get, by timm's evaluation transform where theirs is another.
         crop_pct: Share of the resized image that the centre crop keeps.
         interpolation: Of the resizing, in timm's names.
-        input_key: Column of the images, guessed if empty; of a folder of images the endings that are read, as
+        input_key: Column of the images, guessed if empty; for a folder of images the endings that are read, as
             ``.png;.jpg``.
         target_key: Column of the class numbers; guessed if empty.
         class_map: As in ``timm.data.create_dataset``.

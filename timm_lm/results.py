@@ -322,16 +322,17 @@ def _plot_k(rows: List[Row], path: Path) -> bool:
     rows = [row for row in rows if row['k'] and row['status'] == 'done']
     if not rows:
         return False
-    figure = _figure(7, 3.6)
+    figure = _figure(7, 3.6 + 0.1 * len(rows))
     axes = figure.subplots()
     for row in rows:
         k = [float(value) for value in row['k'].split()]
         places = [i / max(1, len(k) - 1) for i in range(len(k))]
-        network = row['model'].partition('.')[0]
-        axes.plot(places, k, marker='.', label=f"{network} {row['recipe']}, {row['epochs']} epochs, seed {row['seed']}")
+        network, (recipe, changed, _) = row['model'].partition('.')[0], row['recipe'].partition(' with ')
+        axes.plot(places, k, marker='.', label=f"{network} {recipe}{' (changed)' if changed else ''}, "
+                                               f"{row['epochs']} epochs, seed {row['seed']}")
     axes.axhline(0, color='black', linewidth=0.8)
     axes.set(xlabel='depth (0: first block with a k, 1: last)', ylabel='k')
     axes.grid(alpha=0.3)
-    axes.legend(fontsize='x-small')
+    figure.legend(fontsize='x-small', loc='outside lower center', ncols=2)
     figure.savefig(path, dpi=120, metadata={'Software': None})
     return True

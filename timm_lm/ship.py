@@ -58,6 +58,7 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
         folder = Path(temporary) / row['model']
         if told['parameters'] < HALF_FROM:
             shutil.copytree(source, folder)
+            write_text(folder / CARD_NAME, run_card(told, args, load_folder(folder)))  # by the template of today
         else:
             told |= _save_half(source, folder, told, args, data_dir)
         size = _size(folder) + sum(_size(path) for path in weights.iterdir() if path.name != row['model'])

@@ -672,7 +672,7 @@ def _cifar_tags(*further: str) -> Dict[str, Callable[..., Dict[str, Any]]]:
 
 
 _C100_TAGS = dict(best_c100=_c100, paper_c100=_c100)
-_RESNEXT_TAGS = dict(best_c100=_c100, resnext_c100=_c100)
+_RESNEXT_TAGS = dict(resnext_c100=_c100)
 _UNTRAINED_TAGS = dict(untrained=_cfg)
 
 

@@ -94,8 +94,23 @@ class _KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
+class _Help(argparse.HelpFormatter):
+    """Help that tells each default that says something, where the text does not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ''
+        told = '(default' in text or isinstance(action, argparse._HelpAction)
+        if told or action.default in (None, False, '', argparse.SUPPRESS) or action.default in ([], {}):
+            return text
+        value = ' '.join(map(str, action.default)) if isinstance(action.default, list) else action.default
+        return f'{text} (default: {value})'
+
+
 class Parser(argparse.ArgumentParser):
-    """Argument parser that reports by UserError."""
+    """Argument parser that reports by UserError, and tells defaults in its help."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **dict(dict(formatter_class=_Help), **kwargs))
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f'{message[0].upper()}{message[1:]}; see `{self.prog} --help`.')
@@ -120,7 +135,9 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description='Train a network by a recipe of timm train-script options.',
                      allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
-    parser.add_argument('-c', '--config', metavar='RECIPE', help='a shipped recipe (see timm-lm recipe) or a YAML file')
+    parser.add_argument('-c', '--config', metavar='RECIPE',
+                        help='a shipped recipe (see timm-lm recipe), one for another of its networks such as '
+                             'lm_resnet56.paper_c10, or a YAML file')
 
     add_data_options(parser)
     parser.add_argument('--train-split', metavar='NAME', default='train', help='split that is trained on')

@@ -95,10 +95,26 @@ def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel,
         seen_error=100 - seen['top1'] if seen else None,
         saved_in=saved_in,
         precision=asked_precision(args),
+        start=_start(args),
         k=_k_summary(model),
         **{name: told[name] for name in (
             'parameters', 'input_size', 'command', 'epochs', 'seed', 'minutes', 'hardware', 'versions')},
     )
+
+
+def _start(args: Mapping[str, Any]) -> str:
+    """What weights a run began with, '' for new ones; of a place on disk the last name alone."""
+    if args.get('grow_from'):
+        return f"grown from the weights of `{_last_name(args['grow_from'])}`"
+    source = args['initial_checkpoint'] or args['pretrained'] and (args['pretrained_path'] or args['model'])
+    return f'starting from the weights of `{_last_name(source)}`' if source else ''
+
+
+def _last_name(source: str) -> str:
+    if source.startswith('hf-hub:'):
+        return source
+    path = Path(source)
+    return path.parent.name if path.name == 'weights' else path.name  # that of the run
 
 
 def count_errors(weights: Path, split: str, **source: Any) -> Dict[str, float]:

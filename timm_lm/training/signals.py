@@ -13,8 +13,8 @@ class Interrupted(Exception):
     """
 
     def __init__(self, number: int, folder: Path):
-        super().__init__(f'Stopped by {signal.Signals(number).name}; the state is in {folder}, go on with '
-                         '--resume auto.')
+        super().__init__(f'Stopped by {signal.Signals(number).name}; go on by the same command with --resume '
+                         f'{folder}')
         self.exit_code = 128 + number
 
 
