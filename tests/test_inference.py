@@ -7,6 +7,8 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 import timm_lm
 from timm_lm.layers import TwoStep
@@ -74,6 +76,27 @@ def test_norms_after_convolutions_are_folded(name, norms):
     assert sum(isinstance(module, nn.BatchNorm2d) for module in optimized.modules()) == norms
     assert not any(isinstance(module, TwoStep) for module in optimized.modules())
     assert not any(name.endswith('step.k') for name, _ in optimized.named_parameters())
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(k_per_channel=True)])
+def test_k_is_told_as_before(kwargs):
+    model = made('lm_resnet20', kwargs)
+    found, expected = timm_lm.optimize(model).k_values(), model.k_values()
+    assert list(found) == list(expected) and len(found) == 6
+    assert all(torch.equal(found[name], k) for name, k in expected.items())
+
+
+@pytest.mark.parametrize('parametrize', [weight_norm, spectral_norm])
+def test_convolution_of_other_weights_stays(parametrize):
+    model = made('lm_resnet20', {})
+    parametrize(model.stages[0].blocks[0].conv1)
+    x = images(model)
+    optimized = timm_lm.optimize(model)
+    with torch.no_grad():
+        assert difference(optimized(x), model(x)) < 1e-5
+    assert is_parametrized(optimized.stages[0].blocks[0].conv1)
+    assert isinstance(optimized.stages[0].blocks[0].norm2, nn.BatchNorm2d)
+    assert not isinstance(optimized.stages[0].blocks[1].norm2, nn.BatchNorm2d)
 
 
 def test_half_precision():

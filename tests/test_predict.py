@@ -1,6 +1,7 @@
 """Classes of single images, and the networks as files of other tools, through the command line."""
 import io
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -11,6 +12,9 @@ import torch
 from PIL import Image
 
 from timm_lm.data import load_images
+from timm_lm.errors import UserError
+from timm_lm.export import export_model
+from timm_lm.hub import load_folder
 from timm_lm.loader import normalize
 from timm_lm.predict import predict
 
@@ -119,3 +123,17 @@ def test_export_that_fails_leaves_nothing(weights, tmp_path, fails, monkeypatch)
     line = fails('export', weights, '--format', 'torch-export', '--output', tmp_path / 'model.pt2')
     assert 'computes something else' in line
     assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def test_export_of_what_is_no_number_is_refused(weights, tmp_path):
+    model = load_folder(weights)
+    torch.nn.init.constant_(model.head.fc.bias, float('nan'))
+    with pytest.raises(UserError, match='computes something else .difference nan'):
+        export_model(model, 'torch-export', tmp_path / 'model.pt2')
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_of_this_folder_is_named_after_it(weights, tmp_path, command, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(weights, tmp_path / 'tuned'))
+    code, out, err = command('export', '.', '--format', 'torch-export')
+    assert code == 0 and out.startswith('tuned.pt2: '), err

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 import timm
@@ -287,6 +288,41 @@ print(timm.get_pretrained_cfg('lm_resnet20.best_c10').hf_hub_id)
     names, hub_id = result.stdout.splitlines()
     assert 'lm_resnet20.paper_c10' not in names and 'lm_resnet20.best_c10' in names
     assert hub_id == 'owner/lm_resnet20.best_c10@abc'
+
+
+def test_weights_inside_the_package_go_before_a_folder_of_the_project_around_it(copied_package):
+    """As where the package is installed into a project that has weights of its own."""
+    file, run = copied_package
+    (file.parents[3] / 'pyproject.toml').write_text('')
+    (file.parents[3] / 'weights').mkdir()
+    result = run('import timm, timm_lm; print(timm.get_pretrained_cfg("lm_resnet20.best_c10").file)')
+    assert result.stdout == f'{file}\n', result.stderr
+
+
+@pytest.mark.parametrize('kind', ['hf_hub_id', 'state_dict', 'file'])
+def test_weights_that_a_user_overlays_go_before_those_that_ship(weights, tmp_path, kind):
+    """Of a network whose name has weights that ship; each source as timm takes it for networks of its own."""
+    from hub_server import hub_server
+    code = f"""
+import timm
+from safetensors.torch import load_file
+trained = load_file({str(weights / 'model.safetensors')!r})
+source = dict(hf_hub_id='owner/digits', state_dict=trained, file={str(weights / 'model.safetensors')!r})[{kind!r}]
+model = timm.create_model('lm_resnet20', pretrained=True, layers=(2, 2, 2), in_chans=1,
+                          pretrained_cfg_overlay=dict({kind}=source, input_size=(1, 16, 16)))
+print(all((tensor == trained[name]).all() for name, tensor in model.state_dict().items()))
+"""
+    with hub_server({'owner/digits': weights}) as endpoint:
+        env = dict(os.environ, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE='0', HF_HOME=str(tmp_path), HF_HUB_DISABLE_XET='1')
+        result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout == 'True\n', result.stderr
+
+
+def test_pretrained_on_the_meta_device_is_a_network_of_shapes():
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of torch: nothing is copied to meta tensors
+        model = timm.create_model('lm_resnet20', pretrained=True, device='meta')
+    assert {p.device.type for p in model.parameters()} == {'meta'} and len(list(model.parameters())) > 60
 
 
 # Names

@@ -286,11 +286,12 @@ def _export(argv: List[str]) -> None:
     args = parser.parse_args(argv)
 
     from .export import FORMATS, export_model
-    from .hub import load_model
+    from .hub import load_model, names_folder
 
     model = load_model(args.model, **(dict(scriptable=True) if args.format == 'torchscript' else {}))
     ending = FORMATS[args.format][1]
-    path = args.output or Path(Path(args.model.rpartition(':')[2]).name + ending)
+    source = Path(args.model.rpartition(':')[2])
+    path = args.output or Path((source.resolve() if names_folder(args.model) else source).name + ending)
     difference = export_model(model, args.format, path)
     print(f'{path}: {path.stat().st_size / 1e6:.1f} MB, logits within {difference:.1e}, batches of any size')
 

@@ -87,10 +87,10 @@ def export_model(model: TimmModel, kind: str, path: Path) -> float:
             for batch in (images[:1], images[:2], images):
                 expected = model(batch)
                 found = (run(batch) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+                if not found.item() <= TOLERANCE:  # nor if it is not a number
+                    raise UserError(f'The exported file computes something else (difference {found.item():.1e} of the '
+                                    'largest logit); nothing was written. Try another --format.')
                 difference = max(difference, found.item())
-            if not difference <= TOLERANCE:
-                raise UserError(f'The exported file computes something else (difference {difference:.1e} of the '
-                                'largest logit); nothing was written. Try another --format.')
             os.replace(temporary, path)
             for data in Path(folder).iterdir():  # weights beside an ONNX file that is too large for one
                 os.replace(data, path.parent / data.name)

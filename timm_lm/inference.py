@@ -18,8 +18,8 @@ Network = TypeVar('Network', bound=nn.Module)
 def optimize(model: Network) -> Network:
     """A copy of a network that computes the same with less work, for inference only.
 
-    - A batch norm that follows a convolution within a residual branch is folded into that convolution; its activation
-      stays. The norms of the state stay too: they follow a sum, which others read as well.
+    - A batch norm that follows a plain convolution within a residual branch is folded into that convolution; its
+      activation stays. The norms of the state stay too: they follow a sum, which others read as well.
     - Each ``k`` becomes a constant, and stochastic depth and state noise go.
     - Convolutions are in the channels_last layout, which the CPU's and the GPU's kernels for them prefer. On the CPU
       in float32 they keep a second copy of their weights, ordered as the kernel reads them (``PackedConv2d``).
@@ -64,9 +64,12 @@ def _branch_pairs(block: ResidualBlock) -> List[Tuple[str, str]]:
 
 
 def _fold(block: ResidualBlock, conv_name: str, norm_name: str) -> None:
-    """Fold a batch norm into the convolution before it; other norms depend on their input and stay."""
+    """Fold a batch norm into the convolution before it.
+
+    Other norms depend on their input and stay, and so do convolutions whose weights are made of others (weight norm).
+    """
     conv, norm = getattr(block, conv_name), getattr(block, norm_name)
-    if not isinstance(norm, BatchNormAct2d) or norm.running_mean is None:
+    if type(conv) is not nn.Conv2d or not isinstance(norm, BatchNormAct2d) or norm.running_mean is None:
         return
     dtype = conv.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)

@@ -16,10 +16,10 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 def weights_dir() -> Path:
     """The folder of the weights that ship: inside an installed package, at the top of a checkout."""
-    checkout = _PACKAGE.parent
-    if (checkout / 'pyproject.toml').is_file() and (checkout / 'weights').is_dir():
+    installed, checkout = _PACKAGE / 'weights', _PACKAGE.parent
+    if not installed.is_dir() and (checkout / 'pyproject.toml').is_file() and (checkout / 'weights').is_dir():
         return checkout / 'weights'
-    return _PACKAGE / 'weights'
+    return installed
 
 
 def read_digests(folder: Path) -> Dict[str, str]:

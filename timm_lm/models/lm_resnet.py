@@ -27,7 +27,7 @@ from timm.models._features import FeatureDictNet, FeatureListNet, feature_take_i
 from timm.models._manipulate import checkpoint
 from torch import nn
 
-from timm_lm.layers import EulerStep, StateNoise, TwoStep
+from timm_lm.layers import EulerStep, FixedTwoStep, StateNoise, TwoStep
 from timm_lm.layers.two_step import KInit
 
 from . import _labels
@@ -432,12 +432,12 @@ class LMResNet(nn.Module):
         Returns:
             Detached copies on the CPU, of shape (1,), or (C,) if per channel; empty for a plain network.
         """
-        return OrderedDict((name, step.k.detach().float().cpu().clone()) for name, step in self._steps())
+        return OrderedDict((name, step.k.detach().float().reshape(-1).cpu().clone()) for name, step in self._steps())
 
     @torch.jit.ignore
-    def _steps(self) -> List[Tuple[str, TwoStep]]:
+    def _steps(self) -> List[Tuple[str, Union[TwoStep, FixedTwoStep]]]:
         suffix = '.step'
-        return [(n[:-len(suffix)], m) for n, m in self.named_modules() if isinstance(m, TwoStep)]
+        return [(n[:-len(suffix)], m) for n, m in self.named_modules() if isinstance(m, (TwoStep, FixedTwoStep))]
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -603,23 +603,26 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LMResNet) -> Dict[st
             and unexpected weights pass, as it does with another number of classes.
     """
     state_dict = dict(state_dict)
-    wanted = {f'{name}.step.k': k for name, k in model.k_values().items()}
+    wanted = {f'{name}.step.k': step.k.shape for name, step in model._steps()}
     if str(model.pretrained_cfg.get('tag', '')).startswith('resnetv2_'):
-        for key, k in wanted.items():
-            state_dict.setdefault(key, torch.zeros_like(k))
+        for key, shape in wanted.items():
+            state_dict.setdefault(key, torch.zeros(shape))
     found = {key for key in state_dict if key.endswith('.step.k')}
     missing, unexpected = sorted(wanted.keys() - found), sorted(found - wanted.keys())
     if missing or unexpected:
         raise RuntimeError(
             f'The weights are not of these steps (missing keys: {missing}, unexpected keys: {unexpected}); those with '
             'k belong to a two-step network, those without to a plain one (two_step=False).')
-    for key, k in wanted.items():
+    for key, shape in wanted.items():
         if state_dict[key].shape == (1,):
-            state_dict[key] = state_dict[key].expand(k.shape)
+            state_dict[key] = state_dict[key].expand(shape)
     return state_dict
 
 
 def _create_lm_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> LMResNet:
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    if 'file' not in overlay and any(overlay.get(source) for source in ('hf_hub_id', 'url', 'state_dict')):
+        kwargs['pretrained_cfg_overlay'] = dict(overlay, file=None)  # which timm would prefer, where it ships
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         check_shipped(cfg.file)
@@ -684,7 +687,7 @@ def _resnetv2_tag(tag: str, hf_hub_id: str, **kwargs: Any) -> Dict[str, Callable
 
 
 _TAGS: Mapping[str, Mapping[str, Callable[..., Dict[str, Any]]]] = {
-    'lm_resnet20': _cifar_tags('paper_c10', 'demo_c10', 'plain_first_c10'),
+    'lm_resnet20': _cifar_tags('grow_c100', 'paper_c10', 'demo_c10', 'plain_first_c10'),
     'lm_resnet32': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10', 'plain_first_c10'),
     'lm_resnet44': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10', 'plain_first_c10'),
     'lm_resnet56': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10', 'plain_first_c10', 'sd_c10', 'noise_c10'),
@@ -692,7 +695,7 @@ _TAGS: Mapping[str, Mapping[str, Callable[..., Dict[str, Any]]]] = {
     'lm_resnet164': _C100_TAGS,
     'lm_resnext29_8x64d': _RESNEXT_TAGS,
     'lm_resnext29_16x64d': _RESNEXT_TAGS,
-    'preact_resnet20': _cifar_tags('paper_c10', 'demo_c10'),
+    'preact_resnet20': _cifar_tags('grow_c100', 'paper_c10', 'demo_c10'),
     'preact_resnet32': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10'),
     'preact_resnet44': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10'),
     'preact_resnet56': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10', 'sd_c10', 'noise_c10'),
