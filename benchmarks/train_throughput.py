@@ -42,9 +42,9 @@ import torch
 import yaml
 from measure import columns, machine, machine_line
 
-from timm_lm.data import find_parquet
 from timm_lm.errors import UserError
 from timm_lm.precision import cpu_has_bfloat16
+from timm_lm.splits import find_parquet
 from timm_lm.training.factory import can_fuse
 from timm_lm.training.options import parse_options
 from timm_lm.training.result import usable_cores

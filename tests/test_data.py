@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from timm_lm import data as data_module
-from timm_lm.data import find_parquet, load_images, open_images
+from timm_lm.data import load_images, open_images
 from timm_lm.errors import UserError
+from timm_lm.splits import find_parquet
 
 
 def png(array):

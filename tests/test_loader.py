@@ -433,7 +433,7 @@ def test_validate_reads_what_does_not_fit_in_memory_by_workers(weights, few_digi
     size = (few_digits / 'test-00000-of-00001.parquet').stat().st_size
     assert size < 64 * 16 * 16  # between them is a limit for decoded images that encoded ones keep
     monkeypatch.setattr(data_module, 'MEMORY_LIMIT', size)
-    monkeypatch.setattr(data_module, '_read_cache', lambda path: None)  # it fitted when it was decoded before
+    monkeypatch.setattr(data_module, 'read_cache', lambda path: None)  # it fitted when it was decoded before
     made, start = [], WorkerLoader.__init__
     monkeypatch.setattr(WorkerLoader, '__init__', lambda self, *args, **more: made.append(start(self, *args, **more)))
     code, other, err = command(*words)

@@ -1,157 +1,29 @@
-"""The splits of a data set: found, opened image by image, or decoded once into uint8 tensors and cached."""
+"""The splits of a data set: opened image by image, or decoded once into uint8 tensors."""
 import copy
-import hashlib
 import io
 import json
-import os
-import re
-import tempfile
-from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.data import create_dataset, create_transform, get_img_extensions
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from .errors import UserError
-from .files import sha256
+from .image_set import ImageSet, cache_path, read_cache, write_cache
+from .splits import check_split_folder, download_parquet, find_parquet, rows_of_part, split_of_part
 
 LONG_TO_READ = 1 << 30  # bytes of files; whether a split fits is found before they are read
 MEMORY_LIMIT = 4 << 30  # bytes of a decoded split
-# train-00000-of-00005, also with the digest that older uploads have, or train
-_SHARD = re.compile(r'(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+)(?:-[0-9a-f]{16})?)?$')
-_NUMBERED = re.compile(r'\d{4,5}$')  # train/0000, as on the Hub's branch of converted data sets
-# train[:90%], train[45000:]: a part of a split, as the package datasets names it
-_PART = re.compile(r'(?P<split>[^\[\]]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]$')
-# Names of a split that timm takes for one another in a folder of images.
-_SYNONYMS = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'), ('test',))
 # What names of timm's data sets begin with.
 _KINDS = ('hfds', 'hfids', 'tfds', 'torch', 'wds')
 
 
 class TooLarge(UserError):
     """A split does not fit in memory."""
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """A decoded split.
-
-    Attributes:
-        images: uint8, shape (N, C, H, W).
-        labels: int64, shape (N,).
-        class_names: Names in the order of the labels, if the data set tells them.
-        remark: What a person should know of how it was read.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    class_names: Optional[Tuple[str, ...]] = None
-    remark: str = ''
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def part(self, start: int, stop: int) -> 'ImageSet':
-        """The images from one index to another, without the latter."""
-        return ImageSet(self.images[start:stop], self.labels[start:stop], self.class_names, self.remark)
-
-
-_Images = TypeVar('_Images', ImageSet, 'EncodedImages')
-
-# Finding the files of a split
-
-
-def _parquet_splits(folder: Path) -> Dict[Tuple[str, str], List[Tuple[Path, int, int]]]:
-    """(subfolder, split) -> (file, shard index, shard count), from the names that the Hub's layout gives files."""
-    splits = defaultdict(list)
-    for path in sorted(folder.rglob('*.parquet')):
-        parent = path.parent.relative_to(folder)
-        if _NUMBERED.match(path.stem) and parent.name:
-            count = sum(1 for other in path.parent.glob('*.parquet') if _NUMBERED.match(other.stem))
-            splits[parent.parent.as_posix(), parent.name].append((path, int(path.stem), count))
-            continue
-        match = _SHARD.match(path.stem)
-        assert match is not None
-        splits[parent.as_posix(), match['split']].append((path, int(match['index'] or 0), int(match['count'] or 1)))
-    return splits
-
-
-def find_parquet(folder: Union[str, Path], split: str) -> List[Path]:
-    """The Parquet files of a split in a folder of the Hub's layout (``[sub/]train-00000-of-00005.parquet``).
-
-    Raises:
-        UserError: If the folder is missing, has no Parquet files, no such split, several of them in subfolders, or not
-            all shards of it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        what = 'is a file' if folder.exists() else 'does not exist'
-        raise UserError(f'The data folder {folder} {what}; give a folder with Parquet files in the Hub\'s layout, such '
-                        'as train-00000-of-00001.parquet, or one of images in folders by class.')
-    splits = _parquet_splits(folder)
-    if not splits:
-        raise UserError(f'The data folder {folder} has no Parquet files; give a folder in the Hub\'s layout, with '
-                        'files such as train-00000-of-00001.parquet.')
-    found = [where for where, name in splits if name == split]
-    if not found:
-        names = ', '.join(sorted({name for _, name in splits}))
-        raise UserError(f"The data folder {folder} has no split '{split}' (it has: {names}); name one of these with "
-                        '--train-split or --val-split, or add the files.')
-    if len(found) > 1:
-        raise UserError(f"The data folder {folder} has the split '{split}' in several subfolders ({', '.join(found)}); "
-                        'give one of them as the data folder.')
-    shards = splits[found[0], split]
-    missing = set(range(shards[0][2])) - {index for _, index, _ in shards}
-    if missing or len(shards) != shards[0][2]:
-        raise UserError(f"The split '{split}' in {folder} should have {shards[0][2]} shards but has {len(shards)}; "
-                        'copy the folder again.')
-    return [path for path, _, _ in sorted(shards, key=lambda shard: shard[1])]
-
-
-def _split_of_part(split: str) -> str:
-    """The split that ``train[:90%]`` is a part of; other names as they are."""
-    match = _PART.match(split)
-    return match['split'] if match else split
-
-
-def _part(data: _Images, split: str) -> _Images:
-    """The rows of a split that its name asks for, in the manner of the package datasets."""
-    match = _PART.match(split)
-    if match is None:
-        return data
-    count = len(data)
-
-    def bound(text: Optional[str], default: int) -> int:
-        if text is None:
-            return default
-        value = round(count * int(text[:-1]) / 100) if text.endswith('%') else int(text)
-        return value + count if value < 0 else value
-
-    start, stop = bound(match['start'], 0), bound(match['stop'], count)
-    if not 0 <= start < stop <= count:
-        raise UserError(f"The split '{match['split']}' has {count:,} images and no part '{split}'; give another one.")
-    return data.part(start, stop)
-
-
-def _download_parquet(repo_id: str, split: str) -> Path:
-    """The folder of a data set repo of the Hub, its Parquet files downloaded into the Hub's cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-    try:
-        patterns = [f'*{split}*.parquet', f'*{split}/*.parquet']
-        return Path(snapshot_download(repo_id, repo_type='dataset', allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(f'The data set {repo_id} could not be downloaded from the Hub ({reason}); give a folder of its '
-                        'Parquet files with --data-dir.') from e
 
 
 # Decoding
@@ -386,29 +258,6 @@ class _TimmImages:
         return f'Image {index} of the data' + (f' ({name})' if name else '')
 
 
-def check_split_folder(folder: Union[str, Path], split: str, required: bool = False) -> None:
-    """Check that a folder of images has a subfolder for a split; where it has none, timm takes all images.
-
-    Args:
-        folder: The folder.
-        split: Name of the split.
-        required: A folder of classes, without folders of splits, does not do.
-
-    Raises:
-        UserError: If the folder has other splits, or none and one is required.
-    """
-    names = next((names for names in _SYNONYMS if split in names), ())
-    if any((Path(folder) / name).is_dir() for name in (split, *names)):
-        return
-    others = sorted(name for names in _SYNONYMS for name in names if (Path(folder) / name).is_dir())
-    if others:
-        raise UserError(f"The data folder {folder} has no split '{split}' (it has: {', '.join(others)}); name one of "
-                        'these (--val-split, in training --train-split too), or add the images.')
-    if required:
-        raise UserError(f"The data folder {folder} has no folder '{split}', so that validation would take the images "
-                        "to train on; make train/ and validation/, or train without validation by --val-split ''.")
-
-
 def _dataset_labels(images: Any) -> torch.Tensor:
     """Class numbers without decoding images, where the data set has them apart."""
     reader = getattr(images, 'reader', images)
@@ -434,47 +283,6 @@ def _decode_all(images: EncodedImages, decode: _Decoder, progress: bool) -> Imag
             decoded = torch.empty(len(images), *image.shape, dtype=torch.uint8)
         decoded[i] = torch.as_tensor(image)
     return ImageSet(decoded, images.labels, images.class_names, images.remark)
-
-
-# The cache of decoded splits
-
-
-def _cache_path(paths: List[Path], settings: Dict[str, Any]) -> Optional[Path]:
-    """Where the decoded split is kept: known by the contents of its files, None if there is no place for a cache."""
-    from huggingface_hub import cached_assets_path
-    content = [sha256(path) for path in paths]
-    key = hashlib.sha256(json.dumps([2, content, settings], sort_keys=True).encode()).hexdigest()[:32]
-    try:
-        return cached_assets_path('timm-lm', namespace='decoded') / f'{key}.safetensors'
-    except (OSError, ValueError):
-        return None
-
-
-def _read_cache(path: Optional[Path]) -> Optional[ImageSet]:
-    if path is None or not path.is_file():
-        return None
-    try:
-        with safe_open(path, 'pt') as f:
-            names = json.loads((f.metadata() or {})['class_names'])
-            return ImageSet(f.get_tensor('images'), f.get_tensor('labels'), tuple(names) if names else None)
-    except (SafetensorError, KeyError, ValueError, OSError):
-        return None  # cut short or of another kind: decoded anew and written over
-
-
-def _write_cache(path: Optional[Path], data: ImageSet) -> None:
-    """Write beside and rename; a cache that can not be written (full disk, no right) is done without."""
-    if path is None:
-        return
-    temporary = None
-    try:
-        fd, temporary = tempfile.mkstemp(dir=path.parent, suffix='.tmp')
-        os.close(fd)
-        save_file(dict(images=data.images, labels=data.labels), temporary,
-                  metadata=dict(class_names=json.dumps(data.class_names)))
-        os.replace(temporary, path)
-    except (OSError, SafetensorError):
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def load_images(
@@ -517,7 +325,7 @@ def load_images(
     """
     decode = _Decoder(input_size, crop_pct, interpolation, crop_mode)
     mode = _mode(input_size[0])
-    whole = _split_of_part(split)
+    whole = split_of_part(split)
     folder = _parquet_folder(data_dir, dataset, whole)
     if folder is None:
         images = _open_dataset(split, data_dir, dataset, mode, class_map, download, input_key, target_key)
@@ -526,17 +334,17 @@ def load_images(
     paths = find_parquet(folder, whole)
     _check_no_class_map(folder, class_map)
     settings = dict(input_size=list(input_size), crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation,
-                    input_key=input_key, target_key=target_key)
+                    input_key=input_key or None, target_key=target_key or None)
     if sum(path.stat().st_size for path in paths) > LONG_TO_READ:
         _check_memory(split, _count_rows(paths), input_size)
-    cache = _cache_path(paths, settings)
-    data = _read_cache(cache)
+    cache = cache_path(paths, settings)
+    data = read_cache(cache)
     if data is None:
         _check_memory(split, _count_rows(paths), input_size)
         data = _decode_all(_open_parquet(paths, mode, input_key, target_key), decode, progress)
         _release_arrow_memory()
-        _write_cache(cache, data)
-    return _part(data, split)
+        write_cache(cache, data)
+    return data.part(*rows_of_part(split, len(data)))
 
 
 def open_images(
@@ -560,14 +368,15 @@ def open_images(
         UserError: If the data is missing, has no such split, or can not be read.
     """
     mode = _mode(channels)
-    whole = _split_of_part(split)
+    whole = split_of_part(split)
     folder = _parquet_folder(data_dir, dataset, whole)
     if folder is None:
         return _open_dataset(split, data_dir, dataset, mode, class_map, download, input_key, target_key)
     paths = find_parquet(folder, whole)
     _check_no_class_map(folder, class_map)
     if sum(path.stat().st_size for path in paths) <= MEMORY_LIMIT:
-        return _part(_open_parquet(paths, mode, input_key, target_key), split)
+        data = _open_parquet(paths, mode, input_key, target_key)
+        return data.part(*rows_of_part(split, len(data)))
     return _open_dataset(split, None, f'hfds/{folder}', mode, class_map, download, input_key, target_key)
 
 
@@ -608,7 +417,7 @@ def _parquet_folder(data_dir: Optional[Union[str, Path]], dataset: str, split: s
     if data_dir is None:
         if is_hub_name:
             name = dataset.removeprefix('hfds/')
-            return Path(name) if Path(name).is_dir() else _download_parquet(name, split)
+            return Path(name) if Path(name).is_dir() else download_parquet(name, split)
         if not dataset:
             raise UserError('No data was named; give a folder with --data-dir or a data set with --dataset.')
         return None

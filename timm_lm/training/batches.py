@@ -7,18 +7,11 @@ from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
 
 from timm_lm.augment import BatchMixup
-from timm_lm.data import (
-    EncodedImages,
-    ImageSet,
-    TooLarge,
-    check_split_folder,
-    is_image_folder,
-    load_images,
-    open_images,
-)
+from timm_lm.data import EncodedImages, ImageSet, TooLarge, is_image_folder, load_images, open_images
 from timm_lm.errors import UserError
 from timm_lm.hub import TimmModel
 from timm_lm.loader import Augmentation, BatchLoader, MemoryLoader, WorkerLoader
+from timm_lm.splits import check_split_folder
 
 from .options import mixes, not_in_memory
 

@@ -1,0 +1,136 @@
+"""Which files a split of a data set is made of, by the layouts that the Hub and timm have."""
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple, Union
+
+from .errors import UserError
+
+# train-00000-of-00005, also with the digest that older uploads have, or train
+_SHARD = re.compile(r'(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+)(?:-[0-9a-f]{16})?)?$')
+_NUMBERED = re.compile(r'\d{4,5}$')  # train/0000, as on the Hub's branch of converted data sets
+# train[:90%], train[45000:]: a part of a split, as the package datasets names it
+_PART = re.compile(r'(?P<split>[^\[\]]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]$')
+# Names of a split that timm takes for one another in a folder of images.
+_SYNONYMS = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'), ('test',))
+
+
+# Parquet
+
+
+def _parquet_splits(folder: Path) -> Dict[Tuple[str, str], List[Tuple[Path, int, int]]]:
+    """(subfolder, split) -> (file, shard index, shard count), from the names that the Hub's layout gives files."""
+    splits = defaultdict(list)
+    for path in sorted(folder.rglob('*.parquet')):
+        parent = path.parent.relative_to(folder)
+        if _NUMBERED.match(path.stem) and parent.name:
+            count = sum(1 for other in path.parent.glob('*.parquet') if _NUMBERED.match(other.stem))
+            splits[parent.parent.as_posix(), parent.name].append((path, int(path.stem), count))
+            continue
+        match = _SHARD.match(path.stem)
+        assert match is not None
+        splits[parent.as_posix(), match['split']].append((path, int(match['index'] or 0), int(match['count'] or 1)))
+    return splits
+
+
+def find_parquet(folder: Union[str, Path], split: str) -> List[Path]:
+    """The Parquet files of a split in a folder of the Hub's layout (``[sub/]train-00000-of-00005.parquet``).
+
+    Raises:
+        UserError: If the folder is missing, has no Parquet files, no such split, several of them in subfolders, or not
+            all shards of it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = 'is a file' if folder.exists() else 'does not exist'
+        raise UserError(f'The data folder {folder} {what}; give a folder with Parquet files in the Hub\'s layout, such '
+                        'as train-00000-of-00001.parquet, or one of images in folders by class.')
+    splits = _parquet_splits(folder)
+    if not splits:
+        raise UserError(f'The data folder {folder} has no Parquet files; give a folder in the Hub\'s layout, with '
+                        'files such as train-00000-of-00001.parquet.')
+    found = [where for where, name in splits if name == split]
+    if not found:
+        names = ', '.join(sorted({name for _, name in splits}))
+        raise UserError(f"The data folder {folder} has no split '{split}' (it has: {names}); name one of these with "
+                        '--train-split or --val-split, or add the files.')
+    if len(found) > 1:
+        raise UserError(f"The data folder {folder} has the split '{split}' in several subfolders ({', '.join(found)}); "
+                        'give one of them as the data folder.')
+    shards = splits[found[0], split]
+    missing = set(range(shards[0][2])) - {index for _, index, _ in shards}
+    if missing or len(shards) != shards[0][2]:
+        raise UserError(f"The split '{split}' in {folder} should have {shards[0][2]} shards but has {len(shards)}; "
+                        'copy the folder again.')
+    return [path for path, _, _ in sorted(shards, key=lambda shard: shard[1])]
+
+
+def split_of_part(split: str) -> str:
+    """The split that ``train[:90%]`` is a part of; other names as they are."""
+    match = _PART.match(split)
+    return match['split'] if match else split
+
+
+def rows_of_part(split: str, count: int) -> Tuple[int, int]:
+    """From which row to which, without the latter, a name such as ``train[:90%]`` asks for, all rows by default.
+
+    Args:
+        split: The name, in the manner of the package datasets.
+        count: Rows of the whole split.
+
+    Raises:
+        UserError: If there are no such rows.
+    """
+    match = _PART.match(split)
+    if match is None:
+        return 0, count
+
+    def bound(text: Optional[str], default: int) -> int:
+        if text is None:
+            return default
+        value = round(count * int(text[:-1]) / 100) if text.endswith('%') else int(text)
+        return value + count if value < 0 else value
+
+    start, stop = bound(match['start'], 0), bound(match['stop'], count)
+    if not 0 <= start < stop <= count:
+        raise UserError(f"The split '{match['split']}' has {count:,} images and no part '{split}'; give another one.")
+    return start, stop
+
+
+def download_parquet(repo_id: str, split: str) -> Path:
+    """The folder of a data set repo of the Hub, its Parquet files downloaded into the Hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    try:
+        patterns = [f'*{split}*.parquet', f'*{split}/*.parquet']
+        return Path(snapshot_download(repo_id, repo_type='dataset', allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(f'The data set {repo_id} could not be downloaded from the Hub ({reason}); give a folder of its '
+                        'Parquet files with --data-dir.') from e
+
+
+# Folders of images
+
+
+def check_split_folder(folder: Union[str, Path], split: str, required: bool = False) -> None:
+    """Check that a folder of images has a subfolder for a split; where it has none, timm takes all images.
+
+    Args:
+        folder: The folder.
+        split: Name of the split.
+        required: A folder of classes, without folders of splits, does not do.
+
+    Raises:
+        UserError: If the folder has other splits, or none and one is required.
+    """
+    names = next((names for names in _SYNONYMS if split in names), ())
+    if any((Path(folder) / name).is_dir() for name in (split, *names)):
+        return
+    others = sorted(name for names in _SYNONYMS for name in names if (Path(folder) / name).is_dir())
+    if others:
+        raise UserError(f"The data folder {folder} has no split '{split}' (it has: {', '.join(others)}); name one of "
+                        'these (--val-split, in training --train-split too), or add the images.')
+    if required:
+        raise UserError(f"The data folder {folder} has no folder '{split}', so that validation would take the images "
+                        "to train on; make train/ and validation/, or train without validation by --val-split ''.")
