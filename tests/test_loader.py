@@ -221,7 +221,7 @@ def test_each_reading_of_an_image_is_augmented_anew(tmp_path):
 def test_large_files_are_not_read_to_find_that_they_do_not_fit(photos, monkeypatch):
     monkeypatch.setattr(data_module, 'LONG_TO_READ', 0)
     monkeypatch.setattr(data_module, 'MEMORY_LIMIT', 1000)
-    monkeypatch.setattr(data_module, 'sha256', lambda path: pytest.fail('read as a whole'))
+    monkeypatch.setattr('timm_lm.image_set.sha256', lambda path: pytest.fail('read as a whole'))
     with pytest.raises(UserError, match='more than the 0 GiB held in memory'):
         load_images('test', photos)
 
@@ -342,7 +342,7 @@ def test_a_training_on_an_image_that_a_worker_can_not_read(few_digits, tmp_path,
     line = fails('train', '-c', 'demo_digits', '--data-dir', data, '--aa', 'rand-m5', '--workers', 1, '-b', 7,
                  '--model-kwargs', 'layers=(1,1,1)', '--output', tmp_path, '--experiment', 'run')
     assert line.startswith(f"timm-lm: error: Row 20 of {data / 'train.parquet'} is not a readable image")
-    assert {path.name for path in (tmp_path / 'run').iterdir()} <= {'args.yaml', 'checkpoints'}
+    assert {path.name for path in (tmp_path / 'run').iterdir()} <= {'.lock', 'args.yaml', 'checkpoints'}
 
 
 def broken_png():
