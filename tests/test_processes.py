@@ -287,7 +287,7 @@ def test_signal_to_one_process_stops_both_at_one_step(stopped, output):
     assert stopped.code != 0
     line, = error_lines(stopped.err)
     newest = output / 'stopped' / 'checkpoints' / stopped.checkpoints[-1]
-    assert line == f'timm-lm: Stopped by SIGTERM; go on by the same command with --resume {newest}.'
+    assert line == f'timm-lm: Stopped by SIGTERM; go on by the same command with --resume {newest}'
     assert '[rank' not in stopped.err
     # those of whole epochs, and that of the signal
     updates = [int(name[5:]) for name in stopped.checkpoints]
