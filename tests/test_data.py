@@ -102,6 +102,17 @@ def test_part_that_is_not_there_is_refused(tmp_path, images, part):
         load_images(f'train{part}', tmp_path)
 
 
+def test_part_of_other_data_is_refused(tmp_path, images):
+    for split in ('train', 'test'):
+        (tmp_path / split / 'cat').mkdir(parents=True)
+        (tmp_path / split / 'cat' / '0.png').write_bytes(png(images[0]))
+    for read in (load_images, open_images):
+        with pytest.raises(UserError, match='a part of a split, which only Parquet has'):
+            read('train[:90%]', tmp_path, dataset='torch/image_folder')
+        with pytest.raises(UserError, match=r"no split 'train\[:90%\]'"):
+            read('train[:90%]', tmp_path)
+
+
 def test_broken_image_of_a_part_is_named_by_its_row(tmp_path, images):
     write_parquet(tmp_path / 'train.parquet', [*images[:3], b'no image'])
     part = open_images('train[2:]', tmp_path)

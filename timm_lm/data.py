@@ -202,6 +202,8 @@ def _open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map:
     keys = {name: key for name, key in dict(input_key=input_key, target_key=target_key).items() if key}
     remarks = []
     if not dataset.startswith('hfds/'):
+        if split_of_part(split) != split:  # which timm would take for the test split of torch/
+            raise UserError(f"'{split}' is a part of a split, which only Parquet has; name a whole one.")
         # names of columns, which a recipe may give; for a folder of images timm takes endings instead
         columns = [name for name, key in keys.items() if not (is_folder and name == 'input_key' and '.' in key)]
         told = ' and '.join(f"--{name.replace('_', '-')} {keys.pop(name)}" for name in columns)

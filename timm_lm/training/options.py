@@ -110,7 +110,8 @@ class Parser(argparse.ArgumentParser):
     """Argument parser that reports by UserError, and tells defaults in its help."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **dict(dict(formatter_class=_Help), **kwargs))
+        kwargs.setdefault('formatter_class', _Help)
+        super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f'{message[0].upper()}{message[1:]}; see `{self.prog} --help`.')
