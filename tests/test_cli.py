@@ -50,6 +50,11 @@ def test_info_of_a_folder_shows_its_k(command, weights):
         assert float(line.split()[-1]) == pytest.approx(k.item(), abs=5e-5)
 
 
+def test_info_of_a_folder_that_is_not_there_shows_no_other_network(tmp_path, fails, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert 'lm_resnet20' in fails('info', 'local-dir:lm_resnet20')
+
+
 def test_info_of_a_plain_network_has_no_k(command):
     code, out, _ = command('info', 'preact_resnet20')
     assert code == 0 and 'stages.' not in out and '272,378' in out
@@ -138,6 +143,11 @@ def test_demo_spares_a_folder_of_something_else(tmp_path, fails):
     assert 'holds something else' in fails('demo', '--output', tmp_path)
     assert (tmp_path / 'mine').read_text() == 'mine'
     assert 'holds something else' in fails('demo', '--output', tmp_path / 'mine')
+    folder = tmp_path / 'data'
+    (folder / 'digits').mkdir(parents=True)
+    (folder / 'digits' / 'mine.parquet').write_text('mine')
+    assert 'holds something else' in fails('demo', '--output', folder)
+    assert (folder / 'digits' / 'mine.parquet').read_text() == 'mine'
 
 
 def test_ctrl_c_in_a_command(monkeypatch, command):

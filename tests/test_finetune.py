@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from test_data import write_parquet
+from timm.data import create_transform, resolve_data_config
 from timm.models import adapt_input_conv
 
 from timm_lm.data import load_images
 from timm_lm.hub import verify_folder
 from timm_lm.loader import MemoryLoader
 from timm_lm.models._weights import weights_dir
+from timm_lm.training.result import count_errors
 
 SHIPPED = weights_dir() / 'lm_resnet20.best_c10'
 QUICK = ['--epochs', 1, '--warmup-epochs', 0, '--batch-size', 10, '--workers', 1]
@@ -111,6 +114,52 @@ def test_other_sizes_and_channels(tune, command, tmp_path, size, mode, options, 
     assert sum(f"/{line['classes'][0]['class']}/" not in line['image'] for line in found) == result['errors']
     model = timm.create_model(f'local-dir:{weights}', pretrained=True)
     assert model(torch.randn(2, *input_size)).shape == (2, 10)
+
+
+def by_hand(weights, paths, **config):
+    """Loss and wrong images of a weights folder on image files, by timm alone."""
+    model = timm.create_model(f'local-dir:{weights}', pretrained=True).eval()
+    transform = create_transform(**(resolve_data_config({}, model=model) | config))
+    labels = torch.tensor([NAMES.index(path.parent.name) for path in paths])
+    with torch.inference_mode():
+        logits = model(torch.stack([transform(Image.open(path).convert('RGB')) for path in paths]))
+    return F.cross_entropy(logits, labels).item(), (logits.argmax(1) != labels).sum().item()
+
+
+def test_images_are_made_alike_from_training_to_prediction(tune, command, tmp_path):
+    """Of other proportions, cropped by a share, resized in another way than by default: all counts are timm's."""
+    data = image_folder(tmp_path / 'data', 48)
+    paths = sorted((data / 'validation').rglob('*.png'))
+    for path in (data / 'train').rglob('*.png'), paths:
+        for i, file in enumerate(path):
+            image = Image.open(file)
+            image.resize((48 + 4 * i % 20, 40)).save(file)
+    start = shutil.copytree(SHIPPED, tmp_path / 'start')
+    config = json.loads((start / 'config.json').read_text())
+    config['pretrained_cfg'].update(test_input_size=[3, 64, 64], test_crop_pct=1.0, crop_mode='squash')
+    (start / 'config.json').write_text(json.dumps(config))
+    weights, config = tune(data, '--img-size', 24, '--crop-pct', 0.6, '--interpolation', 'bicubic', model=start)
+    told = config['pretrained_cfg']
+    assert (told['input_size'], told['crop_pct'], told['interpolation'], told['crop_mode']) == (
+        [3, 24, 24], 0.6, 'bicubic', 'center')
+    assert not {'test_input_size', 'test_crop_pct'} & told.keys()
+    result = json.loads((weights.parent / 'result.json').read_text())
+    loss, errors = by_hand(weights, paths)
+    assert (result['loss'], result['errors']) == (pytest.approx(loss, rel=1e-4), errors)
+    for crop_mode in ('center', 'squash', 'border'):
+        told['crop_mode'] = crop_mode
+        (weights / 'config.json').write_text(json.dumps(config))
+        loss, errors = by_hand(weights, paths, crop_mode=crop_mode)
+        code, out, err = command('validate', weights, '--data-dir', data, '--val-split', 'validation')
+        assert code == 0 and f'loss {loss:.4f}, {errors} errors of 20 images' in out, err
+        counted = count_errors(weights, 'validation', data_dir=str(data))
+        assert (counted['loss'], counted['errors']) == (pytest.approx(loss, rel=1e-4), errors)
+        code, out, err = command('predict', data / 'validation', '--model', weights, '--json', '--topk', 1)
+        found = [json.loads(line) for line in out.splitlines()]
+        assert sum(f"/{line['classes'][0]['class']}/" not in line['image'] for line in found) == errors
+    code, out, err = command('validate', weights, '--data-dir', data, '--val-split', 'validation', '--channels-last',
+                             '--torchcompile')
+    assert code == 0 and f'{errors} errors of 20 images' in out, err
 
 
 def test_first_convolution_of_a_grey_network_is_the_sum_over_colours(tune, tmp_path):

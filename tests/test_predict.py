@@ -9,14 +9,15 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, features
 
+from timm_lm.cli import main
 from timm_lm.data import load_images
 from timm_lm.errors import UserError
 from timm_lm.export import export_model
 from timm_lm.hub import load_folder
 from timm_lm.loader import normalize
-from timm_lm.predict import predict
+from timm_lm.predict import find_images, predict
 
 
 @pytest.fixture(scope='module')
@@ -46,6 +47,18 @@ def test_predictions_are_those_of_the_network(pictures, weights, few_digits, com
         assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)
         actual = torch.tensor([probabilities[str(i)] for i in range(10)])
         torch.testing.assert_close(actual, row, rtol=1e-4, atol=1e-5)
+    in_batches = list(predict(model, [line['image'] for line in found], 10, batch_size=2))
+    for prediction, line in zip(in_batches, found, strict=True):
+        other = prediction.as_dict()
+        assert other['image'] == line['image'] and other['classes'][0]['probability'] == pytest.approx(
+            line['classes'][0]['probability'], rel=1e-4)
+
+
+def test_folders_are_followed_to_where_they_are_linked(pictures, tmp_path):
+    """As timm reads a folder of images."""
+    linked = tmp_path / 'linked'
+    linked.symlink_to(pictures)
+    assert find_images([tmp_path]) == [linked / path.relative_to(pictures) for path in find_images([pictures])]
 
 
 def test_table_has_names_and_shares(pictures, command):
@@ -69,13 +82,15 @@ def test_16_bits_are_scaled(pictures, weights, tmp_path, command):
     with Image.open(pictures / '0.png') as image:
         pixels = np.asarray(image)
     Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / '0.png')
-    assert Image.open(tmp_path / '0.png').mode != 'L'
+    header = f'P5 {pixels.shape[1]} {pixels.shape[0]} 65535\n'.encode()
+    (tmp_path / '0.pgm').write_bytes(header + (pixels.astype('>u2') * 257).tobytes())
+    assert {Image.open(tmp_path / name).mode for name in ('0.png', '0.pgm')}.isdisjoint({'L'})
     answers = []
-    for path in (pictures / '0.png', tmp_path / '0.png'):
+    for path in (pictures / '0.png', tmp_path / '0.png', tmp_path / '0.pgm'):
         code, out, err = command('predict', path, '--model', weights, '--json', '--topk', 10)
         assert code == 0, err
         answers.append(json.loads(out)['classes'])
-    assert answers[0] == answers[1]
+    assert answers[0] == answers[1] == answers[2]
 
 
 def test_broken_images_are_named_and_the_rest_go_on(pictures, weights, tmp_path, command, monkeypatch):
@@ -87,6 +102,29 @@ def test_broken_images_are_named_and_the_rest_go_on(pictures, weights, tmp_path,
     assert [line.split()[0] for line in out.splitlines()] == [str(pictures / '1.png')]
     assert [f'{name} is not a readable image' in line for name, line in zip(
         (tmp_path / 'cut.png', tmp_path / 'gone.png'), err.splitlines(), strict=True)] == [True, True]
+
+
+def test_damaged_picture_of_any_kind_is_named(pictures, weights, tmp_path, command):
+    kinds = [kind for kind in ('avif', 'webp', 'jpeg', 'tiff', 'gif') if kind != 'avif' or features.check('avif')]
+    with Image.open(pictures / '0.png') as image:
+        for kind in kinds:
+            path = tmp_path / f'0.{kind}'
+            image.resize((64, 64)).convert('RGB').save(path)
+            data = path.read_bytes()
+            path.write_bytes(data[:len(data) // 2] + b'damaged' * 4)
+    paths = [tmp_path / f'0.{kind}' for kind in kinds]
+    code, out, err = command('predict', *paths, pictures / '0.png', '--model', weights)
+    assert code == 1 and out.startswith(str(pictures / '0.png'))
+    assert [line.startswith(f'timm-lm: {path} is not a readable image') for path, line in zip(
+        paths, err.splitlines(), strict=True)] == [True] * len(paths)
+
+
+def test_names_that_the_terminal_can_not_show(pictures, weights, tmp_path, monkeypatch):
+    path = shutil.copy(pictures / '0.png', tmp_path / 'süß.png')
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(written, encoding='ascii'))
+    assert main(['predict', str(path), '--model', str(weights)]) == 0
+    assert written.getvalue().startswith(f'{tmp_path}/s\\xfc\\xdf.png  '.encode())
 
 
 def test_bad_input_of_predict(tmp_path, weights, fails):
@@ -118,7 +156,17 @@ def test_exported_file_computes_the_same(kind, ending, weights, tmp_path, comman
 def test_export_that_fails_leaves_nothing(weights, tmp_path, fails, monkeypatch):
     (tmp_path / 'file').write_text('')
     assert 'choose another --output' in fails('export', weights, '--output', tmp_path / 'file' / 'model.onnx')
+    for folder in (tmp_path, '.', '/'):
+        assert f'{folder} is a folder; name a file with --output' in fails('export', weights, '--output', folder)
     import timm_lm.export as export
+
+    def full(*args):
+        raise RuntimeError('PytorchStreamWriter failed writing file data.pkl: file write failed')
+
+    with monkeypatch.context() as patch:
+        patch.setitem(export.FORMATS, 'torchscript', (full, '.pt'))
+        line = fails('export', weights, '--format', 'torchscript', '--output', tmp_path / 'model.pt')
+        assert 'can not be written as torchscript (PytorchStreamWriter failed writing' in line
     monkeypatch.setattr(export, 'TOLERANCE', -1.)  # no file is that close
     line = fails('export', weights, '--format', 'torch-export', '--output', tmp_path / 'model.pt2')
     assert 'computes something else' in line

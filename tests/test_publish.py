@@ -188,6 +188,13 @@ def test_published_card_differs_in_its_use_alone():
     assert published_card(published, 'owner/name') == published
 
 
+def test_card_that_was_published_elsewhere_gets_the_new_name():
+    text = (SHIPPED / CARD_NAME).read_text()
+    assert published_card(published_card(text, 'other/name'), 'owner/name') == published_card(text, 'owner/name')
+    own = published_card(text, 'other/name').replace('## Use\n', '## Use\n\nAsk me.\n')
+    assert published_card(own, 'owner/name') == own
+
+
 def test_a_section_on_use_of_the_author_stays():
     text = re.sub(r'(?s)## Use.*?## Training', '## Use\n\nAsk me.\n\n## Training', small_card())
     assert published_card(text, 'owner/name') == text
@@ -498,7 +505,7 @@ def commit_cut(hub):
 
 def upload_stalls(hub):
     hub.stall('PUT /lfs', times=100)
-    return dict(SILENCE='0.3'), 'The connection to http'
+    return dict(SILENCE='0.3'), 'timed out'
 
 
 FAULTS = [no_token, wrong_token, garbled_token, no_right, log_in_fails, creation_fails, upload_fails, commit_fails,
@@ -517,6 +524,18 @@ def test_fault_is_one_line_and_the_next_try_completes(hub, done, refused, folder
     done('push', folder, '--repo-id', 'owner/faults')
     assert len(commits(hub, 'owner/faults')) == 1
     assert {*FILES} <= {*hub.repos['owner/faults'].files()}
+
+
+@pytest.mark.parametrize('route', ['.', 'GET .*/resolve/', 'HEAD .*/resolve/'])
+def test_connection_cut_while_something_is_loaded(hub, refused, package, few_digits, tmp_path, route):
+    hub.add('owner/cut', SHIPPED)
+    hub.add('datasets/owner/cut', few_digits)
+    hub.cut(route, times=1000)
+    output = tmp_path / 'model.onnx'
+    assert 'hf-hub:owner/cut could not be loaded (' in refused('export', 'hf-hub:owner/cut', '--output', output)
+    line = refused('train', '-c', 'demo_digits', '--dataset', 'hfds/owner/cut', '--output', tmp_path / 'runs')
+    assert 'The data set owner/cut could not be downloaded from the Hub (' in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('fault, message', [

@@ -5,6 +5,8 @@ import pytest
 from PIL import Image
 from test_finetune import NAMES, image_folder
 
+from timm_lm import data as data_module
+
 
 @pytest.fixture
 def dry(command):
@@ -28,7 +30,17 @@ def test_classes_without_names_and_images_left_out_are_told(tmp_path, dry):
         Image.open(path).save(path.with_suffix('.webp'))
     out = dry(data, '--num-classes', 9)
     assert 'makes a head' not in out
-    assert f"note: 2 images in {data / 'train'} are left out, as timm does not read .webp" in out
+    assert f"note: 2 images in {data / 'train'} left out, as timm does not read .webp" in out
+
+
+@pytest.mark.parametrize('limit', [1 << 30, 0], ids=['in memory', 'by workers'])
+def test_validation_tells_of_images_left_out(tmp_path, command, monkeypatch, limit):
+    monkeypatch.setattr(data_module, 'MEMORY_LIMIT', limit)
+    data = image_folder(tmp_path / 'data', 16)
+    first = min((data / 'validation').rglob('*.png'))
+    Image.open(first).save(first.with_suffix('.webp'))
+    code, _, err = command('validate', 'lm_resnet20', '--data-dir', data, '--val-split', 'validation', '--workers', 0)
+    assert code == 0 and f"note: 1 image in {data / 'validation'} left out" in err
 
 
 def test_validation_of_classes_of_other_names(tmp_path, fails, command):

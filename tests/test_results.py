@@ -1,12 +1,16 @@
 """The record of runs, and the page that is made of it."""
 import csv
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
+from timm_lm.errors import UserError
 from timm_lm.hub import model_tags
-from timm_lm.results import COLUMNS, add_runs, read_frame, read_rows, write_report
+from timm_lm.results import COLUMNS, add_runs, read_frame, read_rows, read_run, write_report
+from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
 
 RESULTS = Path(__file__).resolve().parents[1] / 'results'
@@ -31,6 +35,7 @@ def results(tmp_path):
         row('lm_resnet20', '8.40', 1), row('lm_resnet20', '8.20', 2), row('lm_resnet20', '8.30', 3),
         row('preact_resnet20', '8.10', k='', k_min='', k_max=''),
         row('lm_resnet32', '9.99', epochs=60),
+        row('lm_resnet56', '7.00', run='first'), row('lm_resnet56', '7.20', run='again'),
         row('lm_resnet44', '', epochs=12, status='stopped after epoch 12 of 160'),
     ]
     with open(folder / 'cifar10.csv', 'w', newline='') as f:
@@ -48,6 +53,7 @@ def test_page_sets_runs_beside_published_figures(results, tmp_path):
                         for name in ('lm_resnet20', 'preact_resnet20', 'lm_resnet32'))
     assert '| 8.33 | 8.30 ± 0.10 (3 seeds) | -0.10 to 0.20 |' in lm
     assert '| 8.75 (resnet20) | 8.10 (one seed) |  |' in plain
+    assert '| 7.10 ± 0.14 (2 runs of one seed) |' in text
     assert '`lm_resnet20` does not beat its plain twin: 8.30 against 8.10 %. ' in text
     # of 10,000 images: ((.083 * .917 + .081 * .919) / 10,000) ** 0.5
     assert 'a standard error of up to 0.39 %,' in text
@@ -60,6 +66,7 @@ def test_page_sets_runs_beside_published_figures(results, tmp_path):
 
 
 def test_page_of_this_project_is_that_of_its_record(tmp_path):
+    """docs/results.md is never written by hand."""
     write_report(RESULTS, tmp_path / 'results.md')
     assert (tmp_path / 'results.md').read_text() == (RESULTS.parent / 'docs' / 'results.md').read_text()
 
@@ -87,6 +94,31 @@ def test_a_run_is_added_once_with_what_it_left(run_folder, tmp_path):
     assert float(found['top1']) + float(found['top1_err']) == pytest.approx(100, abs=0.01)
 
 
+def test_another_run_of_the_same_name_is_refused(run_folder, tmp_path):
+    for name, value in (('seed', 'seed: 43'), ('model', 'model: preact_resnet20')):
+        run = shutil.copytree(run_folder, tmp_path / name / 'run')
+        (run / 'result.json').unlink()
+        text = (run / 'args.yaml').read_text()
+        (run / 'args.yaml').write_text(re.sub(f'(?m)^{name}: .*', value, text))
+        with pytest.raises(UserError, match='two runs run of few .lm_resnet20.demo_digits of seed 42 and'):
+            add_runs([run_folder, run], tmp_path / 'results')
+        assert not (tmp_path / 'results').exists()
+    (path,) = add_runs([run_folder], tmp_path / 'results')
+    before = path.read_text()
+    with pytest.raises(UserError, match='rename the run folder'):
+        add_runs([run], tmp_path / 'results')
+    assert path.read_text() == before
+
+
+def test_what_a_run_changed_in_its_recipe_is_recorded(run_folder, few_digits, tmp_path):
+    assert read_run(run_folder)['recipe'] == (
+        'demo_digits with epochs 2, model_kwargs {\'layers\': [2, 2, 2]}, warmup_epochs 0')
+    run = shutil.copytree(run_folder, tmp_path / 'run')
+    options = vars(parse_options(['-c', 'demo_digits', '--data-dir', str(few_digits), '--seed', '7', '--no-amp']))
+    (run / 'args.yaml').write_text(yaml.safe_dump(options))
+    assert read_run(run)['recipe'] == 'demo_digits'
+
+
 def test_a_run_that_did_not_end_is_a_row_too(run_folder, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / 'cut')
     (run / 'result.json').unlink()
@@ -111,10 +143,3 @@ def test_report_command_and_its_errors(results, run_folder, tmp_path, command, f
     nowhere = tmp_path / 'nowhere'
     line = fails('report', '--results', nowhere, '--page', page, '--add', run_folder)
     assert 'name its results with --results' in line and not nowhere.exists()
-
-
-def test_shipped_page_is_the_one_of_the_files(tmp_path):
-    """docs/results.md is never written by hand."""
-    page = tmp_path / 'results.md'
-    write_report(RESULTS, page)
-    assert (RESULTS.parent / 'docs' / 'results.md').read_text() == page.read_text()

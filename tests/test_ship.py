@@ -107,6 +107,9 @@ def test_what_can_not_ship_leaves_everything_as_it_was(run, places, monkeypatch)
     result = (run / 'result.json').read_text()
     (run / 'result.json').write_text(json.dumps(json.loads(result) | dict(model='lm_resnet20.unheard_of')))
     refused("lm_resnet20 has no tag 'unheard_of'")
+    for model in ('lm_resnet20', 'resnet18.a1_in1k'):
+        (run / 'result.json').write_text(json.dumps(json.loads(result) | dict(model=model)))
+        refused(f'is of {model}; what ships is a network of this package with a tag')
     (run / 'result.json').unlink()
     refused('no count of errors to ship .stopped after epoch 2 of 2')
     (run / 'result.json').write_text(result)
@@ -115,8 +118,22 @@ def test_what_can_not_ship_leaves_everything_as_it_was(run, places, monkeypatch)
     refused('not a whole safetensors file')
 
 
+def test_digests_are_those_of_the_weights_even_if_the_row_can_not_be_written(run, places):
+    weights, results = places
+    results.rmdir()
+    results.write_text('no folder')
+    with pytest.raises(OSError):
+        ship(run, *places)
+    assert list(read_digests(weights)) == ['lm_resnet20.paper_c10/model.safetensors']
+    results.unlink()
+    results.mkdir()
+    (results / 'cifar10.csv').write_text('model,seed,run\npreact_resnet20.paper_c10,42,run\n')
+    with pytest.raises(UserError, match='There would be two runs run of cifar10'):
+        ship(run, *places)
+
+
 def test_command_ships_and_renews_the_pages(run, tmp_path):
-    """In a checkout of its own; timm then loads the new default by name."""
+    """In a checkout of its own, also beside a run that can not ship; timm then loads the new default by name."""
     checkout = tmp_path / 'checkout'
     checkout.mkdir()
     for name in ('pyproject.toml', 'MODEL_CARD.md', 'README.md'):
@@ -129,8 +146,8 @@ def test_command_ships_and_renews_the_pages(run, tmp_path):
     def python(*words):
         return subprocess.run([sys.executable, *words], cwd=checkout, env=env, capture_output=True, text=True)
 
-    done = python('-m', 'timm_lm.ship', str(run))
-    assert done.returncode == 0, done.stderr
+    done = python('-m', 'timm_lm.ship', str(run), str(tmp_path / 'nowhere'))
+    assert done.returncode == 2 and done.stderr.startswith('ship: error: ') and len(done.stderr.splitlines()) == 1
     assert done.stdout.startswith('lm_resnet20.paper_c10: ')
     with open(checkout / 'results' / 'cifar10.csv', newline='') as f:
         assert [row['model'] for row in csv.DictReader(f) if row['run'] == 'run'] == ['lm_resnet20.paper_c10']

@@ -19,6 +19,7 @@ from timm_lm.errors import UserError
 from timm_lm.files import atomic_folder, sha256
 from timm_lm.hub import (
     CHECK_NAME,
+    describe,
     load_folder,
     load_model,
     recorded_error,
@@ -85,6 +86,15 @@ def test_half_precision_is_checked_as_saved(tmp_path):
     check = load_file(folder / CHECK_NAME)
     with torch.inference_mode():
         assert not torch.equal(model(check['input']), check['output'])
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_features_of_several_branches_are_not_checked(tmp_path):
+    model = timm.create_model('crossvit_9_240')
+    describe(model)
+    folder = save_folder(model, tmp_path / 'weights', 'card')
+    assert set(load_file(folder / CHECK_NAME)) == {'input', 'pre_logits', 'output'}
+    assert verify_folder(folder).keys() == {'pre_logits', 'output'}
 
 
 def test_card_records_the_error_and_comes_back(weights, run_folder):

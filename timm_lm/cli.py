@@ -1,6 +1,7 @@
 """The ``timm-lm`` command: each subcommand reads its options, calls the package, and prints."""
 import argparse
 import importlib
+import io
 import os
 import re
 import signal
@@ -93,7 +94,7 @@ def _validate(argv: List[str]) -> None:
     source: Dict[str, Any] = dict(
         data_dir=args.data_dir, dataset=args.dataset, input_key=args.input_key, target_key=args.target_key,
         class_map=args.class_map, download=args.dataset_download)
-    size = dict(input_size=config['input_size'], crop_pct=config['crop_pct'], interpolation=config['interpolation'])
+    size = {name: config[name] for name in ('input_size', 'crop_pct', 'crop_mode', 'interpolation')}
     common: Dict[str, Any] = dict(
         batch_size=args.batch_size, mean=config['mean'], std=config['std'], device=device,
         channels_last=args.channels_last)
@@ -169,7 +170,7 @@ def _info(argv: List[str]) -> None:
         check_name(source)
     # weights of the Hub are not fetched to show a network
     load = is_folder or _source(source) == 'shipped'
-    model = load_model(source, pretrained=load)
+    model = load_model(args.model if is_folder else source, pretrained=load)
     cfg = model.pretrained_cfg
     architecture = cfg['architecture']
     error = recorded_error(source if is_folder else weights_dir() / f"{architecture}.{cfg.get('tag')}")
@@ -418,6 +419,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         the input and what to do; 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal can not show do not end a command
+        sys.stdout.reconfigure(errors='backslashreplace')
     if argv[:1] == ['--version']:
         print(importlib.import_module('timm_lm').__version__)
         return 0

@@ -13,11 +13,15 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from .errors import UserError
+from .files import files_below
 from .image_set import ImageSet, cache_path, read_cache, write_cache
 from .splits import check_split_folder, download_parquet, find_parquet, rows_of_part, split_of_part
 
 LONG_TO_READ = 1 << 30  # bytes of files; whether a split fits is found before they are read
 MEMORY_LIMIT = 4 << 30  # bytes of a decoded split
+# What opening and decoding an image that is none, or is damaged, may raise.
+UNREADABLE_IMAGE = (
+    UnidentifiedImageError, Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, TypeError, ValueError)
 # What names of timm's data sets begin with.
 _KINDS = ('hfds', 'hfids', 'tfds', 'torch', 'wds')
 
@@ -37,7 +41,7 @@ def _mode(channels: int) -> str:
 
 def convert_image(image: Image.Image, mode: str) -> Image.Image:
     """An image in Pillow's mode 'RGB' or 'L'. Values of 16 bits are scaled to 8; Pillow itself cuts them off at 255."""
-    if image.mode.startswith('I;16') or image.mode == 'I' and image.format == 'PNG':  # 'I' in older Pillow
+    if image.mode.startswith('I;16') or image.mode == 'I' and image.format in ('PNG', 'PPM'):
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     return image.convert(mode)
 
@@ -137,8 +141,7 @@ class EncodedImages(Dataset):
         row = self.first + index
         try:
             image = convert_image(self.read(row), self.mode)
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, TypeError,
-                ValueError) as e:
+        except UNREADABLE_IMAGE as e:
             raise UserError(f'{self.place(row)} is not a readable image ({e}); repair or remove it.') from e
         return self.transform(image) if self.transform else image, int(self.labels[index])
 
@@ -234,11 +237,12 @@ def _open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map:
 def _unread(root: str) -> str:
     """A remark on the images of a folder whose kinds timm does not read, '' if there are none."""
     kinds = set(Image.registered_extensions()) - get_img_extensions(as_set=True)
-    left_out = [path for path in Path(root).rglob('*') if path.suffix.lower() in kinds]
+    left_out = [path for path in files_below(root) if path.suffix.lower() in kinds]
     if not left_out:
         return ''
     endings = ', '.join(sorted({path.suffix.lower() for path in left_out}))
-    return f'{len(left_out)} images in {root} are left out, as timm does not read {endings}; convert them.'
+    count = '1 image' if len(left_out) == 1 else f'{len(left_out)} images'
+    return f'{count} in {root} left out, as timm does not read {endings}; convert them.'
 
 
 class _TimmImages:

@@ -18,6 +18,8 @@ from .training.evaluate import evaluate
 from .training.options import parse_options
 from .training.train import train
 
+SPLITS = ('test', 'train')
+
 
 def write_digits(folder: Path, test_share: float = 0.2, limit: int = 0) -> Path:
     """Write scikit-learn's handwritten digits (1,797 images of 8x8 pixels) as Parquet in the Hub's layout.
@@ -45,14 +47,18 @@ def write_digits(folder: Path, test_share: float = 0.2, limit: int = 0) -> Path:
     features = {'image': {'_type': 'Image'}, 'label': {'_type': 'ClassLabel', 'names': [str(i) for i in range(10)]}}
     metadata = {'huggingface': json.dumps({'info': {'features': features}})}
     folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in (('test', order[:test_size]), ('train', order[test_size:])):
+    for split, rows in zip(SPLITS, (order[:test_size], order[test_size:])):
         cells = [dict(bytes=_png(digits.images[row]), path=f'{row}.png') for row in rows]
         table = pa.table(dict(
             image=pa.array(cells, pa.struct([('bytes', pa.binary()), ('path', pa.string())])),
             label=pa.array(digits.target[rows], pa.int64()),
         )).replace_schema_metadata(metadata)
-        pq.write_table(table, folder / f'{split}-00000-of-00001.parquet')
+        pq.write_table(table, folder / _file_name(split))
     return folder
+
+
+def _file_name(split: str) -> str:
+    return f'{split}-00000-of-00001.parquet'
 
 
 def _png(digit: np.ndarray) -> bytes:
@@ -71,11 +77,13 @@ def demo(output: Path, options: Sequence[str] = ()) -> Path:
     Returns:
         The run folder.
     """
-    if output.is_file() or output.exists() and any(output.iterdir()) and not (output / 'digits').is_dir():
+    data = output / 'digits'
+    is_ours = data.is_dir() and {file.name for file in data.iterdir()} <= {_file_name(split) for split in SPLITS}
+    if output.is_file() or output.exists() and any(output.iterdir()) and not is_ours:
         raise UserError(f'{output} holds something else than a demonstration; give another folder with --output.')
-    for part in ('digits', 'run'):
-        shutil.rmtree(output / part, ignore_errors=True)
-    data = write_digits(output / 'digits')
+    for part in (data, output / 'run'):
+        shutil.rmtree(part, ignore_errors=True)
+    write_digits(data)
     start = time.perf_counter()
     run = train(
         parse_options(['-c', 'demo_digits', '--data-dir', str(data), '--output', str(output), '--experiment',

@@ -57,6 +57,17 @@ FORMATS: Dict[str, Tuple[Callable[[TimmModel, torch.Tensor, Path], Run], str]] =
 }
 
 
+def _write(model: TimmModel, images: torch.Tensor, path: Path, kind: str) -> Run:
+    try:
+        return FORMATS[kind][0](model, images, path)
+    except UserError:
+        raise
+    except RuntimeError as e:  # PyTorch also tells so of a full disk
+        reason = ' '.join(str(e).split())[:200] or type(e).__name__
+        raise UserError(f'The network can not be written as {kind} ({reason}); try another --format, or an --output '
+                        'with more room.') from e
+
+
 @torch.no_grad()
 def export_model(model: TimmModel, kind: str, path: Path) -> float:
     """Write a network in another form, for batches of any size.
@@ -73,16 +84,19 @@ def export_model(model: TimmModel, kind: str, path: Path) -> float:
         The largest difference of the logits, as a share of the largest logit.
 
     Raises:
-        UserError: If a package is missing, the file can not be written, or it computes something else.
+        UserError: If a package is missing, the network can not be exported, the file can not be written, or it computes
+            something else.
     """
-    write, ending = FORMATS[kind]
+    ending = FORMATS[kind][1]
+    if not path.name or path.is_dir():
+        raise UserError(f'{path} is a folder; name a file with --output.')
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(5, *model.pretrained_cfg['input_size'], generator=generator)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
             temporary = Path(folder) / path.with_suffix(ending).name  # weights beside an ONNX file are named after it
-            run = write(model, images[:2], temporary)
+            run = _write(model, images[:2], temporary, kind)
             difference = 0.
             for batch in (images[:1], images[:2], images):
                 expected = model(batch)

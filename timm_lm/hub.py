@@ -8,11 +8,12 @@ import difflib
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import timm
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
@@ -29,6 +30,9 @@ CARD_NAME = 'README.md'
 CHECK_NAME = 'test/rand_tensors.safetensors'
 CHECK_BATCH = 2
 CHECK_TOLERANCE = 1e-4  # of the largest value: float32 convolutions differ that much from one machine to another
+# What a download or an upload may raise. Requests up to huggingface_hub 0.x, httpx from 1.0: the base of what either
+# raises is the base of the Hub's own error too.
+HUB_ERRORS: Tuple[Type[BaseException], ...] = (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)
 
 
 # Writing
@@ -48,7 +52,7 @@ def describe(
         tag: Tag of the weights.
         class_names: Names of the classes, unknown if None.
         input_size: Size (C, H, W) of the images.
-        **data_config: ``mean``, ``std``, ``crop_pct``, ``interpolation``.
+        **data_config: ``mean``, ``std``, ``crop_pct``, ``crop_mode``, ``interpolation``.
     """
     cfg = model.pretrained_cfg
     cfg.update({key: value for key, value in data_config.items() if value is not None})
@@ -84,12 +88,14 @@ def _write_config(model: TimmModel, path: Any, model_args: Dict[str, Any]) -> No
 @torch.inference_mode()
 def _check_tensors(model: TimmModel, images: torch.Tensor) -> Dict[str, torch.Tensor]:
     features = model.forward_features(images)
-    return dict(
+    tensors = dict(
         input=images,
         features=features,
         pre_logits=model.forward_head(features, pre_logits=True),
         output=model.forward_head(features),
     )
+    # some networks of timm have features of several branches, in a list
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
 def save_folder(
@@ -319,7 +325,7 @@ def verify_folder(folder: Union[str, Path]) -> Dict[str, float]:
         actual = _check_tensors(model, expected['input'])
         differences = {
             name: ((actual[name] - expected[name]).abs().max() / expected[name].abs().max().clamp_min(1e-12)).item()
-            for name in ('features', 'pre_logits', 'output')
+            for name in actual if name != 'input'
         }
     except (SafetensorError, KeyError, RuntimeError) as e:
         raise UserError(f'{path} does not hold a check batch of this network ({e}); download the folder again.') from e
@@ -407,7 +413,7 @@ def load_model(source: str, pretrained: bool = True, **kwargs: Any) -> TimmModel
         raise
     except KeyError as e:
         raise UserError(f'{source} could not be loaded (its config has no {e}); give a repo of a timm model.') from e
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
+    except (*HUB_ERRORS, AssertionError, TypeError, SafetensorError) as e:
         raise UserError(f'{source} could not be loaded ({_reason(e)}).') from e
 
 

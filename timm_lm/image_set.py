@@ -3,7 +3,7 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -33,9 +33,13 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def to(self, device: torch.device) -> 'ImageSet':
+        """The same images on a device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
     def part(self, start: int, stop: int) -> 'ImageSet':
         """The images from one index to another, without the latter."""
-        return ImageSet(self.images[start:stop], self.labels[start:stop], self.class_names, self.remark)
+        return replace(self, images=self.images[start:stop], labels=self.labels[start:stop])
 
 
 def cache_path(paths: List[Path], settings: Dict[str, Any]) -> Optional[Path]:

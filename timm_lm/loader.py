@@ -208,8 +208,7 @@ class MemoryLoader(BatchLoader):
             device: Where the split is kept and the batches are made, None for where it is.
         """
         device = device or data.images.device
-        data = ImageSet(data.images.to(device), data.labels.to(device), data.class_names)
-        super().__init__(data, batch_size, mean, std, device, **kwargs)
+        super().__init__(data.to(device), batch_size, mean, std, device, **kwargs)
 
     def read(self, order: torch.Tensor, start: int) -> Iterator[Batch]:
         for _, index in self._slices(order.to(self.device), start):
@@ -217,7 +216,7 @@ class MemoryLoader(BatchLoader):
 
     def on_cpu(self, batch_size: int) -> 'BatchLoader':
         other = super().on_cpu(batch_size)
-        other.data = ImageSet(self.data.images.cpu(), self.data.labels.cpu(), self.data.class_names)
+        other.data = self.data.to(torch.device('cpu'))
         return other
 
 

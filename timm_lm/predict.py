@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.data.readers.img_extensions import get_img_extensions
 
-from .data import convert_image
+from .data import UNREADABLE_IMAGE, convert_image
 from .errors import UserError
+from .files import files_below
 from .hub import TimmModel
 
 
@@ -46,7 +47,7 @@ def find_images(names: Sequence[str], lines: Iterable[str] = ()) -> List[Path]:
             found += [Path(line.rstrip('\r\n')) for line in lines if line.strip()]
         elif Path(name).is_dir():
             endings = get_img_extensions(as_set=True)
-            images = sorted(path for path in Path(name).rglob('*') if path.suffix.lower() in endings)
+            images = sorted(path for path in files_below(name) if path.suffix.lower() in endings)
             if not images:
                 raise UserError(f'The folder {name} holds no images ({", ".join(sorted(endings))}).')
             found += images
@@ -83,7 +84,7 @@ def predict(model: TimmModel, paths: Sequence[Union[str, Path]], topk: int = 5,
             try:
                 with Image.open(path) as image:
                     images[path] = transform(convert_image(image, mode))
-            except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as e:
+            except UNREADABLE_IMAGE as e:
                 errors[path] = ' '.join(str(e).split()) or type(e).__name__
         probabilities: Dict[str, torch.Tensor] = {}
         if images:

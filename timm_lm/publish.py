@@ -1,4 +1,5 @@
 """Weights folders to the Hub and back: checked, published in one commit, and verified where they are published."""
+import errno
 import hashlib
 import json
 import re
@@ -7,7 +8,7 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import huggingface_hub
 import jinja2
@@ -26,7 +27,7 @@ from yaml import YAMLError
 from . import __version__
 from .errors import UserError
 from .files import write_text
-from .hub import CARD_NAME, CHECK_NAME, CONFIG_NAME, card_template, recorded_error, verify_folder
+from .hub import CARD_NAME, CHECK_NAME, CONFIG_NAME, HUB_ERRORS, card_template, recorded_error, verify_folder
 from .models._weights import PUBLISHED_NAME, WEIGHTS_NAME, weights_dir
 
 FILES = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, CHECK_NAME)  # what is published; nothing else ever is
@@ -36,8 +37,6 @@ SILENCE = 60  # seconds without a byte after which a connection is given up
 SHOWN = 5  # names of files that are left out
 AGAIN = 'run the same command again, what is already there is left alone'
 
-# requests up to huggingface_hub 0.x, httpx from 1.0: the base of either is the base of this error
-_HUB_ERRORS: Tuple[Type[BaseException], ...] = (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)
 _USE = re.compile(r'^## Use\n.*?(?=^## |\Z)', re.MULTILINE | re.DOTALL)
 
 
@@ -142,12 +141,20 @@ def _read_card(folder: Path) -> str:
 def published_card(text: str, repo_id: str) -> str:
     """The card of a folder as that of a repo: the section on use of the card's template, with the name of the repo.
 
-    A section on use that does not speak of the local folder is its author's own and stays.
+    A section on use that is neither of the local folder nor, word for word, of another repo is its author's own and
+    stays.
     """
     template = _USE.search(card_template().read_text(encoding='utf-8'))
     assert template is not None
-    section = jinja2.Template(template.group(), keep_trailing_newline=True).render(source=f'hf-hub:{repo_id}')
-    return _USE.sub(lambda match: section if LOCAL_SOURCE in match.group() else match.group(), text, count=1)
+    section = jinja2.Template(template.group(), keep_trailing_newline=True)
+
+    def renewed(match: 're.Match[str]') -> str:
+        found = match.group()
+        other = re.search(r'hf-hub:[\w.-]+/[\w.-]+', found)
+        is_made = LOCAL_SOURCE in found or other and found.strip() == section.render(source=other.group()).strip()
+        return section.render(source=f'hf-hub:{repo_id}') if is_made else found
+
+    return _USE.sub(renewed, text, count=1)
 
 
 # Publishing
@@ -342,7 +349,7 @@ def _told(repo_id: str, again: str = AGAIN, writes: bool = True) -> Iterator[Non
         yield
     except UserError:
         raise
-    except _HUB_ERRORS as e:
+    except HUB_ERRORS as e:
         raise UserError(_explain(e, repo_id, again, writes)) from e
 
 
@@ -360,6 +367,8 @@ def _explain(error: BaseException, repo_id: str, again: str, writes: bool) -> st
         if not failures:
             return f'{endpoint} did not answer like a Hub ({_one_line(error)}); check the network, and {again}.'
         deepest = next((e for e in reversed(failures) if isinstance(e, OSError)), failures[-1])
+        if getattr(deepest, 'errno', None) == errno.ENOSPC:
+            return f'The disk is full ({_one_line(deepest)}); make room, and {again}.'
         return f'The connection to {endpoint} failed ({_one_line(deepest)}); check the network, and {again}.'
     status = getattr(answered, 'response').status_code  # noqa: B009
     message = _one_line(getattr(answered, 'server_message', None) or answered)

@@ -117,9 +117,27 @@ def add_runs(folders: Sequence[Union[str, Path]], results: Path) -> List[Path]:
         The files that were written.
 
     Raises:
-        UserError: If a folder is no run folder; then nothing is written.
+        UserError: If a folder is no run folder, or if the record has a run of its name that is another; then nothing is
+            written.
     """
-    return add_rows([read_run(folder) for folder in folders], results)
+    rows = [read_run(folder) for folder in folders]
+    check_rows(rows, results)
+    return add_rows(rows, results)
+
+
+def check_rows(rows: Sequence[Row], results: Path) -> None:
+    """Check that rows take the place of none but earlier ones of the same run.
+
+    Raises:
+        UserError: If the record, or the rows themselves, have two networks or seeds by one name of a run.
+    """
+    for dataset in {row['dataset'] for row in rows}:
+        known: Dict[str, Row] = {}
+        for row in (*read_rows(results / f'{dataset}.csv'), *(row for row in rows if row['dataset'] == dataset)):
+            other = known.setdefault(row['run'], row)
+            if any(other[name] != row[name] for name in ('model', 'seed')):
+                raise UserError(f"There would be two runs {row['run']} of {dataset} ({other['model']} of seed "
+                                f"{other['seed']} and {row['model']} of seed {row['seed']}); rename the run folder.")
 
 
 def add_rows(rows: Sequence[Row], results: Path) -> List[Path]:
@@ -237,7 +255,10 @@ def _spread(rows: List[Row]) -> str:
     errors = [float(row['top1_err']) for row in rows]
     if len(errors) == 1:
         return f'{errors[0]:.2f} (one seed)'
-    return f'{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f} ({len(errors)} seeds)'
+    seeds = len({row['seed'] for row in rows})
+    runs = f'{len(rows)} runs of ' if len(rows) > seeds else ''
+    return (f'{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f} '
+            f"({runs}{'one seed' if seeds == 1 else f'{seeds} seeds'})")
 
 
 def _k_range(rows: List[Row]) -> str:

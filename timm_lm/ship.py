@@ -9,13 +9,23 @@ from typing import Any, Dict, Optional, Sequence, Union
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from .errors import UserError
 from .files import atomic_folder, write_text
-from .hub import CARD_NAME, check_name, load_folder, save_folder, saved_model_args, verify_folder, write_digests
+from .hub import (
+    CARD_NAME,
+    check_name,
+    load_folder,
+    our_models,
+    save_folder,
+    saved_model_args,
+    verify_folder,
+    write_digests,
+)
 from .models._weights import weights_dir
 from .networks import write_table
-from .results import Row, add_rows, read_run, with_result, write_report
+from .results import Row, add_rows, check_rows, read_run, with_result, write_report
 from .training.result import count_errors, mean_k, run_card
 
 HALF_FROM = 600_000  # parameters; from lm_resnet44 (0.66 million) on weights ship in half precision
@@ -38,8 +48,9 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
         The row.
 
     Raises:
-        UserError: If the run did not end, has no error counted, is of a tag that its network does not have, or if the
-            weights would be larger than 20 MiB together; then nothing is written.
+        UserError: If the run did not end, has no error counted, is of another network or of a tag that its network does
+            not have, if the record has another run of its name, or if the weights would be larger than 20 MiB together;
+            then nothing is written.
     """
     run = Path(run)
     row = read_run(run)
@@ -50,6 +61,9 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
         raise UserError(f'The run {run} has no count of errors to ship, as it was trained without a --val-split; train '
                         'another with one.')
     check_name(row['model'])
+    if row['model'].partition('.')[0] not in our_models() or '.' not in row['model']:
+        raise UserError(f"The run {run} is of {row['model']}; what ships is a network of this package with a tag, that "
+                        'of the run.')
     told = json.loads((run / 'result.json').read_text(encoding='utf-8'))
     args = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
     source = run / 'weights'
@@ -65,10 +79,13 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
         if size > TRACKED_LIMIT:
             raise UserError(f"With {row['model']} the weights would take {size / 2**20:.1f} MiB, more than "
                             f'{TRACKED_LIMIT / 2**20:.0f}; take another folder out of {weights} first.')
-        with atomic_folder(weights / row['model']) as new:
-            shutil.copytree(folder, new, dirs_exist_ok=True)
-    write_digests(weights)
-    row = with_result(row, told)
+        row = with_result(row, told)
+        check_rows([row], results)
+        try:
+            with atomic_folder(weights / row['model']) as new:
+                shutil.copytree(folder, new, dirs_exist_ok=True)
+        finally:  # weights without their digest would be refused
+            write_digests(weights)
     add_rows([row], results)
     return row
 
@@ -104,12 +121,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         if weights_dir().resolve() != (args.project / 'weights').resolve():
             raise UserError(f'{args.project.resolve()} is not the checkout that this package runs from; change to it.')
-        for run in args.runs:
-            row = ship(run, weights_dir(), results, args.data_dir)
-            print(f"{row['model']}: {row['errors']} errors of {row['images']} images ({row['top1_err']} %)")
-        write_report(results, args.project / 'docs' / 'results.md')
-        write_table(results, args.project / 'README.md')
-    except UserError as e:
+        shipped = []
+        try:
+            for run in args.runs:
+                shipped.append(row := ship(run, weights_dir(), results, args.data_dir))
+                print(f"{row['model']}: {row['errors']} errors of {row['images']} images ({row['top1_err']} %)")
+        finally:
+            if shipped:  # if need be only those before a run that can not ship
+                write_report(results, args.project / 'docs' / 'results.md')
+                write_table(results, args.project / 'README.md')
+    except (OSError, SafetensorError, UserError) as e:
         print(f'ship: error: {e}', file=sys.stderr)
         return 2
     return 0

@@ -100,11 +100,12 @@ def rows_of_part(split: str, count: int) -> Tuple[int, int]:
 def download_parquet(repo_id: str, split: str) -> Path:
     """The folder of a data set repo of the Hub, its Parquet files downloaded into the Hub's cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    from .hub import HUB_ERRORS
     try:
         patterns = [f'*{split}*.parquet', f'*{split}/*.parquet']
         return Path(snapshot_download(repo_id, repo_type='dataset', allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as e:
+    except HUB_ERRORS as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f'The data set {repo_id} could not be downloaded from the Hub ({reason}); give a folder of its '
                         'Parquet files with --data-dir.') from e

@@ -127,8 +127,8 @@ def count_errors(weights: Path, split: str, **source: Any) -> Dict[str, float]:
     """
     model = load_folder(weights)
     config = resolve_data_config({}, model=model)
-    images = load_images(split, input_size=config['input_size'], crop_pct=config['crop_pct'],
-                         interpolation=config['interpolation'], **source)
+    size = {name: config[name] for name in ('input_size', 'crop_pct', 'crop_mode', 'interpolation')}
+    images = load_images(split, **size, **source)
     return evaluate(model, MemoryLoader(images, COUNT_BATCH_SIZE, config['mean'], config['std']))
 
 

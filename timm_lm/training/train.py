@@ -91,7 +91,8 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     eval_loader = create_loader(args, eval_set, data_config, accelerator, model.num_classes) if eval_set else None
 
     # Optimizer, schedule, loss
-    describe(model, tag=args.tag or None, class_names=train_set.class_names, **data_config)
+    # validation crops the middle, as in timm's script, also where the network came with another way
+    describe(model, tag=args.tag or None, class_names=train_set.class_names, crop_mode='center', **data_config)
     # FSDP shards contiguous weights only; the images are in the chosen layout all the same
     channels_last = args.channels_last and accelerator.distributed_type != DistributedType.FSDP
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
