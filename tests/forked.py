@@ -17,7 +17,9 @@ CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(['timm_lm.cli', 'timm_lm.training.train'])
 
 
-def _run(words, script, out, err, file_limit):
+def _run(words, script, out, err, file_limit, own_group):
+    if own_group:
+        os.setsid()
     for number, path in ((1, out), (2, err)):
         if path:
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -41,19 +43,21 @@ def _run(words, script, out, err, file_limit):
 class Command:
     """A running ``timm-lm``, or a script."""
 
-    def __init__(self, *words, script='', read=True, file_limit=0):
+    def __init__(self, *words, script='', read=True, file_limit=0, own_group=False):
         """
         Args:
             *words: Arguments of the command or script.
             script: Path of the script.
             read: There is a reader of the standard output; otherwise it is a pipe that was closed.
             file_limit: Bytes that no file of its may grow beyond, no limit if 0.
+            own_group: It leads a group of processes, which is sent signals as a whole.
         """
         self._folder = tempfile.TemporaryDirectory(prefix='timm-lm-command-')
         self._out, self._err = (Path(self._folder.name, name) for name in ('out', 'err'))
+        self._own_group = own_group
         self._process = CONTEXT.Process(
             target=_run, args=(list(map(str, words)), str(script), str(self._out) if read else '', str(self._err),
-                               file_limit))
+                               file_limit, own_group))
         self._process.start()
 
     def signal_when(self, condition, number):
@@ -61,7 +65,17 @@ class Command:
         while self._process.is_alive() and not condition():
             time.sleep(0.0005)
         if self._process.is_alive():
-            os.kill(self._process.pid, number)
+            (os.killpg if self._own_group else os.kill)(self._process.pid, number)
+
+    def group_lives(self):
+        """Whether a process of its group is left, a moment after it ended."""
+        for _ in range(200):
+            try:
+                os.killpg(self._process.pid, 0)
+            except ProcessLookupError:
+                return False
+            time.sleep(0.05)
+        return True
 
     def printed(self):
         """Its standard output so far."""

@@ -1,6 +1,7 @@
 """Data in memory: finding and decoding splits, and the cache."""
 import io
 import os
+import pickle
 import shutil
 
 import numpy as np
@@ -107,10 +108,9 @@ def test_part_of_other_data_is_refused(tmp_path, images):
         (tmp_path / split / 'cat').mkdir(parents=True)
         (tmp_path / split / 'cat' / '0.png').write_bytes(png(images[0]))
     for read in (load_images, open_images):
-        with pytest.raises(UserError, match='a part of a split, which only Parquet has'):
-            read('train[:90%]', tmp_path, dataset='torch/image_folder')
-        with pytest.raises(UserError, match=r"no split 'train\[:90%\]'"):
-            read('train[:90%]', tmp_path)
+        for dataset in ('', 'torch/image_folder'):
+            with pytest.raises(UserError, match='a part of a split, which only Parquet has'):
+                read('train[:90%]', tmp_path, dataset=dataset)
 
 
 def test_broken_image_of_a_part_is_named_by_its_row(tmp_path, images):
@@ -146,6 +146,120 @@ def test_data_that_is_read_from_end_to_end_only_is_refused(tmp_path, monkeypatch
     monkeypatch.setattr(data_module, 'create_dataset', lambda *args, **kwargs: FromEndToEnd())
     with pytest.raises(UserError, match=r'wds/shards.* \(it can be read from end to end only; give Parquet'):
         load_images('train', tmp_path, dataset='wds/shards')
+
+
+@pytest.fixture
+def classes(tmp_path, images):
+    """Folder of images in folders by class: of cat two, of dog one."""
+    for i, name in enumerate(('cat/0.png', 'cat/1.png', 'dog/0.png')):
+        path = tmp_path / 'pictures' / 'train' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(images[i]))
+    return tmp_path / 'pictures'
+
+
+@pytest.mark.parametrize('content, names, labels, remark', [
+    ('cat\ndog\n', ('cat', 'dog'), [0, 0, 1], ''),
+    ('dog\ncat\n\n', ('dog', 'cat'), [1, 1, 0], ''),
+    ('cat\nhog\n', ('cat', 'hog'), [0, 0], 'left out, as --class-map does not name dog.'),
+    ('\ufeffcat\ndog\n', ('\ufeffcat', 'dog'), [1], '2 images in {root} left out, as --class-map does not name cat.')
+])
+def test_class_map(classes, tmp_path, content, names, labels, remark):
+    (tmp_path / 'classes.txt').write_text(content, encoding='utf-8')
+    loaded = load_images('train', classes, class_map=str(tmp_path / 'classes.txt'))
+    assert (loaded.class_names, loaded.labels.tolist()) == (names, labels)
+    assert loaded.remark.endswith(remark.format(root=classes / 'train')) and bool(loaded.remark) == bool(remark)
+
+
+@pytest.mark.parametrize('numbers, names', [
+    ({'cat': 0, 'dog': 0}, ('cat',)), ({'dog': 0, 'cat': 2}, None), ({'dog': 1, 'cat': 0}, ('cat', 'dog'))])
+def test_names_of_classes_are_known_by_their_numbers(classes, tmp_path, numbers, names):
+    (tmp_path / 'classes.pkl').write_bytes(pickle.dumps(numbers))
+    loaded = load_images('train', classes, class_map=str(tmp_path / 'classes.pkl'))
+    assert loaded.class_names == names and sorted(loaded.labels.tolist()) == sorted(
+        [numbers['cat']] * 2 + [numbers['dog']])
+
+
+@pytest.mark.parametrize('content', [b'', b'no pickle'])
+def test_class_map_that_can_not_be_read(classes, tmp_path, content):
+    (tmp_path / 'classes.pkl').write_bytes(content)
+    with pytest.raises(UserError, match="timm could not open the split 'train'"):
+        load_images('train', classes, class_map=str(tmp_path / 'classes.pkl'))
+
+
+def test_images_outside_the_folders_of_classes_are_no_class(classes, images):
+    hidden = classes / 'train' / '.ipynb_checkpoints' / '0.png'
+    hidden.parent.mkdir()
+    hidden.write_bytes(png(images[0]))
+    with pytest.raises(UserError, match=r'has images in \.ipynb_checkpoints, which would be a class; move'):
+        load_images('train', classes)
+    hidden.rename(classes / 'train' / '0.png')
+    with pytest.raises(UserError, match='has images beside its folders of classes, which would be a class; move'):
+        load_images('train', classes)
+
+
+def test_only_endings_that_are_not_read_are_told(classes, images):
+    (classes / 'train' / 'dog' / '1.webp').write_bytes(png(images[4]))
+    assert '1 image in ' in load_images('train', classes).remark
+    loaded = load_images('train', classes, input_key='.png;.webp')
+    assert (loaded.remark, len(loaded)) == ('', 4)
+
+
+@pytest.mark.parametrize('dataset, options, message', [
+    ('torch/mnist', {}, "torch/mnist has no split 'trian'; there are train and test"),
+    ('torch/CIFAR10', {}, "has no split 'trian'"),
+    ('torch/image_folder', {}, "has no split 'trian' .it has: train"),
+    ('ImageFolder', {}, "no kind 'ImageFolder' of data sets; --dataset begins with hfds/, .* Leave it out for a"),
+    ('torch/image_folder', dict(split='train', class_map='classes.txt'), 'timm takes no --class-map for torch/'),
+])
+def test_what_timm_would_take_for_something_else_is_refused(classes, dataset, options, message):
+    with pytest.raises(UserError, match=message):
+        load_images(**dict(dict(split='trian', data_dir=classes, dataset=dataset), **options))
+
+
+def test_class_goes_before_what_else_is_known_of_an_image(images):
+    class Digits:  # as torchvision has QMNIST
+        targets = torch.tensor([[3, 77], [1, 78]])
+
+        def __len__(self):
+            return 2
+
+    assert data_module._dataset_labels(Digits()).tolist() == [3, 1]
+
+
+def test_parquet_is_found_behind_links(tmp_path, images):
+    write_parquet(tmp_path / 'there' / 'test.parquet', images)
+    (tmp_path / 'here').mkdir()
+    (tmp_path / 'here' / 'data').symlink_to(tmp_path / 'there')
+    assert load_images('test', tmp_path / 'here').labels.tolist() == list(range(6))
+
+
+def test_columns_are_those_that_are_named(tmp_path, images):
+    cells = [dict(bytes=png(array), path=None) for array in images]
+    table = pa.table(dict(picture=cells, image=cells[::-1], fine=[5, 4, 3, 2, 1, 0], label=[0] * 6))
+    pq.write_table(table, tmp_path / 'test.parquet')
+    seen = {}
+    for picture in ('picture', 'image'):
+        for label in ('fine', 'label'):
+            keys = dict(input_key=picture, target_key=label)
+            loaded, opened = (load(**keys, split='test', data_dir=tmp_path) for load in (load_images, open_images))
+            assert loaded.labels.tolist() == opened.labels.tolist()
+            assert np.array_equal(np.asarray(opened[0][0]), loaded.images[0].permute(1, 2, 0).numpy())
+            seen[picture, label] = loaded
+    assert seen['image', 'fine'].labels.tolist() == [5, 4, 3, 2, 1, 0] and not seen['image', 'label'].labels.any()
+    assert torch.equal(seen['image', 'fine'].images.flip(0), seen['picture', 'fine'].images)
+    with pytest.raises(UserError, match="no target column 'other'"):
+        load_images('test', tmp_path, target_key='other')
+
+
+@pytest.mark.parametrize('one, other', [
+    (dict(crop_pct=1.), dict(crop_pct=.5)), (dict(interpolation='bilinear'), dict(interpolation='bicubic')),
+    (dict(crop_mode='center'), dict(crop_mode='squash')), (dict(input_size=(3, 32, 32)), dict(input_size=(1, 32, 32))),
+])
+def test_cache_is_of_the_way_in_which_images_were_made(tmp_path, one, other):
+    write_parquet(tmp_path / 'test.parquet', [np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)])
+    first, second, again = (load_images('test', tmp_path, **options).images for options in (one, other, one))
+    assert torch.equal(first, again) and not torch.equal(first, second)
 
 
 def test_missing_data_is_named(tmp_path, images):

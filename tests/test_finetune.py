@@ -244,6 +244,14 @@ def test_folder_without_the_split_is_refused(tmp_path, fails):
     assert "has no split 'part'" in fails(*train, '--train-split', 'part')
     shutil.move(data / 'validation', data / 'test')
     assert "has no split 'validation' (it has: test, train)" in fails(*train)
+    # timm would train on what is to be validated too
+    shutil.move(data / 'test', data / 'Val')
+    shutil.move(data / 'train', data / 'Train')
+    for split in ('Val', ''):
+        assert "has no split 'train' (it has: Train, Val)" in fails(*train, '--val-split', split)
+    shutil.move(data / 'Val', data / 'test_set')
+    shutil.move(data / 'Train', data / 'training_set')
+    assert "has no folder 'train' (it has: test_set, training_set)" in fails(*train, '--val-split', 'test_set')
     assert not (tmp_path / 'runs').exists()
 
 
@@ -258,7 +266,7 @@ def test_other_names_of_the_splits_are_known(tune, tmp_path):
 def test_folder_of_classes_alone_is_not_validated_on_itself(tune, command, fails, tmp_path):
     data = image_folder(tmp_path / 'data', 16, splits=False)
     line = fails('train', '--pretrained', '--data-dir', data, '--output', tmp_path / 'runs', *QUICK)
-    assert 'validation would take the images to train on' in line
+    assert "has no folder 'train' (it has: digit0, digit1" in line and 'would be those to validate on' in line
     weights, _ = tune(data, '--val-split', '')
     assert 'errors' not in json.loads((weights.parent / 'result.json').read_text())
     code, out, err = command('validate', weights, '--data-dir', data)

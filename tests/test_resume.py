@@ -69,15 +69,20 @@ def left_alone(few_digits, tmp_path_factory):
 
 def test_killed_at_random_and_around_the_end_of_an_epoch(few_digits, left_alone, tmp_path):
     """One run killed three times: at a random step, at the last batch of an epoch, and at another random one."""
-    rng = random.Random()
-    points = [rng.randrange(1, 7), 7, rng.randrange(10, 20)]
+    seed = random.randrange(2 ** 32)
+    rng = random.Random(seed)
+    points = [rng.randrange(1, 5), 7, rng.randrange(10, 16)]
     for updates in points:
+        if updates == 7 and reached(tmp_path, 7)():  # it was killed late, and is to be killed there
+            for path in checkpoints(tmp_path):
+                if int(path.name[5:]) >= 7:
+                    shutil.rmtree(path)
         code, _ = kill_when(few_digits, tmp_path, reached(tmp_path, updates))
-        assert code == -signal.SIGKILL
+        assert code == -signal.SIGKILL, seed
         assert not (tmp_path / 'run' / 'weights').exists()
     out = finish(few_digits, tmp_path)
     assert 'Going on from' in out
-    assert final_state(tmp_path) == final_state(left_alone), points
+    assert final_state(tmp_path) == final_state(left_alone), seed
     rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
     alone = [json.loads(line) for line in (left_alone / 'run' / 'metrics.jsonl').read_text().splitlines()]
     for row, other in zip(rows, alone, strict=True):
@@ -119,6 +124,49 @@ def test_signals_finish_the_step_and_save(few_digits, left_alone, tmp_path, numb
     code, _, err = Command(*words, '--resume', line.rpartition(' ')[2]).wait()
     assert code == 0, err
     assert final_state(tmp_path) == final_state(left_alone)
+
+
+@pytest.mark.parametrize('epoch', [2, 3])
+def test_signal_stops_a_validation(few_digits, left_alone, tmp_path, epoch):
+    """Of one image a batch; what goes on validates first. Tried again if the signal came late."""
+    slow = ['--validation-batch-size', '1', '--log-interval', '8', '--recovery-interval', '0']
+    for _ in range(10):
+        shutil.rmtree(tmp_path / 'run', ignore_errors=True)
+        process = Command(*arguments(few_digits, tmp_path, *slow))
+        process.signal_when(lambda process=process: f'epoch {epoch}/3 step 8/8' in process.printed(), signal.SIGTERM)
+        code, _, err = process.wait()
+        state = json.loads((checkpoints(tmp_path)[-1] / 'state.json').read_text())
+        if state['progress'] == dict(epoch=epoch - 1, batch=8):
+            break
+    else:
+        pytest.fail(f'no signal stopped a run in a validation: {err}')
+    assert code == 143 and checkpoints(tmp_path)[-1].name == f'step-{8 * epoch:09d}'
+    assert len((tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()) == epoch - 1
+    assert f'step-{8 * epoch:09d}: epoch {epoch}, validation' in finish(few_digits, tmp_path, *slow)
+    assert final_state(tmp_path) == final_state(left_alone)
+    for row, other in zip(*(RunLog(folder / 'run').rows() for folder in (tmp_path, left_alone)), strict=True):
+        assert row['eval']['errors'] == other['eval']['errors'] and row['train']['loss'] == other['train']['loss']
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_to_the_whole_group_leaves_the_workers_their_work(few_digits, tmp_path, number, code):
+    """As `timeout`, Slurm and a launcher send it, to the processes that read images too."""
+    words = ['--loader', 'timm', '--workers', '1', '--recovery-interval', '0', '--log-interval', '1', '--epochs', '2']
+    finish(few_digits, tmp_path / 'alone', *words)
+    for _ in range(10):
+        shutil.rmtree(tmp_path / 'run', ignore_errors=True)
+        process = Command(*arguments(few_digits, tmp_path, *words), own_group=True)
+        process.signal_when(lambda process=process: 'epoch 2/2 step 1/8' in process.printed(), number)
+        got, _, err = process.wait()
+        assert not process.group_lives()
+        assert got in (0, code), err
+        state = json.loads((checkpoints(tmp_path)[-1] / 'state.json').read_text())
+        if got == code and state['progress']['batch'] in range(1, 8):
+            break
+    else:
+        pytest.fail(f'no signal stopped a run within an epoch: {err}')
+    finish(few_digits, tmp_path, *words)
+    assert final_state(tmp_path) == final_state(tmp_path / 'alone')
 
 
 @pytest.mark.parametrize('number, several, code', [

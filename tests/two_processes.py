@@ -34,15 +34,17 @@ from timm_lm.training.signals import StopSignals
 
 # Batch norm, random crops, 8 batches an epoch; the last batch of the validation is not full.
 LONG = ['--epochs', '3', '--batch-size', '16', '--validation-batch-size', '24', '--log-interval', '1',
-        '--resume', 'auto', '--model-ema', '--model-ema-decay', '0.9']
+        '--resume', 'auto', '--model-ema', '--model-ema-decay', '0.9', '--drop-path', '0.2']
 # Nothing that depends on how a global batch of 64 is cut into pieces; 4 updates an epoch.
 PIECES = ['--model-kwargs', 'layers=(2,1,1)', 'norm_layer=groupnorm1', '--no-aug', '--epochs', '2', '--lr', '0.01',
           '--clip-grad', '0.5', '--two-step-epoch', '1']
 CUTS = dict(one=['--batch-size', '64'], two=['--batch-size', '32'],
             four=['--batch-size', '16', '--grad-accum-steps', '2'])
+# Batch norms, whose running statistics differ between the processes within an epoch.
+NORMS = ['--epochs', '1', '--batch-size', '32', '--recovery-interval', '1', '--no-ddp-bb']
 # What `accelerate launch --use_fsdp --fsdp_version 2` with a wrap policy gives to its processes.
 SHARDED = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP',
-               FSDP_TRANSFORMER_CLS_TO_WRAP='BasicBlock')
+               FSDP_TRANSFORMER_CLS_TO_WRAP='BasicBlock', FSDP_CPU_RAM_EFFICIENT_LOADING='true')
 CAN_SHARD = hasattr(accelerate.utils.fsdp_utils, 'fsdp2_prepare_model')
 
 
@@ -239,13 +241,18 @@ def main(data, output, port):
     (output / f'facts{rank}.json').write_text(json.dumps(facts))
 
     if CAN_SHARD:
-        with sharding():
-            train('sharded', *PIECES, *CUTS['two'], '--recovery-interval', '2')
+        def train_sharded(*words):
+            with sharding():
+                train(*words)
+
+        train_sharded('sharded', *PIECES, *CUTS['two'], '--recovery-interval', '2')
+        train_sharded('sharded_norms', *NORMS)
         if rank == 0:
             cut_back(output / 'sharded', output / 'resumed', 6)
+            cut_back(output / 'sharded_norms', output / 'resumed_norms', 2)
         torch.distributed.barrier()
-        with sharding():
-            train('resumed', *PIECES, *CUTS['two'], '--resume', 'auto')
+        train_sharded('resumed', *PIECES, *CUTS['two'], '--resume', 'auto')
+        train_sharded('resumed_norms', *NORMS, '--resume', 'auto')
     poison_one_process()
     return cli.main(train_command(data, output, 'poisoned', '--epochs', '2', '--batch-size', '16'))
 

@@ -3,7 +3,8 @@ import copy
 import io
 import json
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
+from pickle import PickleError
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -15,7 +16,17 @@ from tqdm import tqdm
 from .errors import UserError
 from .files import files_below
 from .image_set import ImageSet, cache_path, read_cache, write_cache
-from .splits import check_split_folder, download_parquet, find_parquet, rows_of_part, split_of_part
+from .splits import (
+    SPLIT_NAMES,
+    check_split_folder,
+    download_parquet,
+    find_parquet,
+    rows_of_part,
+    some,
+    split_of_part,
+    unnamed_images,
+    unread_images,
+)
 
 LONG_TO_READ = 1 << 30  # bytes of files; whether a split fits is found before they are read
 MEMORY_LIMIT = 4 << 30  # bytes of a decoded split
@@ -24,6 +35,9 @@ UNREADABLE_IMAGE = (
     UnidentifiedImageError, Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, TypeError, ValueError)
 # What names of timm's data sets begin with.
 _KINDS = ('hfds', 'hfids', 'tfds', 'torch', 'wds')
+_TORCH_FOLDERS = ('torch/folder', 'torch/image_folder')
+# Data sets of torchvision for which timm takes every name of a split but those of training for the test split.
+_TRAIN_OR_TEST = {f'torch/{name}' for name in ('cifar10', 'cifar100', 'fashion_mnist', 'kmnist', 'mnist', 'qmnist')}
 
 
 class TooLarge(UserError):
@@ -200,13 +214,17 @@ def _open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map:
     """A data set of timm's factory that can be read by index."""
     root = None if data_dir is None else str(data_dir)
     is_folder = is_image_folder(data_dir, dataset)
-    if is_folder:
+    if split_of_part(split) != split and not dataset.startswith('hfds/'):  # the test split to timm's torch/
+        raise UserError(f"'{split}' is a part of a split, which only Parquet has; name a whole one.")
+    if is_class_folder(data_dir, dataset):
         check_split_folder(str(data_dir), split)
+    if dataset.lower() in _TRAIN_OR_TEST and split not in sum(SPLIT_NAMES, ()):
+        raise UserError(f"{dataset} has no split '{split}'; there are train and test.")
+    if dataset.startswith('torch/') and class_map:
+        raise UserError(f'timm takes no --class-map for {dataset}; leave it out.')
     keys = {name: key for name, key in dict(input_key=input_key, target_key=target_key).items() if key}
     remarks = []
     if not dataset.startswith('hfds/'):
-        if split_of_part(split) != split:  # which timm would take for the test split of torch/
-            raise UserError(f"'{split}' is a part of a split, which only Parquet has; name a whole one.")
         # names of columns, which a recipe may give; for a folder of images timm takes endings instead
         columns = [name for name, key in keys.items() if not (is_folder and name == 'input_key' and '.' in key)]
         told = ' and '.join(f"--{name.replace('_', '-')} {keys.pop(name)}" for name in columns)
@@ -219,30 +237,36 @@ def _open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map:
             raise TypeError('it can be read from end to end only; give Parquet, a folder of images, or one of torch/ '
                             'or hfds/')
         len(images)
-    except (AssertionError, ImportError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError,
-            ValueError) as e:
+    except (AssertionError, EOFError, ImportError, KeyError, NotImplementedError, OSError, PickleError, RuntimeError,
+            TypeError, ValueError) as e:
         reason = ' '.join(str(e).replace('download=True', '--dataset-download').split())
         raise UserError(
             f"timm could not open the split '{split}' of the data set '{dataset or root}' ({reason}).") from e
-    names = getattr(getattr(images, 'reader', images), 'class_to_idx', None) or {}
-    source = _TimmImages(images)
+    numbers = getattr(getattr(images, 'reader', images), 'class_to_idx', None) or {}
     if is_folder:
-        remarks.append(_unread(getattr(getattr(images, 'reader', None), 'root', '')))
+        root = getattr(getattr(images, 'reader', None), 'root', '')
+        endings = keys.get('input_key')
+        read = set(endings.lower().split(';')) if endings else get_img_extensions(as_set=True)
+        odd = sorted(name for name in numbers if not name or name.startswith('.'))
+        if odd and not class_map:
+            where = f'in {odd[-1]}' if odd[-1] else 'beside its folders of classes'
+            raise UserError(f'{root} has images {where}, which would be a class; move them away.')
+        remarks += [unread_images(root, read), unnamed_images(root, read, numbers) if class_map else '']
+    source = _TimmImages(images)
     return EncodedImages(
-        source.read, _dataset_labels(images),
-        tuple(str(name) for name in sorted(names, key=names.__getitem__)) or None, mode, source.place,
+        source.read, _dataset_labels(images), _names_in_order(numbers), mode, source.place,
         ' '.join(filter(None, remarks)))
 
 
-def _unread(root: str) -> str:
-    """A remark on the images of a folder whose kinds timm does not read, '' if there are none."""
-    kinds = set(Image.registered_extensions()) - get_img_extensions(as_set=True)
-    left_out = [path for path in files_below(root) if path.suffix.lower() in kinds]
-    if not left_out:
-        return ''
-    endings = ', '.join(sorted({path.suffix.lower() for path in left_out}))
-    count = '1 image' if len(left_out) == 1 else f'{len(left_out)} images'
-    return f'{count} in {root} left out, as timm does not read {endings}; convert them.'
+def _names_in_order(numbers: Mapping[Any, int]) -> Optional[Tuple[str, ...]]:
+    """The names of classes in the order of their numbers, of each the first one; None if some have no name."""
+    names: Dict[int, str] = {}
+    for name, number in numbers.items():
+        if str(name):  # none is the end of a class map
+            names.setdefault(number, str(name))
+    if not names or set(names) != set(range(len(names))):
+        return None
+    return tuple(names[number] for number in range(len(names)))
 
 
 class _TimmImages:
@@ -269,7 +293,8 @@ def _dataset_labels(images: Any) -> torch.Tensor:
     reader = getattr(images, 'reader', images)
     targets = getattr(reader, 'targets', None)
     if targets is not None and len(targets) == len(images):
-        return torch.as_tensor(targets).long()
+        numbers = torch.as_tensor(targets).long()
+        return numbers[:, 0] if numbers.ndim == 2 else numbers  # the class goes before what else is known
     samples = getattr(reader, 'samples', None)
     if samples is not None and len(samples) == len(images):
         return torch.tensor([int(label) for _, label in samples])
@@ -418,8 +443,11 @@ def _parquet_folder(data_dir: Optional[Union[str, Path]], dataset: str, split: s
     """The folder of Parquet files that the options name, or None if the data is of another kind."""
     is_hub_name = dataset.startswith('hfds/')
     kind = dataset.partition('/')[0]
-    if '/' in dataset and kind not in _KINDS:  # timm would read the folder, whatever it is
-        raise UserError(f"There is no kind '{kind}' of data sets; --dataset begins with {'/, '.join(_KINDS)}/.")
+    is_bare = '/' not in dataset
+    is_archive = is_bare and data_dir is not None and Path(data_dir).is_file()
+    if dataset and (is_bare or kind not in _KINDS) and not is_archive:  # timm would read the folder, whatever it is
+        raise UserError(f"There is no kind '{kind}' of data sets; --dataset begins with {'/, '.join(_KINDS)}/. Leave "
+                        'it out for a folder of images.')
     if data_dir is None:
         if is_hub_name:
             name = dataset.removeprefix('hfds/')
@@ -437,7 +465,13 @@ def is_image_folder(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
     """Whether the options name a folder of images in folders by class."""
     if data_dir is None or dataset or not Path(data_dir).is_dir():
         return False
-    return any(Path(data_dir).iterdir()) and not any(Path(data_dir).rglob('*.parquet'))
+    return any(Path(data_dir).iterdir()) and not any(path.suffix == '.parquet' for path in files_below(data_dir))
+
+
+def is_class_folder(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
+    """Whether timm looks for a folder of the split in the data folder, and takes all of it where there is none."""
+    in_torch = dataset.lower() in _TORCH_FOLDERS and data_dir is not None and Path(data_dir).is_dir()
+    return in_torch or is_image_folder(data_dir, dataset)
 
 
 def check_labels(data: Union[ImageSet, EncodedImages], num_classes: int) -> None:
@@ -453,10 +487,6 @@ def check_labels(data: Union[ImageSet, EncodedImages], num_classes: int) -> None
     if high >= num_classes:
         raise UserError(f'The data has labels up to {high}, the network has {num_classes} classes; train one of '
                         f'--num-classes {high + 1}, or choose another label column with --target-key.')
-
-
-def _some(names: Sequence[str]) -> str:
-    return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
 
 
 def check_class_names(data: Union[ImageSet, EncodedImages], names: Optional[Sequence[str]], of: str,
@@ -481,9 +511,9 @@ def check_class_names(data: Union[ImageSet, EncodedImages], names: Optional[Sequ
     if not found or not known or found == known:
         return ''
     if may_differ and not {*found} & {*known}:
-        return (f'No class of the data ({_some(found)}) has a name of {of} ({_some(known)}); classes are told by their '
+        return (f'No class of the data ({some(found)}) has a name of {of} ({some(known)}); classes are told by their '
                 'numbers alone.')
-    shown = _some(sorted({*found} ^ {*known}))
+    shown = some(sorted({*found} ^ {*known}))
     raise UserError(f'The {len(found)} classes of the data are not the {len(known)} of {of}, or in another order, '
                     f'so that class numbers do not agree (in one of them only: {shown or "none"}); bring the '
                     'folders into line, or number the classes with --class-map.')

@@ -33,6 +33,7 @@ CHECK_TOLERANCE = 1e-4  # of the largest value: float32 convolutions differ that
 # What a download or an upload may raise. Requests up to huggingface_hub 0.x, httpx from 1.0: the base of what either
 # raises is the base of the Hub's own error too.
 HUB_ERRORS: Tuple[Type[BaseException], ...] = (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)
+_NOT_LOADED: Tuple[Type[BaseException], ...] = (*HUB_ERRORS, AssertionError, TypeError, SafetensorError)
 
 
 # Writing
@@ -413,7 +414,7 @@ def load_model(source: str, pretrained: bool = True, **kwargs: Any) -> TimmModel
         raise
     except KeyError as e:
         raise UserError(f'{source} could not be loaded (its config has no {e}); give a repo of a timm model.') from e
-    except (*HUB_ERRORS, AssertionError, TypeError, SafetensorError) as e:
+    except _NOT_LOADED as e:
         raise UserError(f'{source} could not be loaded ({_reason(e)}).') from e
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .files import sha256
+from .files import sha256, sync
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def cache_path(paths: List[Path], settings: Dict[str, Any]) -> Optional[Path]:
     """Where the decoded split is kept: known by the contents of its files, None if there is no place for a cache."""
     from huggingface_hub import cached_assets_path
     content = [sha256(path) for path in paths]
-    key = hashlib.sha256(json.dumps([2, content, settings], sort_keys=True).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([3, content, settings], sort_keys=True).encode()).hexdigest()[:32]
     try:
         return cached_assets_path('timm-lm', namespace='decoded') / f'{key}.safetensors'
     except (OSError, ValueError):
@@ -75,6 +75,7 @@ def write_cache(path: Optional[Path], data: ImageSet) -> None:
         os.close(fd)
         save_file(dict(images=data.images, labels=data.labels), temporary,
                   metadata=dict(class_names=json.dumps(data.class_names)))
+        sync(Path(temporary))
         os.replace(temporary, path)
     except (OSError, SafetensorError):
         if temporary is not None:

@@ -1,6 +1,10 @@
 """Batches of a split: from memory, or decoded by worker processes; finished on the device in either case."""
 import copy
+import multiprocessing
+import os
 import random
+import signal
+import threading
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -237,7 +241,8 @@ class WorkerLoader(BatchLoader):
         self.plan = _Plan()
         self.loader = DataLoader(
             _Seeded(data, transform), batch_sampler=self.plan, collate_fn=fast_collate, num_workers=workers,
-            pin_memory=pin_memory, persistent_workers=workers > 0, generator=torch.Generator())
+            pin_memory=pin_memory, persistent_workers=workers > 0, generator=torch.Generator(),
+            worker_init_fn=_leave_signals_to_the_parent)
 
     def read(self, order: torch.Tensor, start: int) -> Iterator[Batch]:
         self.plan.batches = [
@@ -254,6 +259,26 @@ class WorkerLoader(BatchLoader):
         except UserError as e:  # of a worker process, which puts its traceback before the message
             message = str(e).strip().splitlines()[-1].partition('UserError: ')[2] or str(e)
             raise UserError(message) from e.with_traceback(None)  # its frames hold the processes, which then end late
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Have a worker process live on when its whole group is sent a signal, as by `timeout`, Slurm or a launcher.
+
+    The training process ends the step and saves, for which it may need more batches. SIGTERM is obeyed if it comes from
+    that process. macOS and Windows can not tell who sent it; there a worker ends at once.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None or not hasattr(signal, 'sigwaitinfo'):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    def obey_the_parent() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey_the_parent, daemon=True).start()
 
 
 class _Plan(Sampler[List[Tuple[int, int]]]):

@@ -2,9 +2,13 @@
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
+
+from PIL import Image
+from timm.data import get_img_extensions
 
 from .errors import UserError
+from .files import files_below
 
 # train-00000-of-00005, also with the digest that older uploads have, or train
 _SHARD = re.compile(r'(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+)(?:-[0-9a-f]{16})?)?$')
@@ -12,7 +16,7 @@ _NUMBERED = re.compile(r'\d{4,5}$')  # train/0000, as on the Hub's branch of con
 # train[:90%], train[45000:]: a part of a split, as the package datasets names it
 _PART = re.compile(r'(?P<split>[^\[\]]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]$')
 # Names of a split that timm takes for one another in a folder of images.
-_SYNONYMS = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'), ('test',))
+SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'), ('test',))
 
 
 # Parquet
@@ -21,7 +25,7 @@ _SYNONYMS = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'eval
 def _parquet_splits(folder: Path) -> Dict[Tuple[str, str], List[Tuple[Path, int, int]]]:
     """(subfolder, split) -> (file, shard index, shard count), from the names that the Hub's layout gives files."""
     splits = defaultdict(list)
-    for path in sorted(folder.rglob('*.parquet')):
+    for path in sorted(path for path in files_below(folder) if path.suffix == '.parquet'):
         parent = path.parent.relative_to(folder)
         if _NUMBERED.match(path.stem) and parent.name:
             count = sum(1 for other in path.parent.glob('*.parquet') if _NUMBERED.match(other.stem))
@@ -125,13 +129,40 @@ def check_split_folder(folder: Union[str, Path], split: str, required: bool = Fa
     Raises:
         UserError: If the folder has other splits, or none and one is required.
     """
-    names = next((names for names in _SYNONYMS if split in names), ())
+    names = next((names for names in SPLIT_NAMES if split in names), ())
     if any((Path(folder) / name).is_dir() for name in (split, *names)):
         return
-    others = sorted(name for names in _SYNONYMS for name in names if (Path(folder) / name).is_dir())
+    folders = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
+    others = [name for name in folders if name.lower() in sum(SPLIT_NAMES, ())]
     if others:
         raise UserError(f"The data folder {folder} has no split '{split}' (it has: {', '.join(others)}); name one of "
                         'these (--val-split, in training --train-split too), or add the images.')
     if required:
-        raise UserError(f"The data folder {folder} has no folder '{split}', so that validation would take the images "
-                        "to train on; make train/ and validation/, or train without validation by --val-split ''.")
+        raise UserError(f"The data folder {folder} has no folder '{split}' (it has: {some(folders)}), so that the "
+                        'images to train on would be those to validate on; make train/ and validation/, name others by '
+                        "--train-split and --val-split, or train without validation by --val-split ''.")
+
+
+def unread_images(root: str, read: Set[str]) -> str:
+    """A remark on the images of a folder that timm reads only if their endings are named, '' if there are none."""
+    kinds = set(Image.registered_extensions()) - get_img_extensions(as_set=True) - read
+    left_out = [path for path in files_below(root) if path.suffix.lower() in kinds]
+    endings = ', '.join(sorted({path.suffix.lower() for path in left_out}))
+    return _left_out(left_out, root, f'timm does not read {endings}; convert them')
+
+
+def unnamed_images(root: str, read: Set[str], numbers: Mapping[str, int]) -> str:
+    """A remark on the images of folders that a class map does not name, '' if there are none."""
+    left_out = [path for path in files_below(root) if path.suffix.lower() in read and path.parent.name not in numbers]
+    names = some(sorted({path.parent.name for path in left_out}))
+    return _left_out(left_out, root, f'--class-map does not name {names}')
+
+
+def _left_out(images: Sequence[Path], root: str, reason: str) -> str:
+    count = '1 image' if len(images) == 1 else f'{len(images)} images'
+    return f'{count} in {root} left out, as {reason}.' if images else ''
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')

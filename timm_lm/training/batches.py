@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
 
 from timm_lm.augment import BatchMixup
-from timm_lm.data import EncodedImages, ImageSet, TooLarge, is_image_folder, load_images, open_images
+from timm_lm.data import EncodedImages, ImageSet, TooLarge, is_class_folder, load_images, open_images
 from timm_lm.errors import UserError
 from timm_lm.hub import TimmModel
 from timm_lm.loader import Augmentation, BatchLoader, MemoryLoader, WorkerLoader
@@ -28,6 +28,8 @@ def resolve_input_config(args: argparse.Namespace, model: TimmModel) -> Dict[str
     except AssertionError as e:
         raise UserError(f'--mean and --std need one value, or one for each of the {in_chans} channels.') from e
     config.pop('crop_mode', None)
+    if min(config['input_size'][1:]) < config['crop_pct']:
+        raise UserError(f"--crop-pct is a share of the side, such as 0.875, not {config['crop_pct']:g}.")
     if config['input_size'][0] != in_chans:
         config['input_size'] = (in_chans, *config['input_size'][1:])
     for key in ('mean', 'std'):
@@ -58,8 +60,8 @@ def check_input(model: TimmModel, data_config: Dict[str, Any], name: str) -> Non
 def load_split(args: argparse.Namespace, split: str, data_config: Dict[str, Any], show: bool,
                is_training: bool = False) -> Union[ImageSet, EncodedImages]:
     """A split of the data that the options name: decoded in memory, or to be decoded by worker processes."""
-    if not is_training and is_image_folder(args.data_dir, args.dataset):
-        check_split_folder(args.data_dir, split, required=True)
+    if is_class_folder(args.data_dir, args.dataset):  # with a validation, each split has a folder of its own
+        check_split_folder(args.data_dir, split, required=bool(args.val_split))
     source: Dict[str, Any] = dict(
         data_dir=args.data_dir,
         dataset=args.dataset,
@@ -119,9 +121,9 @@ def _augmentation(args: argparse.Namespace, num_classes: int, input_size: Sequen
     mixup = None
     if args.cutmix_minmax is not None:
         low, high = args.cutmix_minmax
-        side = min(input_size[1:])
-        if int(side * low) >= int(side * high):  # timm draws whole pixels
-            raise UserError(f'--cutmix-minmax {low} {high} is less than a pixel of {side} apart; choose others.')
+        for side in input_size[1:]:
+            if int(side * low) >= int(side * high):  # timm draws whole pixels
+                raise UserError(f'--cutmix-minmax {low} {high} is less than a pixel of {side} apart; choose others.')
     if mixes(args):
         mixup = BatchMixup(
             args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,

@@ -91,13 +91,24 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
             InitProcessGroupKwargs(timeout=LONGEST_WAIT),
         ],
     )
-    if args.device not in (None, 'cpu', accelerator.device.type):
+    plugin = getattr(accelerator.state, 'fsdp_plugin', None)
+    if plugin is not None:  # each process makes the whole network; Accelerate would fail to send running statistics
+        plugin.cpu_ram_efficient_loading = False
+    if args.device not in (None, 'cpu') and not _is_named(accelerator.device, args.device):
         raise UserError(f'--device {args.device} is not what Accelerate chose ({accelerator.device}); leave it out, or '
                         'choose devices by `accelerate launch`.')
     if accelerator.device.type == 'cuda':  # as timm's script
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def _is_named(device: torch.device, name: str) -> bool:
+    try:
+        named = torch.device(name)
+    except RuntimeError as e:
+        raise UserError(f'--device {name} is no device of PyTorch ({str(e).splitlines()[0]}).') from e
+    return named.type == device.type and named.index in (None, device.index or 0)
 
 
 def _trackers(args: argparse.Namespace) -> List[str]:

@@ -1,9 +1,10 @@
 """The steps of a training, and the state that they move."""
 import argparse
+import math
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NoReturn, Optional, Tuple
 
 import torch
 from accelerate.utils import DistributedType, gather_object
@@ -160,7 +161,7 @@ class Training:
             scheduler=_scheduler_state(self.scheduler),
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         )
-        updates = progress.epoch * self.updates_per_epoch + progress.batch // self.args.grad_accum_steps
+        updates = progress.epoch * self.updates_per_epoch + -(-progress.batch // self.args.grad_accum_steps)
         also_keep = self.best['checkpoint'] if self.best else None
         return self.store.save(updates, progress, tensors, optimizer, states, rest, also_keep)
 
@@ -202,11 +203,12 @@ class Training:
         saved = checkpoint.group(f'random{rank}')
         for name, buffer in self._own_buffers().items():
             buffer.copy_(saved[name])
+        checkpoint.tensors.clear()  # not kept in memory until the run ends
         return checkpoint.progress
 
     def _own_buffers(self) -> Dict[str, torch.Tensor]:
         """Running statistics of one process of several, which are shared at the end of an epoch only."""
-        if self.accelerator.num_processes == 1 or self.sharded:
+        if self.accelerator.num_processes == 1:
             return {}
         modules = {'model': self.model} | ({'average': self.average.module} if self.average else {})
         return {f'{owner}/{name}': buffer for owner, module in modules.items()
@@ -369,16 +371,25 @@ class Training:
         """In the middle of an epoch, after an update: save at the interval, save and stop after a signal."""
         interval = self.args.recovery_interval
         before = progress.batch - self.args.grad_accum_steps  # the update before this one
-        if signal_number or interval and progress.batch // interval > before // interval:
-            folder = self.save(progress)
-            if signal_number:
-                self.accelerator.wait_for_everyone()  # when one process ends, the launcher ends the others
-                self.live.close()
-                raise Interrupted(signal_number, folder)
+        if signal_number:
+            self._save_and_stop(progress, signal_number)
+        if interval and progress.batch // interval > before // interval:
+            self.save(progress)
 
-    def evaluate(self, loader: BatchLoader) -> Dict[str, float]:
-        """Count the errors of the weights that the run would end with now."""
+    def _save_and_stop(self, progress: Progress, signal_number: int) -> NoReturn:
+        folder = self.save(progress)
+        self.accelerator.wait_for_everyone()  # when one process ends, the launcher ends the others
+        self.live.close()
+        raise Interrupted(signal_number, folder)
+
+    def evaluate(self, loader: BatchLoader, epoch: int) -> Dict[str, float]:
+        """Count the errors of the weights that the run would end with now, after an epoch.
+
+        Raises:
+            Interrupted: After a signal, with the state saved; what goes on from it validates first.
+        """
         start = time.perf_counter()
+        signal_number = 0
         self.network.eval()
         several = self.accelerator.num_processes > 1
 
@@ -386,10 +397,23 @@ class Training:
             self._free_graph_outputs()  # else each batch would be recorded as a graph of its own
             return self.network(images)
 
+        def until_a_signal(batches: BatchLoader) -> Iterator[Any]:
+            nonlocal signal_number
+            for done, batch in enumerate(batches, start=1):
+                yield batch
+                if not several:
+                    signal_number = self.signals.number
+                elif done % self.args.log_interval == 0:
+                    signal_number = self.agree(epoch)
+                if signal_number:
+                    return
+
         with self._averaged_weights():
             result = evaluate(
-                forward, loader,
+                forward, loader, progress=until_a_signal,
                 reduce=(lambda totals: self.accelerator.reduce(totals, 'sum')) if several else None)
+        if signal_number:
+            self._save_and_stop(Progress(epoch, len(self.loader)), signal_number)
         self.eval_seconds = time.perf_counter() - start
         return result
 
@@ -412,7 +436,7 @@ class Training:
         value = evaluation[metric] if evaluation else None
         if self.scheduler is not None:
             self.scheduler.step(epoch + 1, value)
-        if value is None:
+        if value is None or not math.isfinite(value):
             return
         if self.best is None or (value < self.best['value'] if metric == 'loss' else value > self.best['value']):
             updates = (epoch + 1) * self.updates_per_epoch

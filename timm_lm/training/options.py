@@ -489,6 +489,14 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError('--smoothing must be less than 1 with --bce-loss.')
     if args.cutmix_minmax is not None and not 0 <= args.cutmix_minmax[0] < args.cutmix_minmax[1] <= 1:
         raise UserError(f'--cutmix-minmax takes two increasing shares of a side, not {args.cutmix_minmax}.')
+    for name in ('scale', 'ratio'):
+        value = getattr(args, name)
+        if value and not (len(value) == 2 and 0 < value[0] <= value[1]):
+            raise UserError(f'{_option(name)} takes two positive numbers, the smaller one first, not {value}.')
+    for name in ('layer_decay', 'lr_noise'):
+        if args.sched == 'none' and getattr(args, name):
+            raise UserError(f'{_option(name)} is done by the schedule; take another one than --sched none, in newer '
+                            'timm constant.')
     if args.sched == 'plateau' and not args.val_split:
         raise UserError('--sched plateau lowers the rate by the validation; give --val-split, or another schedule.')
     if args.sched == 'multistep' and args.decay_milestones:

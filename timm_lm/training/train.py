@@ -142,8 +142,8 @@ def _run(
         if progress.epoch < training.num_epochs:
             (folder / RESULT_NAME).unlink(missing_ok=True)  # of a later end
         if checkpoint is not None:
-            print(f'Going on from {checkpoint.folder}: epoch {progress.epoch + 1}, batch {progress.batch + 1}',
-                  flush=True)
+            place = f'batch {progress.batch + 1}' if progress.batch < len(training.loader) else 'validation'
+            print(f'Going on from {checkpoint.folder}: epoch {progress.epoch + 1}, {place}', flush=True)
         if args.resume:
             store.remove_unfinished()
             for aside in store.set_aside_after(checkpoint):
@@ -162,7 +162,7 @@ def _run(
             evaluation = None
             if eval_loader is not None and (last or (epoch + 1) % args.val_interval == 0):
                 release_freed_memory()
-                evaluation = training.evaluate(eval_loader)
+                evaluation = training.evaluate(eval_loader, epoch)
                 release_freed_memory()
             training.end_epoch(epoch, evaluation)
             k = training.k_values()
@@ -181,8 +181,10 @@ def _run(
             log.plot()
         if training.best is not None:
             best = training.best
-            tqdm.write(f"best {best['metric']} {best['value']:.4g} after epoch {best['epoch'] + 1}, in "
-                       f"{store.folder / best['checkpoint']}; the weights saved are those of the last epoch")
+            path = store.folder / best['checkpoint']  # it is gone if a run went back and found no better one
+            where = f', in {path}' if path.is_dir() else ''
+            tqdm.write(f"best {best['metric']} {best['value']:.4g} after epoch {best['epoch'] + 1}{where}; the weights "
+                       'saved are those of the last epoch')
         seen = evaluation or (log.rows()[-1]['eval'] if log.rows() else None)
         finished = _finished(args, training.model, final)
         with writing(f'The weights in {folder}', MAKE_ROOM):
