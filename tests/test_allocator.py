@@ -42,6 +42,19 @@ def test_freed_memory_is_used_again():
         assert faults < 100 < page_faults('leave')[1]
 
 
-@pytest.mark.parametrize('name', ['MALLOC_TRIM_THRESHOLD_', 'MALLOC_MMAP_THRESHOLD_'])
-def test_settings_of_the_environment_stand(name):
-    assert page_faults('keep', **{name: '131072'})[0] is False
+@pytest.mark.parametrize('name, value', [
+    ('MALLOC_TRIM_THRESHOLD_', '131072'), ('MALLOC_MMAP_THRESHOLD_', '131072'),
+    ('GLIBC_TUNABLES', 'glibc.malloc.trim_threshold=131072')])
+def test_settings_of_the_environment_stand(name, value):
+    assert page_faults('keep', **{name: value})[0] is False
+
+
+def test_training_and_validation_keep_freed_memory(few_digits, weights, tmp_path, command, monkeypatch):
+    kept = []
+    for module in ('timm_lm.training.train', 'timm_lm.allocator'):  # the latter is where validation finds it
+        monkeypatch.setattr(f'{module}.keep_freed_memory', lambda module=module: kept.append(module))
+    code, _, err = command('train', '-c', 'demo_digits', '--data-dir', few_digits, '--model-kwargs', 'layers=(1,1,1)',
+                           '--epochs', 1, '--warmup-epochs', 0, '--output', tmp_path)
+    assert code == 0 and kept == ['timm_lm.training.train'], err
+    code, _, err = command('validate', weights, '--data-dir', few_digits)
+    assert code == 0 and kept == ['timm_lm.training.train', 'timm_lm.allocator'], err

@@ -109,6 +109,17 @@ def test_trained_network_grown_sees_the_same_in_photographs():
     assert (grown == expected).float().mean() > 0.5 > 0.4 > (undivided == expected).float().mean()
 
 
+def test_first_k_of_a_stage_stays():
+    """Of a network with a history before each stage, as LM-ResNeXt has it."""
+    kwargs = dict(cardinality=2, base_width=4)
+    shallow, deep = (net('lm_resnext29_8x64d', layers=(n, n, n), k_init=0.25, **kwargs) for n in (2, 3))
+    timm_lm.grow(shallow, deep)
+    k = deep.k_values()
+    assert {name: value.item() for name, value in k.items() if name.endswith('blocks.0')} == {
+        'stages.1.blocks.0': 0.25, 'stages.2.blocks.0': 0.25}
+    assert any(value.item() != 0.25 for value in k.values())
+
+
 def test_head_of_other_classes_stays_as_it_was_made():
     deep = net(layers=(3, 3, 3), num_classes=7)
     head = deep.head.fc.weight.clone()

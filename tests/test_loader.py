@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from test_data import png, write_parquet
-from timm.data import create_transform
+from timm.data import Mixup, create_transform
 
 from timm_lm import data as data_module
 from timm_lm.augment import BatchMixup
 from timm_lm.data import ImageSet, load_images, open_images
 from timm_lm.errors import UserError
-from timm_lm.loader import IGNORE_LABEL, Augmentation, MemoryLoader, WorkerLoader
+from timm_lm.loader import IGNORE_LABEL, Augmentation, MemoryLoader, WorkerLoader, _seed
 from timm_lm.training.batches import create_loader, load_split
 from timm_lm.training.options import parse_options
 
@@ -142,15 +142,32 @@ def test_repeated_augmentation(repeats):
     assert seen[0] != seen[1]
 
 
+@pytest.mark.parametrize('options', [
+    ['--mixup', 0.4], ['--cutmix', 1], ['--mixup', 0.4, '--cutmix', 1, '--mixup-switch-prob', 0.2],
+    ['--mixup', 0.4, '--mixup-prob', 0.5], ['--cutmix-minmax', 0.2, 0.8], ['--mixup', 0.4, '--mixup-mode', 'elem'],
+    ['--cutmix', 1, '--mixup-mode', 'pair', '--smoothing', 0.3],
+])
+def test_mixing_is_that_of_timm_by_the_same_options(few_digits, options):
+    plain, mixed = (loaders(few_digits, '-c', 'demo_digits', '--batch-size', 16, *more)[0] for more in ([], options))
+    args = parse_options(['-c', 'demo_digits', *map(str, options)])
+    timms = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+                  label_smoothing=args.smoothing, num_classes=10)
+    for step, ((images, labels), (mixed_images, targets)) in enumerate(zip(plain, mixed, strict=True)):
+        np.random.seed(_seed(mixed.seed, mixed.epoch, step, mixed.rank))
+        expected, wanted = timms(images.clone(), labels)
+        torch.testing.assert_close(mixed_images, expected)
+        torch.testing.assert_close(targets, wanted)
+
+
 def test_mixing_ends_at_its_epoch(few_digits):
-    options = ['-c', 'demo_digits', '--smoothing', 0.1]
+    options = ['-c', 'demo_digits', '--smoothing', 0.2]
     plain = loaders(few_digits, *options)[0]
     mixed = loaders(few_digits, *options, '--mixup', 1, '--mixup-off-epoch', 2)[0]
     for epoch in range(4):
         plain.set_epoch(epoch)
         mixed.set_epoch(epoch)
         (images, labels), (mixed_images, targets) = next(iter(plain)), next(iter(mixed))
-        smoothed = torch.nn.functional.one_hot(labels, 10) * 0.9 + 0.1 / 10
+        smoothed = torch.nn.functional.one_hot(labels, 10) * 0.8 + 0.2 / 10
         if epoch < 2:
             assert not torch.equal(mixed_images, images) and not torch.allclose(targets, smoothed)
         else:
@@ -188,6 +205,25 @@ def test_workers_change_nothing_in_a_batch(photos):
         one.set_epoch(1)
         assert not any(same([mine], [other]) for mine, other in zip(one, whole))
     assert not same(list(loaders(photos, *HEAVY, '--workers', 0, '--seed', 1)[0]), whole)
+
+
+@pytest.mark.parametrize('options', [
+    ['--aa', 'rand-m9-mstd0.5-inc1'], ['--color-jitter', 0.4, '--color-jitter-prob', 1], ['--grayscale-prob', 1],
+    ['--gaussian-blur-prob', 1], ['--scale', 0.3, 0.5], ['--ratio', 2, 3], ['--train-crop-mode', 'rkrc'],
+    ['--train-interpolation', 'bicubic', '--scale', 0.5, 1], ['--reprob', 1], ['--reprob', 1, '--recount', 3],
+    ['--reprob', 1, '--remode', 'const'], ['--vflip', 1], ['--hflip', 1], ['--mixup', 1], ['--cutmix', 1],
+], ids=lambda words: ' '.join(map(str, words)))
+def test_each_way_to_augment_reaches_the_batches(photos, options):
+    base = ['--color-jitter', 0, '--hflip', 0, '--train-interpolation', 'bilinear', '--batch-size', 4, '--workers', 0]
+    without = {'--recount': options[:2], '--remode': options[:2], '--train-interpolation': options[2:]}
+    before = without.get(options[0] if options[0] in without else options[-2], [])
+    changed, plain = (list(loaders(photos, *base, *more)[0]) for more in (options, before))
+    assert not any(torch.equal(images, other) for (images, _), (other, _) in zip(changed, plain, strict=True))
+
+
+def test_augmentation_that_can_not_be_made(photos):
+    with pytest.raises(UserError, match='The augmentation can not be made with these options'):
+        loaders(photos, '--aa', 'random', '--batch-size', 4)
 
 
 def test_global_random_streams_are_left_as_they_were(photos):

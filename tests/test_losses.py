@@ -136,6 +136,18 @@ def test_teacher_of_a_folder(teachers, name):
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
+def test_loss_of_the_options_renormalizes_for_its_teacher(teachers):
+    args = parse_options(['--kd-model-name', str(teachers / 'preact_resnet20'), '--kd-temperature', '3',
+                          '--task-loss-weight', '0.3', '--distill-loss-weight', '0.6', '--smoothing', '0'])
+    student = timm.create_model('lm_resnet20', num_classes=CLASSES, layers=(1, 1, 1))
+    config = dict(STUDENT_NORM, input_size=(3, 32, 32))
+    loss = create_loss(args, student, config, Accelerator(cpu=True))
+    by_hand = Distillation(
+        torch.nn.CrossEntropyLoss(), load_teacher(args, student), STUDENT_NORM, TEACHER_NORM, 3., 0.3, 0.6)
+    images = torch.randn(8, 3, 32, 32, generator=seeded())
+    torch.testing.assert_close(loss(images, logits(), LABELS), by_hand(images, logits(), LABELS))
+
+
 @pytest.mark.parametrize('name', ['preact_resnet20', 'resnet10t'])
 @pytest.mark.parametrize('kwargs, message', [
     (dict(num_classes=5), 'has num_classes 10, the network has 5; choose another --kd-model-name.'),

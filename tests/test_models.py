@@ -359,9 +359,11 @@ def test_k_gets_no_weight_decay(per_channel):
 def test_k_gets_no_weight_decay_with_layer_decay():
     model = create('basic')
     groups = param_groups_layer_decay(
-        model, weight_decay=0.3, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())
+        model, weight_decay=0.3, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay(),
+        weight_decay_exclude_1d=False)
     own = {id(k) for k in ks(model).values()}
     assert {g['weight_decay'] for g in groups if own & {id(p) for p in g['params']}} == {0.}
+    assert {g['weight_decay'] for g in groups if not own & {id(p) for p in g['params']}} == {0.3}
 
 
 # ---------------------------------------------------------------------------------------------------- keywords

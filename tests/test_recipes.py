@@ -10,6 +10,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_lm.errors import UserError
 from timm_lm.layers import StateNoise
+from timm_lm.training import factory
 from timm_lm.training.batches import resolve_input_config
 from timm_lm.training.factory import create_model, create_optimizer
 from timm_lm.training.options import build_parser, parse_options
@@ -157,6 +158,19 @@ def test_optimizer_of_the_paper(paper):
     assert model.no_weight_decay() and all(parameter.endswith('step.k') for parameter in model.no_weight_decay())
     assert {value for value in decays.values() if value} == {decay}
     assert {'norm.weight', 'norm.bias', 'head.fc.bias'} <= set(decays)
+
+
+@pytest.mark.parametrize('spares', {False, factory._TIMM_SPARES})
+def test_weight_decay_of_the_paper_spares_k_with_any_timm(monkeypatch, spares):
+    """Newer timm makes such groups by itself; for older ones they are made here."""
+    monkeypatch.setattr(factory, '_TIMM_SPARES', spares)
+    args = parse_options(['-c', 'paper_c10'])
+    model = timm.create_model('lm_resnet20')
+    optimizer = create_optimizer(args, model)
+    decays = {name: group['weight_decay'] for name, group in groups(optimizer, model).items()}
+    assert decays.keys() == {name for name, _ in model.named_parameters()}
+    assert {name for name, value in decays.items() if value == 0} == model.no_weight_decay()
+    assert set(decays.values()) == {0., args.weight_decay}
 
 
 def test_augmentation_of_the_paper(paper):

@@ -12,8 +12,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from timm_lm.hub import verify_folder
+from timm_lm.data import ImageSet, load_images
+from timm_lm.hub import load_folder, verify_folder
+from timm_lm.loader import MemoryLoader, normalize
 from timm_lm.precision import cpu_has_bfloat16
+from timm_lm.training.evaluate import evaluate
 from timm_lm.training.train import command_line
 
 SMALL = ['--model-kwargs', 'layers=(2,2,2)', '--epochs', '2', '--warmup-epochs', '0']
@@ -53,12 +56,23 @@ def test_training_learns_the_digits(digits, tmp_path, command):
     assert f"{result['errors']} errors of 359 images" in out and 'images/s' in out and 'top-5' in out
     # what timm gives back makes the same errors
     model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'weights'}", pretrained=True).eval()
-    from timm_lm.data import load_images
-    from timm_lm.loader import normalize
     data = load_images('test', digits, input_size=(1, 16, 16))
     with torch.inference_mode():
-        wrong = (model(normalize(data.images, [0.3053], [0.3760])).argmax(1) != data.labels).sum().item()
-    assert wrong == result['errors']
+        logits = model(normalize(data.images, [0.3053], [0.3760]))
+    right = logits.argsort(1, descending=True) == data.labels[:, None]
+    assert (~right[:, 0]).sum().item() == result['errors']
+    assert 100 * right[:, :5].sum().item() / 359 == pytest.approx(result['top5'])
+    assert torch.nn.functional.cross_entropy(logits, data.labels).item() == pytest.approx(result['loss'], rel=1e-4)
+
+
+def test_counts_of_few_classes_and_of_a_batch_that_is_filled_up():
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    logits = torch.tensor([[2., 0., 1.], [0., 0., 3.], [1., 2., 3.], [5., 0., 0.], [0., 1., 0.]])
+    loader = MemoryLoader(ImageSet(images, labels), 4, [0.], [1.])
+    result = evaluate(lambda batch: logits[(batch.flatten() * 255).round().long()], loader)
+    assert (result['errors'], result['images'], result['top1'], result['top5']) == (1, 5, 80, 100)
+    assert result['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
 
 
 def test_compiled_training_in_a_fresh_process(few_digits, tmp_path):
@@ -86,17 +100,31 @@ def test_same_seed_gives_the_same_weights(few_digits, tmp_path, command):
 
 
 def test_gradient_accumulation_is_one_large_batch(few_digits, tmp_path, command):
-    """Without batch statistics, two batches of 32 make the update of one batch of 64."""
+    """Without batch statistics, two batches of 32 make the update of one batch of 64; so do all that there are."""
     states = []
-    for name, batch, steps in (('one', 64, 1), ('two', 32, 2)):
+    for name, batch, steps in (('one', 64, 1), ('two', 32, 2), ('whole', 256, 1), ('short', 32, 9)):
         code, _, err = command(
             'train', '-c', 'demo_digits', '--data-dir', few_digits, '--model-kwargs', 'layers=(1,1,1)',
             'norm_layer=groupnorm1', '--epochs', 1, '--warmup-epochs', 0, '--lr', 0.01, '--no-amp', '--no-aug',
             '--batch-size', batch, '--grad-accum-steps', steps, '--output', tmp_path, '--experiment', name)
         assert code == 0, err
         states.append(load_file(tmp_path / name / 'weights' / 'model.safetensors'))
-    for key in states[0]:
-        torch.testing.assert_close(states[0][key], states[1][key], rtol=1e-4, atol=1e-5)
+    for one, other in (states[:2], states[2:]):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_told_of_training_is_what_the_network_does(few_digits, tmp_path, command):
+    """Of one that does not move, on images as they are."""
+    code, _, err = command(
+        'train', '-c', 'demo_digits', '--data-dir', few_digits, '--model-kwargs', 'layers=(1,1,1)',
+        'norm_layer=groupnorm1', '--epochs', 1, '--warmup-epochs', 0, '--lr', 1e-30, '--weight-decay', 0, '--no-amp',
+        '--no-aug', '--output', tmp_path, '--experiment', 'run')
+    assert code == 0, err
+    told = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text())['train']
+    data = load_images('train', few_digits, input_size=(1, 16, 16))
+    counted = evaluate(load_folder(tmp_path / 'run' / 'weights'), MemoryLoader(data, 64, [0.3053], [0.3760]))
+    assert told['top1'] == pytest.approx(counted['top1']) and 0 < told['top1'] < 50
+    assert told['loss'] == pytest.approx(counted['loss'], rel=1e-4)
 
 
 def test_fine_tuning_starts_from_pretrained_weights(weights, few_digits, tmp_path, command):
@@ -166,7 +194,7 @@ def test_bad_data_is_named_and_nothing_is_written(few_digits, tmp_path, fails):
             (['--gp', 'nope'], 'can not be made with these options'),
             (['--seed', '-1'], '--seed must not be negative'),
             (['--drop-path', '2'], '--drop-path must be'),
-            (['--device', 'nope'], '--device nope is not what Accelerate chose'),
+            (['--device', 'nope'], '--device nope is no device of PyTorch'),
             (['--device-modules', 'no_such_module'], 'no_such_module can not be imported'),
             (['--batch-size', '300'], 'less than one batch of 300'),
             (['--model', 'lm_resnet21'], "no model 'lm_resnet21'"),
