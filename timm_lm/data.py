@@ -55,6 +55,7 @@ def _mode(channels: int) -> str:
 
 def convert_image(image: Image.Image, mode: str) -> Image.Image:
     """An image in Pillow's mode 'RGB' or 'L'. Values of 16 bits are scaled to 8; Pillow itself cuts them off at 255."""
+    # 'I' are PNG in older Pillow, and PGM
     if image.mode.startswith('I;16') or image.mode == 'I' and image.format in ('PNG', 'PPM'):
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     return image.convert(mode)

@@ -418,5 +418,5 @@ def load_model(source: str, pretrained: bool = True, **kwargs: Any) -> TimmModel
         raise UserError(f'{source} could not be loaded ({_reason(e)}).') from e
 
 
-def _reason(e: Exception) -> str:
+def _reason(e: BaseException) -> str:
     return str(e).splitlines()[0] if str(e) else type(e).__name__
