@@ -10,6 +10,7 @@ import pytest
 os.environ['HF_HUB_OFFLINE'] = '1'
 ASSETS = tempfile.TemporaryDirectory(prefix='timm-lm-assets-')
 os.environ['HF_ASSETS_CACHE'] = ASSETS.name
+os.environ['HF_DATASETS_CACHE'] = os.path.join(ASSETS.name, 'datasets')
 sys.path.insert(0, str(Path(__file__).parent))
 
 from timm_lm.cli import main  # noqa: E402

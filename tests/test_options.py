@@ -67,6 +67,7 @@ def test_refused_options_tell_the_reason(name, tmp_path):
     (dict(lr=-1, **PLAIN), '--lr must be positive'),
     (dict(scale=[0.5, 1], loader='memory'), '--loader memory can not do --scale'),
     (dict(bce_sum=True), '--bce-sum does nothing without --bce-loss'),
+    (dict(mixup_off_epoch=3), '--mixup-off-epoch does nothing without --mixup or --cutmix or --cutmix-minmax; give'),
     (dict(model_ema_decay=0.9), '--model-ema-decay does nothing without --model-ema'),
     (dict(mixup=0.2, batch_size=15), '--batch-size must be even'),
     (dict(two_step_epoch=-1), '--two-step-epoch must not be negative'),

@@ -12,18 +12,25 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from hub_server import Hub, running
 from PIL import Image
 from safetensors.torch import save_file
+from test_data import png
 from timm.data import create_transform, resolve_model_data_config
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from timm_lm import data as data_module
+from timm_lm.data import open_images
 from timm_lm.models._weights import weights_dir
+from timm_lm.training.batches import create_loader, load_split
+from timm_lm.training.options import parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = weights_dir() / 'lm_resnet20.best_c10'
@@ -107,6 +114,43 @@ def test_pipeline_prepares_the_image_and_names_the_classes(photo):
     expected = timm_probabilities(photo)
     assert answers[0]['label'] == max(expected, key=expected.get)
     assert {answer['label']: answer['score'] for answer in answers} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+# datasets
+
+
+def test_large_parquet_through_datasets(tmp_path, monkeypatch):
+    """As it is read from 4 GiB on: the same images and labels, also of a part and in batches."""
+    needs('datasets')
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 12), ('test', 8)):
+        arrays = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(count)]
+        table = pa.table(dict(img=[dict(bytes=png(array), path=None) for array in arrays],
+                              coarse_label=[0] * count, fine_label=[i % 4 for i in range(count)]))
+        features = dict(img={'_type': 'Image'}, coarse_label={'_type': 'Value', 'dtype': 'int64'},
+                        fine_label={'_type': 'ClassLabel', 'names': ['cat', 'dog', 'hog', 'pig']})
+        metadata = dict(huggingface=json.dumps(dict(info=dict(features=features))))
+        pq.write_table(table.replace_schema_metadata(metadata), tmp_path / f'{split}-00000-of-00001.parquet')
+
+    def read(split, **keys):
+        opened = open_images(split, tmp_path, **keys)
+        return opened.labels.tolist(), opened.class_names, [np.asarray(image).tolist() for image, _ in opened]
+
+    def batches():
+        args = parse_options(['--data-dir', str(tmp_path), '--loader', 'timm', '--workers', '1', '--batch-size', '4'])
+        config = dict(input_size=(3, 32, 32), crop_pct=1., interpolation='bilinear', mean=(.5,) * 3, std=(.2,) * 3)
+        data = load_split(args, 'train', config, False, True)
+        return list(create_loader(args, data, config, Accelerator(cpu=True), 4, True))
+
+    cases = [('test', {}), ('test[:50%]', {}), ('train[4:]', dict(target_key='fine_label'))]
+    own = [read(split, **keys) for split, keys in cases], batches()
+    assert not list(Path(os.environ['HF_DATASETS_CACHE']).rglob('*.arrow'))
+    monkeypatch.setattr(data_module, 'MEMORY_LIMIT', 0)
+    theirs = [read(split, **keys) for split, keys in cases], batches()
+    assert list(Path(os.environ['HF_DATASETS_CACHE']).rglob('*.arrow'))  # of the package datasets
+    assert theirs[0] == own[0] and len(own[1]) == 3
+    for (images, labels), (expected, wanted) in zip(theirs[1], own[1], strict=True):
+        assert torch.equal(images, expected) and torch.equal(labels, wanted)
 
 
 # segmentation-models-pytorch

@@ -101,6 +101,11 @@ def _find_column(schema: Any, key: Optional[str], wanted: str, guesses: Sequence
     return candidates[0]
 
 
+def _find_columns(schema: Any, input_key: Optional[str], target_key: Optional[str], path: Path) -> Tuple[str, str]:
+    return (_find_column(schema, input_key, 'input', ('image', 'img'), path),
+            _find_column(schema, target_key, 'target', ('label', 'labels', 'fine_label'), path))
+
+
 class EncodedImages(Dataset):
     """A split as it is stored, decoded image by image.
 
@@ -169,8 +174,7 @@ def _open_parquet(paths: List[Path], mode: str, input_key: Optional[str], target
     for path in paths:
         try:
             schema = pq.read_schema(path)
-            image_column = _find_column(schema, input_key, 'input', ('image', 'img'), path)
-            label_column = _find_column(schema, target_key, 'target', ('label', 'labels', 'fine_label'), path)
+            image_column, label_column = _find_columns(schema, input_key, target_key, path)
             table = pq.read_table(path, columns=[image_column, label_column])
         except (pa.ArrowException, OSError) as e:
             raise UserError(f'{path} is not a readable Parquet file ({str(e).splitlines()[0]}); copy it again.') from e
@@ -409,7 +413,9 @@ def open_images(
     if sum(path.stat().st_size for path in paths) <= MEMORY_LIMIT:
         data = _open_parquet(paths, mode, input_key, target_key)
         return data.part(*rows_of_part(split, len(data)))
-    return _open_dataset(split, None, f'hfds/{folder}', mode, class_map, download, input_key, target_key)
+    import pyarrow.parquet as pq
+    columns = _find_columns(pq.read_schema(paths[0]), input_key, target_key, paths[0])
+    return _open_dataset(split, None, f'hfds/{folder}', mode, class_map, download, *columns)
 
 
 def _check_no_class_map(folder: Path, class_map: str) -> None:

@@ -7,7 +7,7 @@ import ast
 import difflib
 import math
 from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional, Sequence, Type
+from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple, Type
 
 import yaml
 
@@ -58,19 +58,21 @@ _TIMM_DEFAULTS: Dict[str, Any] = {
     'worker_seeding': 'all',
 }
 
-# Options that mean something only beside another one.
-_ONLY_WITH = {
-    'bce_loss': ('bce_sum', 'bce_target_thresh', 'bce_pos_weight'),
-    'model_ema': ('model_ema_decay', 'model_ema_warmup'),
-    'kd_model_name': ('kd_distill_type', 'kd_loss_type', 'kd_temperature', 'distill_loss_weight', 'task_loss_weight'),
-    'log_wandb': ('wandb_project', 'wandb_tags', 'wandb_resume_id'),
-    'reprob': ('remode', 'recount'),
-    'pretrained': ('pretrained_path',),
-    'layer_decay': ('layer_decay_min_scale', 'layer_decay_no_opt_scale'),
-    'clip_grad': ('clip_mode',),
-    'torchcompile': ('torchcompile_mode',),
-    'amp': ('amp_dtype',),
-    'lr_noise': ('lr_noise_pct', 'lr_noise_std'),
+# Options that mean something only beside one of others.
+_ONLY_WITH: Dict[Tuple[str, ...], Tuple[str, ...]] = {
+    ('bce_loss',): ('bce_sum', 'bce_target_thresh', 'bce_pos_weight'),
+    ('model_ema',): ('model_ema_decay', 'model_ema_warmup'),
+    ('kd_model_name',): (
+        'kd_distill_type', 'kd_loss_type', 'kd_temperature', 'distill_loss_weight', 'task_loss_weight'),
+    ('log_wandb',): ('wandb_project', 'wandb_tags', 'wandb_resume_id'),
+    ('mixup', 'cutmix', 'cutmix_minmax'): ('mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch'),
+    ('reprob',): ('remode', 'recount'),
+    ('pretrained',): ('pretrained_path',),
+    ('layer_decay',): ('layer_decay_min_scale', 'layer_decay_no_opt_scale'),
+    ('clip_grad',): ('clip_mode',),
+    ('torchcompile',): ('torchcompile_mode',),
+    ('amp',): ('amp_dtype',),
+    ('lr_noise',): ('lr_noise_pct', 'lr_noise_std'),
 }
 
 
@@ -428,29 +430,32 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
         delattr(args, name)
     check_options(args)
     _check_leaders(vars(args), given, defaults)
-    for leader in _ONLY_WITH:
-        if not getattr(args, leader):
-            turn_off(args, leader)
+    for leaders in _ONLY_WITH:
+        if not any(getattr(args, leader) for leader in leaders):
+            turn_off(args, *leaders)
     return args
 
 
-def turn_off(args: argparse.Namespace, leader: str) -> None:
-    """Put an option back to timm's default, and those with it that mean nothing without it.
+def turn_off(args: argparse.Namespace, *leaders: str) -> None:
+    """Put options back to timm's default, and those with them that mean nothing without them.
 
     What a recipe gives them may stand beside an option that the command line takes back; recorded like that it would be
     refused as a recipe.
     """
     parser = build_parser('')
-    for name in (leader, *_ONLY_WITH[leader]):
+    for name in (*leaders, *_ONLY_WITH[leaders]):
         setattr(args, name, parser.get_default(name))
 
 
 def _check_leaders(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:
     """Options that were changed to mean something, where the option that they belong to is off."""
-    for leader, followers in _ONLY_WITH.items():
+    for leaders, followers in _ONLY_WITH.items():
+        if any(values[leader] for leader in leaders):
+            continue
         for name in followers:
-            if not values[leader] and values[name] not in (before[name], defaults[name]):
-                raise UserError(f'{_option(name)} does nothing without {_option(leader)}; give both, or leave it out.')
+            if values[name] not in (before[name], defaults[name]):
+                needed = ' or '.join(map(_option, leaders))
+                raise UserError(f'{_option(name)} does nothing without {needed}; give both, or leave it out.')
 
 
 def check_options(args: argparse.Namespace) -> None:
