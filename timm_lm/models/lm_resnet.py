@@ -233,7 +233,7 @@ class BottleneckBlock(ResidualBlock):
 
 
 class Stage(nn.Module):
-    """Blocks of one output shape; the first one changes the shape."""
+    """Blocks of one output shape; only the first one may change the shape."""
 
     def __init__(
             self,
