@@ -9,8 +9,11 @@ import yaml
 from test_train import SMALL
 
 from timm_lm import precision
+from timm_lm.errors import UserError
 from timm_lm.results import read_run
 from timm_lm.training import evaluate as evaluate_module
+from timm_lm.training import factory
+from timm_lm.training.options import parse_options
 
 NOTE = 'this CPU has no instructions for bfloat16'
 
@@ -19,7 +22,6 @@ NOTE = 'this CPU has no instructions for bfloat16'
 def has_bfloat16(request, monkeypatch):
     """A CPU with the instructions and one without, whatever this machine has."""
     monkeypatch.setattr('timm_lm.precision.cpu_has_bfloat16', lambda: request.param)
-    monkeypatch.setattr('timm_lm.training.factory.cpu_has_bfloat16', lambda: request.param)
     return request.param
 
 
@@ -69,10 +71,10 @@ def test_training_says_and_records_its_precision(has_bfloat16, few_digits, tmp_p
 def test_a_run_in_another_precision_is_not_gone_on_with(few_digits, tmp_path, command, fails, monkeypatch):
     options = ['train', '-c', 'demo_digits', '--data-dir', few_digits, *SMALL, '--output', tmp_path,
                '--experiment', 'run']
-    monkeypatch.setattr('timm_lm.training.factory.cpu_has_bfloat16', lambda: False)
+    monkeypatch.setattr('timm_lm.precision.cpu_has_bfloat16', lambda: False)
     code, _, err = command(*options)
     assert code == 0, err
-    monkeypatch.setattr('timm_lm.training.factory.cpu_has_bfloat16', lambda: True)
+    monkeypatch.setattr('timm_lm.precision.cpu_has_bfloat16', lambda: True)
     assert 'amp (was False, is True)' in fails(*options, '--resume', 'auto')
     code, out, err = command(*options, '--resume', 'auto', '--no-amp')
     assert code == 0, err
@@ -92,3 +94,47 @@ def test_validation_in_bfloat16_where_the_cpu_has_it(has_bfloat16, weights, few_
     assert 'of 64 images' in out
     assert (f'note: {NOTE}' in err) == (not has_bfloat16)
     assert seen == [torch.bfloat16 if has_bfloat16 else torch.float32]
+
+
+def test_gpu_without_bfloat16_trains_in_float32(monkeypatch):
+    """Without a GPU here, by what PyTorch would tell of one."""
+    monkeypatch.setattr(factory, '_on_cpu', lambda args: False)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    for supported in (True, False):
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation, s=supported: s)
+        args = parse_options(['-c', 'paper_c10'])
+        note = factory.settle_precision(args)
+        assert args.amp == supported and ('this GPU has no instructions for bfloat16' in note) == (not supported)
+    args = parse_options(['-c', 'paper_c10', '--amp-dtype', 'float16'])
+    assert factory.settle_precision(args) == '' and args.amp
+
+
+@pytest.mark.parametrize('missing, message', [
+    ('triton', '--torchcompile needs the package triton'), ('gcc', '--torchcompile needs a C compiler for this GPU')])
+def test_what_compiling_for_a_gpu_needs_is_told(monkeypatch, missing, message):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(factory.importlib.util, 'find_spec', lambda name: None if missing == 'triton' else name)
+    monkeypatch.setattr(factory.shutil, 'which', lambda name: None if missing == 'gcc' else name)
+    with pytest.raises(UserError, match=message):
+        factory.check_compiler('inductor', None, on_cpu=False)
+
+
+@pytest.mark.parametrize('nesterov', [True, False])
+def test_momentum_of_fused_sgd_outlives_an_overflow_in_the_first_step(nesterov):
+    """As float16 with a scaler has it. From zero all is as without an overflow; else the memory's garbage is taken."""
+    def trained(first, begin, fused=True):
+        weight = torch.nn.Parameter(torch.ones(1000))
+        optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, nesterov=nesterov, fused=fused)
+        if begin:
+            factory.begin_momentum(optimizer)
+        scaler = torch.amp.GradScaler('cpu', init_scale=4.)
+        for gradient in (*first, 1., 2.):
+            weight.grad = torch.full_like(weight, gradient * scaler.get_scale())
+            scaler.scale(weight.sum().detach())
+            scaler.step(optimizer)
+            scaler.update()
+        return weight.detach()
+
+    expected = trained([], begin=False, fused=False)
+    torch.testing.assert_close(trained([], begin=True), expected)
+    torch.testing.assert_close(trained([float('inf')], begin=True), expected)

@@ -232,6 +232,7 @@ def main(data, output, port):
     train('killed', *LONG)
     for name in ('two', 'four'):
         train(name, *PIECES, *CUTS[name])
+    train('compiled', *PIECES, *CUTS['two'], '--torchcompile', 'aot_eager')
     facts['statistics'] = []
     with watched_statistics(facts['statistics']):
         train('own', '-c', str(recipe), '--epochs', '1', '--batch-size', '32', '--no-ddp-bb', '--model-ema',

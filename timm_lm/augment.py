@@ -56,8 +56,13 @@ def normalize(images: torch.Tensor, mean: Values, std: Values) -> torch.Tensor:
     return (images.float() - mean * 255) / (std * 255)
 
 
-def _to_device(array: np.ndarray, images: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(array).to(images.device, non_blocking=True)  # else the host waits for the device
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device. For CUDA the host does not wait; others may read memory that is gone by then."""
+    return tensor.to(device, non_blocking=device.type == 'cuda')
+
+
+def _on_device_of(array: np.ndarray, images: torch.Tensor) -> torch.Tensor:
+    return to_device(torch.from_numpy(array), images.device)
 
 
 def _inside(boxes: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -108,7 +113,7 @@ def random_erase(images: torch.Tensor, probability: float, mode: str, count: int
     shapes = dict(pixel=(n, channels, height, width), rand=(n, channels, 1, 1), const=(1, 1, 1, 1))
     if mode not in shapes:
         raise UserError(f"There is no erasing mode '{mode}'; use --remode pixel, rand or const.")
-    boxes = _to_device(_draw_erase_boxes(n, height, width, probability, count, rng), images)
+    boxes = _on_device_of(_draw_erase_boxes(n, height, width, probability, count, rng), images)
     for box in boxes.unbind(1):
         fill = torch.zeros(shapes[mode], dtype=images.dtype, device=images.device)
         if mode != 'const':
@@ -172,7 +177,7 @@ class BatchMixup(Mixup):
 
     def _mix(self, x: torch.Tensor, drawn: np.ndarray) -> torch.Tensor:
         """Mix in place, as timm's methods do, and give the shares (N, 1) for the targets."""
-        params = _to_device(drawn, x)
+        params = _on_device_of(drawn, x)
         weight = params[:, 1].view(-1, 1, 1, 1) * ~_inside(params[:, 2:], x)
         x.copy_(x.flip(0).float().lerp(x.float(), weight))
         return params[:, :1]

@@ -82,7 +82,7 @@ def _validate(argv: List[str]) -> None:
     from .data import TooLarge, check_class_names, check_labels, load_images, open_images
     from .hub import load_model
     from .loader import BatchLoader, MemoryLoader, WorkerLoader
-    from .precision import NO_BFLOAT16, cpu_has_bfloat16
+    from .precision import no_bfloat16
     from .training.evaluate import evaluate
 
     device = _device(args.device)
@@ -108,9 +108,9 @@ def _validate(argv: List[str]) -> None:
     check_labels(loader.data, model.num_classes)
     remarks = [loader.data.remark, check_class_names(
         loader.data, model.pretrained_cfg.get('label_names'), of=args.model)]
-    if args.amp and device.type == 'cpu' and not cpu_has_bfloat16():
+    if args.amp and no_bfloat16(device.type):
         args.amp = False
-        remarks.append(f'{NO_BFLOAT16}; validated in float32, as without --amp.')
+        remarks.append(f'{no_bfloat16(device.type)}; validated in float32, as without --amp.')
     for remark in filter(None, remarks):
         print(f'timm-lm: note: {remark}', file=sys.stderr)
     model = model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)

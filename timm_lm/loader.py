@@ -16,7 +16,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import fast_collate
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .augment import BatchMixup, Values, normalize, pad_crop, random_erase, random_hflip, random_vflip
+from .augment import BatchMixup, Values, normalize, pad_crop, random_erase, random_hflip, random_vflip, to_device
 from .data import EncodedImages, ImageSet
 from .errors import UserError
 
@@ -255,7 +255,7 @@ class WorkerLoader(BatchLoader):
             for is_empty, (images, labels) in zip(empty, self.loader):
                 if is_empty:
                     labels = torch.full_like(labels, IGNORE_LABEL)
-                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+                yield to_device(images, self.device), to_device(labels, self.device)
         except UserError as e:  # of a worker process, which puts its traceback before the message
             message = str(e).strip().splitlines()[-1].partition('UserError: ')[2] or str(e)
             raise UserError(message) from e.with_traceback(None)  # its frames hold the processes, which then end late

@@ -1,4 +1,4 @@
-"""The precision of a training: what its options ask for, and what pays on the CPU."""
+"""The precision of a training: what its options ask for, and where bfloat16 pays."""
 import re
 from pathlib import Path
 from typing import Any, Mapping
@@ -7,12 +7,26 @@ import torch
 
 # Instructions for bfloat16, by the names that PyTorch and Linux give them: AVX-512's, AMX's, Arm's.
 _BFLOAT16 = ('avx512_bf16', 'amx_bf16', 'bf16')
-NO_BFLOAT16 = 'this CPU has no instructions for bfloat16, which is many times slower than float32 without them'
+_SLOW_CPU = 'this CPU has no instructions for bfloat16, which is many times slower than float32 without them'
+_SLOW_GPU = 'this GPU has no instructions for bfloat16 (NVIDIA has them from compute capability 8.0 on)'
 
 
 def asked_precision(args: Mapping[str, Any]) -> str:
     """Name of the precision that options of a training ask for."""
     return args['amp_dtype'] if args['amp'] else 'float32'
+
+
+def no_bfloat16(device_type: str) -> str:
+    """Why a device is not to be asked for bfloat16, '' if it may be.
+
+    Args:
+        device_type: Such as 'cpu' or 'cuda'. PyTorch emulates bfloat16 on GPUs that have none.
+    """
+    if device_type == 'cpu':
+        return '' if cpu_has_bfloat16() else _SLOW_CPU
+    if device_type == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return _SLOW_GPU
+    return ''
 
 
 def cpu_has_bfloat16() -> bool:

@@ -113,7 +113,9 @@ def create_loader(args: argparse.Namespace, data: Union[ImageSet, EncodedImages]
         return MemoryLoader(data, batch_size, mean, std, accelerator.device, **common)
     transform = _transform(args, data_config, is_training)
     return WorkerLoader(
-        data, batch_size, mean, std, accelerator.device, transform, args.workers, args.pin_mem, **common)
+        data, batch_size, mean, std, accelerator.device, transform, args.workers,
+        pin_memory=args.pin_mem or accelerator.device.type == 'cuda',  # else a copy waits for the device
+        **common)
 
 
 def _augmentation(args: argparse.Namespace, num_classes: int, input_size: Sequence[int], flips: bool) -> Augmentation:

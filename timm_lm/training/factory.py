@@ -30,7 +30,7 @@ from timm.utils import ModelEmaV3
 from timm_lm.depth import grow
 from timm_lm.errors import UserError
 from timm_lm.hub import TimmModel, check_name, load_model, names_folder
-from timm_lm.precision import NO_BFLOAT16, cpu_has_bfloat16
+from timm_lm.precision import no_bfloat16
 
 from .options import turn_off
 
@@ -44,7 +44,7 @@ LONGEST_WAIT = timedelta(hours=4)
 
 
 def settle_precision(args: argparse.Namespace) -> str:
-    """Turn ``--amp`` off on a CPU that has no instructions for it, as every recipe asks for it.
+    """Turn ``--amp`` in bfloat16 off on a device that has no instructions for it, as every recipe asks for it.
 
     Returns:
         What the user should know of it, '' if nothing was changed.
@@ -52,14 +52,18 @@ def settle_precision(args: argparse.Namespace) -> str:
     Raises:
         UserError: If the CPU is to train in float16.
     """
-    if not args.amp or not _on_cpu(args):
+    if not args.amp:
         return ''
+    on_cpu = _on_cpu(args)
     if args.amp_dtype == 'float16':
-        raise UserError('--amp in float16 is for GPUs; on the CPU give --amp-dtype bfloat16, or --no-amp.')
-    if cpu_has_bfloat16():
+        if on_cpu:
+            raise UserError('--amp in float16 is for GPUs; on the CPU give --amp-dtype bfloat16, or --no-amp.')
+        return ''
+    reason = no_bfloat16('cpu' if on_cpu else 'cuda' if torch.cuda.is_available() else 'another')
+    if not reason:
         return ''
     turn_off(args, 'amp')
-    return f'{NO_BFLOAT16}; trained in float32, as by --no-amp.'
+    return f'{reason}; trained in float32, as by --no-amp.'
 
 
 def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
@@ -80,17 +84,25 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
     AcceleratorState._reset_state()  # of an earlier training in this process, maybe in another precision
     precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else 'no'
     # Accelerate joins processes on the CPU only if told that it is the CPU
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        cpu=on_cpu,
-        dynamo_plugin=plugin,
-        log_with=_trackers(args) or None,
-        project_dir=folder,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb),
-            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
-        ],
-    )
+    trackers = _trackers(args)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            cpu=on_cpu,
+            dynamo_plugin=plugin,
+            log_with=trackers or None,
+            project_dir=folder,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb),
+                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+            ],
+        )
+    except ValueError as e:  # of a precision that the device does not have
+        raise UserError(f'Accelerate can not be set up ({e}); give --no-amp, or change its settings.') from e
+    if args.torchcompile and accelerator.num_processes > 1:
+        # Small networks gain nothing from graphs that are cut where gradients are sent, and older PyTorch loses sight
+        # of the weights in them: CUDA graphs are recorded anew at each step, and gradients may be wrong.
+        torch._dynamo.config.optimize_ddp = False
     plugin = getattr(accelerator.state, 'fsdp_plugin', None)
     if plugin is not None:  # each process makes the whole network; Accelerate would fail to send running statistics
         plugin.cpu_ram_efficient_loading = False
@@ -144,9 +156,20 @@ def check_compiler(backend: str, mode: Optional[str], on_cpu: bool) -> None:
     if mode and mode not in modes:
         raise UserError(f"There is no mode '{mode}' of torch.compile; there are: {', '.join(modes)}.")
     if not on_cpu:
+        if torch.cuda.is_available():
+            _check_triton()
         return
     if not any(shutil.which(name) for name in (os.environ.get('CXX', 'g++'), 'g++', 'clang++', 'cl')):
         raise UserError('--torchcompile needs a C++ compiler on the CPU and there is none; install g++, or run eagerly '
+                        'with --no-torchcompile.')
+
+
+def _check_triton() -> None:
+    if importlib.util.find_spec('triton') is None:
+        raise UserError('--torchcompile needs the package triton on this GPU; install it, or run eagerly with '
+                        '--no-torchcompile.')
+    if not any(shutil.which(name) for name in (os.environ.get('CC', 'gcc'), 'gcc', 'clang', 'cl')):
+        raise UserError('--torchcompile needs a C compiler for this GPU and there is none; install gcc, or run eagerly '
                         'with --no-torchcompile.')
 
 
@@ -268,6 +291,20 @@ def _check_optimizer(name: str) -> None:
         raise UserError(f'--opt {name} is refused: {why}; choose another of timm.optim.list_optimizers().')
 
 
+def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give fused SGD its momentum of zero before the first step.
+
+    If float16 overflows in that step, as it often does, the fused kernel leaves the momentum that it was to begin as
+    the memory was. From zero the first step is the same.
+    """
+    if type(optimizer) is not torch.optim.SGD:
+        return
+    for group in optimizer.param_groups:
+        if group['momentum']:
+            for p in group['params']:
+                optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
+
+
 def create_optimizer(args: argparse.Namespace, model: TimmModel, sharded: bool = False) -> torch.optim.Optimizer:
     """The optimizer of timm's factory, fused where PyTorch can (and ``sharded`` weights allow it).
 
@@ -285,7 +322,9 @@ def create_optimizer(args: argparse.Namespace, model: TimmModel, sharded: bool =
     if twice:
         raise UserError(f"--opt-kwargs can not give {', '.join(twice)}, for which there are options of their own.")
     kwargs |= args.opt_kwargs
-    if not kwargs.keys() & {'fused', 'foreach'} and not sharded and can_fuse(name):
+    in_float16 = args.amp and args.amp_dtype == 'float16'  # where fused SGD begins by zero, see begin_momentum
+    can_begin = not (in_float16 and kwargs.get('dampening'))
+    if not kwargs.keys() & {'fused', 'foreach'} and not sharded and can_begin and can_fuse(name):
         kwargs['fused'] = True
     if not kwargs.get('filter_bias_and_bn', True) and args.layer_decay is None and not _TIMM_SPARES:
         exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else set()

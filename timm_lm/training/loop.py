@@ -25,7 +25,7 @@ from timm_lm.loader import BatchLoader
 
 from .checkpoint import Checkpoint, CheckpointStore, Progress, random_states, restore_random_states
 from .evaluate import evaluate, sum_dtype
-from .factory import create_average, create_optimizer
+from .factory import begin_momentum, create_average, create_optimizer
 from .losses import create_loss
 from .report import LiveLine
 from .signals import Interrupted, StopSignals
@@ -81,6 +81,8 @@ class Training:
         except (AssertionError, ImportError, KeyError, TypeError, ValueError) as e:
             raise UserError(f'The optimizer {args.opt} can not be made with these options ({e or type(e).__name__}).'
                             ) from e
+        if accelerator.scaler is not None:
+            begin_momentum(self.plain_optimizer)
         try:
             self.scheduler, self.num_epochs = create_scheduler_v2(
                 self.plain_optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch)
