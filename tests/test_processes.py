@@ -73,6 +73,9 @@ class Launched:
     def wait(self):
         """Let it end by itself: returns exit code, standard output, standard error; nothing is left behind."""
         code = self.launcher.wait(TIMEOUT)
+        deadline = time.monotonic() + 20  # helpers of older compilers see a little later that their parent is gone
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.2)
         assert not self.processes()
         return SimpleNamespace(code=code, out=self.out.read_text(), err=self.err.read_text())
 
