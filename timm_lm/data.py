@@ -13,16 +13,15 @@ from timm.data import create_dataset, create_transform, get_img_extensions
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from .errors import UserError
-from .files import files_below
+from .errors import UserError, some
 from .image_set import ImageSet, cache_path, read_cache, write_cache
 from .splits import (
     SPLIT_NAMES,
     check_split_folder,
     download_parquet,
+    files_below,
     find_parquet,
     rows_of_part,
-    some,
     split_of_part,
     unnamed_images,
     unread_images,

@@ -21,12 +21,6 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def files_below(folder: Union[str, Path]) -> Iterator[Path]:
-    """All files below a folder, behind links too, as timm reads a folder of images."""
-    for parent, _, names in os.walk(folder, followlinks=True):
-        yield from (Path(parent, name) for name in names)
-
-
 def sync(path: Path) -> None:
     """Have a file, or the names in a folder, written to the disk."""
     try:

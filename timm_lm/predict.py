@@ -10,8 +10,8 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 from .data import UNREADABLE_IMAGE, convert_image
 from .errors import UserError
-from .files import files_below
 from .hub import TimmModel
+from .splits import files_below
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
-"""Which files a split of a data set is made of, by the layouts that the Hub and timm have."""
+"""Which files a split of a data set is made of, by the layouts that the Hub and timm have, and which are left out."""
+import os
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 from PIL import Image
 from timm.data import get_img_extensions
 
-from .errors import UserError
-from .files import files_below
+from .errors import UserError, some
 
 # train-00000-of-00005, also with the digest that older uploads have, or train
 _SHARD = re.compile(r'(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+)(?:-[0-9a-f]{16})?)?$')
@@ -17,6 +17,12 @@ _NUMBERED = re.compile(r'\d{4,5}$')  # train/0000, as on the Hub's branch of con
 _PART = re.compile(r'(?P<split>[^\[\]]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]$')
 # Names of a split that timm takes for one another in a folder of images.
 SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'), ('test',))
+
+
+def files_below(folder: Union[str, Path]) -> Iterator[Path]:
+    """All files below a folder, behind links too, as timm reads a folder of images."""
+    for parent, _, names in os.walk(folder, followlinks=True):
+        yield from (Path(parent, name) for name in names)
 
 
 # Parquet
@@ -161,8 +167,3 @@ def unnamed_images(root: str, read: Set[str], numbers: Mapping[str, int]) -> str
 def _left_out(images: Sequence[Path], root: str, reason: str) -> str:
     count = '1 image' if len(images) == 1 else f'{len(images)} images'
     return f'{count} in {root} left out, as {reason}.' if images else ''
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of many names."""
-    return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
