@@ -1,8 +1,11 @@
 """Batches: from memory and from worker processes, what they depend on, and which of the two a training takes."""
 import io
+import os
 import pickle
 import random
 import tarfile
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from timm.data import Mixup, create_transform
 
 from timm_lm import data as data_module
 from timm_lm.augment import BatchMixup
-from timm_lm.data import ImageSet, load_images, open_images
+from timm_lm.data import ImageSet, TooLarge, load_images, open_images
 from timm_lm.errors import UserError
 from timm_lm.loader import IGNORE_LABEL, Augmentation, MemoryLoader, WorkerLoader, _seed
 from timm_lm.training.batches import create_loader, load_split
@@ -258,8 +261,22 @@ def test_large_files_are_not_read_to_find_that_they_do_not_fit(photos, monkeypat
     monkeypatch.setattr(data_module, 'LONG_TO_READ', 0)
     monkeypatch.setattr(data_module, 'MEMORY_LIMIT', 1000)
     monkeypatch.setattr('timm_lm.image_set.sha256', lambda path: pytest.fail('read as a whole'))
-    with pytest.raises(UserError, match='more than the 0 GiB held in memory'):
+    with pytest.raises(UserError, match='more than the 0.0 GiB held in memory'):
         load_images('test', photos)
+
+
+def test_split_must_fit_machine_and_device(photos, monkeypatch):
+    size = len(load_images('train', photos)) * 3 * 32 * 32
+    kept, ask = torch.device('cuda'), os.sysconf
+    monkeypatch.setattr(data_module, 'read_cache', lambda path: None)
+    for host, device, fits in ((4 * size, 4 * size, True), (4 * size - 4, 4 * size, False),
+                               (4 * size, 4 * size - 4, False)):
+        pages = dict(SC_PAGE_SIZE=4, SC_PHYS_PAGES=host // 4)
+        monkeypatch.setattr(os, 'sysconf', lambda name, pages=pages: pages[name] if name in pages else ask(name))
+        monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda asked, size=device: (
+            SimpleNamespace(total_memory=size) if asked == kept else pytest.fail('another device')))
+        with nullcontext() if fits else pytest.raises(TooLarge, match='more than the 0.0 GiB held in memory'):
+            load_images('train', photos, device=kept)
 
 
 @pytest.mark.parametrize('kind', ['memory', 'timm'])

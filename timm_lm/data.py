@@ -2,6 +2,7 @@
 import copy
 import io
 import json
+import os
 from pathlib import Path
 from pickle import PickleError
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
@@ -28,7 +29,7 @@ from .splits import (
 )
 
 LONG_TO_READ = 1 << 30  # bytes of files; whether a split fits is found before they are read
-MEMORY_LIMIT = 4 << 30  # bytes of a decoded split
+MEMORY_LIMIT = 4 << 30  # bytes of a decoded split, less where memory is small
 # What opening and decoding an image that is none, or is damaged, may raise.
 UNREADABLE_IMAGE = (
     UnidentifiedImageError, Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, TypeError, ValueError)
@@ -333,6 +334,7 @@ def load_images(
         download: bool = False,
         progress: bool = False,
         crop_mode: str = 'center',
+        device: Optional[torch.device] = None,
 ) -> ImageSet:
     """Decode a split into memory.
 
@@ -351,12 +353,14 @@ def load_images(
         download: As in ``timm.data.create_dataset``.
         progress: Show a progress bar while decoding.
         crop_mode: How images that are not square become so, in timm's names.
+        device: Where the split is to be kept and must fit too; it is decoded into the memory of the host.
 
     Returns:
         The decoded split; Parquet comes from a cache on disk when it was decoded before.
 
     Raises:
         UserError: If the data is missing, has no such split, or can not be read.
+        TooLarge: If the split takes more than 4 GiB decoded, or than a quarter of the memory of host or device.
     """
     decode = _Decoder(input_size, crop_pct, interpolation, crop_mode)
     mode = _mode(input_size[0])
@@ -364,18 +368,18 @@ def load_images(
     folder = _parquet_folder(data_dir, dataset, whole)
     if folder is None:
         images = _open_dataset(split, data_dir, dataset, mode, class_map, download, input_key, target_key)
-        _check_memory(split, len(images), input_size)
+        _check_memory(split, len(images), input_size, device)
         return _decode_all(images, decode, progress)
     paths = find_parquet(folder, whole)
     _check_no_class_map(folder, class_map)
     settings = dict(input_size=list(input_size), crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation,
                     input_key=input_key or None, target_key=target_key or None)
     if sum(path.stat().st_size for path in paths) > LONG_TO_READ:
-        _check_memory(split, _count_rows(paths), input_size)
+        _check_memory(split, _count_rows(paths), input_size, device)
     cache = cache_path(paths, settings)
     data = read_cache(cache)
     if data is None:
-        _check_memory(split, _count_rows(paths), input_size)
+        _check_memory(split, _count_rows(paths), input_size, device)
         data = _decode_all(_open_parquet(paths, mode, input_key, target_key), decode, progress)
         _release_arrow_memory()
         write_cache(cache, data)
@@ -438,11 +442,22 @@ def _count_rows(paths: List[Path]) -> int:
         return 0  # named when it is read
 
 
-def _check_memory(split: str, count: int, input_size: Sequence[int]) -> None:
+def _check_memory(split: str, count: int, input_size: Sequence[int], device: Optional[torch.device]) -> None:
     size = count * int(np.prod(input_size))
-    if size > MEMORY_LIMIT:
+    limit = min([MEMORY_LIMIT, *(memory // 4 for memory in _memory_sizes(device))])
+    if size > limit:
         raise TooLarge(f"The split '{split}' takes {size / 2**30:.1f} GiB decoded, more than the "
-                       f'{MEMORY_LIMIT / 2**30:.0f} GiB held in memory; use --loader timm or a smaller --input-size.')
+                       f'{limit / 2**30:.1f} GiB held in memory; use --loader timm or a smaller --input-size.')
+
+
+def _memory_sizes(device: Optional[torch.device]) -> List[int]:
+    """Bytes of memory of the host and the device, as far as they are told."""
+    sizes = []
+    if 'SC_PHYS_PAGES' in getattr(os, 'sysconf_names', {}):  # not on Windows
+        sizes.append(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
+    if device is not None and device.type == 'cuda':
+        sizes.append(torch.cuda.get_device_properties(device).total_memory)
+    return sizes
 
 
 def _parquet_folder(data_dir: Optional[Union[str, Path]], dataset: str, split: str) -> Optional[Path]:

@@ -1,6 +1,6 @@
 """The data of a training: splits in memory or read by workers, and the batches that are made of them."""
 import argparse
-from typing import Any, Dict, Sequence, Union
+from typing import Any, Dict, Optional, Sequence, Union
 
 import torch
 from accelerate import Accelerator
@@ -58,7 +58,7 @@ def check_input(model: TimmModel, data_config: Dict[str, Any], name: str) -> Non
 
 
 def load_split(args: argparse.Namespace, split: str, data_config: Dict[str, Any], show: bool,
-               is_training: bool = False) -> Union[ImageSet, EncodedImages]:
+               is_training: bool = False, device: Optional[torch.device] = None) -> Union[ImageSet, EncodedImages]:
     """A split of the data that the options name: decoded in memory, or to be decoded by worker processes."""
     if is_class_folder(args.data_dir, args.dataset):  # with a validation, each split has a folder of its own
         check_split_folder(args.data_dir, split, required=bool(args.val_split))
@@ -79,6 +79,7 @@ def load_split(args: argparse.Namespace, split: str, data_config: Dict[str, Any]
                 crop_mode='squash' if is_training and args.no_aug else 'center',
                 interpolation=data_config['interpolation'],
                 progress=show,
+                device=device,
                 **source,
             )
         except TooLarge:

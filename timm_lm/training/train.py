@@ -5,6 +5,7 @@ The loop is an ordinary one on Accelerate, which owns device, precision and proc
 import argparse
 import importlib
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
@@ -81,8 +82,9 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     data_config = resolve_input_config(args, model)
     check_input(model, data_config, args.model)
     with _first_of_machine_first(accelerator):
-        train_set = load_split(args, args.train_split, data_config, is_main, is_training=True)
-        eval_set = load_split(args, args.val_split, data_config, is_main) if args.val_split else None
+        load = partial(load_split, args, data_config=data_config, show=is_main, device=accelerator.device)
+        train_set = load(args.train_split, is_training=True)
+        eval_set = load(args.val_split) if args.val_split else None
     for data in (train_set, eval_set):
         if data is not None:
             check_labels(data, model.num_classes)
