@@ -1,4 +1,5 @@
 """Growing a network in depth: the deep one takes the steps of the shallow one in smaller pieces."""
+import copy
 import json
 
 import pytest
@@ -120,12 +121,23 @@ def test_first_k_of_a_stage_stays():
     assert any(value.item() != 0.25 for value in k.values())
 
 
-def test_head_of_other_classes_stays_as_it_was_made():
-    deep = net(layers=(3, 3, 3), num_classes=7)
-    head = deep.head.fc.weight.clone()
-    grown = timm_lm.grow(net(), deep)
-    assert torch.equal(grown.head.fc.weight, head)
-    assert torch.equal(grown.stem.conv.weight, net().stem.conv.weight)
+def test_first_k_of_a_stage_that_changes_no_shape_follows_the_step_behind():
+    kwargs = dict(channels=(8, 8), output_stride=1, k_init=0.5)
+    grown = timm_lm.grow(net(layers=(2, 2), **kwargs), net(layers=(4, 3), **kwargs))
+    assert {name: value.item() for name, value in grown.k_values().items()} == {
+        'stages.0.blocks.1': 0.5, 'stages.0.blocks.2': 0., 'stages.0.blocks.3': 0.,
+        'stages.1.blocks.0': 1.5, 'stages.1.blocks.1': 0.5, 'stages.1.blocks.2': 0.}
+
+
+@pytest.mark.parametrize('shallow, deep', [(10, 7), (10, 0), (0, 7)])
+def test_head_of_other_classes_stays_as_it_was_made(shallow, deep):
+    new = net(layers=(3, 3, 3), num_classes=deep)
+    head = copy.deepcopy(new.head.state_dict())
+    old = net(num_classes=shallow)
+    grown = timm_lm.grow(old, new)
+    assert grown.num_classes == deep and grown.head.state_dict().keys() == head.keys()
+    assert all(torch.equal(tensor, head[name]) for name, tensor in grown.head.state_dict().items())
+    assert torch.equal(grown.stem.conv.weight, old.stem.conv.weight)
 
 
 @pytest.mark.parametrize('shallow, deep, message', [
@@ -148,6 +160,14 @@ def test_what_can_not_be_grown_is_told_and_left_alone(shallow, deep, message):
 def test_network_of_timm_can_not_be_grown():
     with pytest.raises(UserError, match='A ResNet can not be grown'):
         timm_lm.grow(timm.create_model('resnet18'), net())
+
+
+@pytest.mark.parametrize('which', [0, 1])
+def test_optimized_network_can_not_be_grown(which):
+    nets = [net(norm_layer='groupnorm1'), net(norm_layer='groupnorm1', layers=(3, 3, 3))]
+    nets[which] = timm_lm.optimize(nets[which])
+    with pytest.raises(UserError, match='optimized for inference can not be grown'):
+        timm_lm.grow(*nets)
 
 
 # By the command line

@@ -1,12 +1,15 @@
 """The inference form computes what the network does, and goes where the network goes."""
 import copy
+import io
 import math
 import warnings
 
 import pytest
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -99,6 +102,42 @@ def test_convolution_of_other_weights_stays(parametrize):
     assert not isinstance(optimized.stages[0].blocks[1].norm2, nn.BatchNorm2d)
 
 
+@pytest.mark.parametrize('name', ['conv1', 'conv2'])
+def test_pruned_convolution_stays(name):
+    """Its weights are made of others by a hook, and it still is an nn.Conv2d."""
+    model = made('lm_resnet20', {})
+    prune.l1_unstructured(getattr(model.stages[0].blocks[1], name), 'weight', 0.3)
+    x = images(model)
+    with torch.no_grad():
+        expected = model(x)
+        optimized = timm_lm.optimize(model)
+        assert difference(optimized(x), expected) < 1e-5
+    conv = getattr(optimized.stages[0].blocks[1], name)
+    assert type(conv) is nn.Conv2d and (conv.weight == 0).float().mean() > 0.25
+
+
+@pytest.mark.parametrize('name', ['conv1', 'norm2'])
+def test_hooks_are_called(name):
+    model = made('lm_resnet20', {})
+    called = []
+    getattr(model.stages[0].blocks[1], name).register_forward_hook(lambda *args: called.append(name))
+    optimized = timm_lm.optimize(model)
+    assert difference(optimized(images(model)), model(images(model))) < 1e-5
+    assert called == [name] * 2
+
+
+@pytest.mark.parametrize('convert', [convert_sync_batchnorm, freeze_batch_norm_2d])
+def test_other_batch_norms_are_folded(convert):
+    model = convert(made('lm_resnet20', {}))
+    kind = type(model.norm)
+    assert not issubclass(kind, nn.BatchNorm2d)
+    x = images(model)
+    optimized = timm_lm.optimize(model)
+    with torch.no_grad():
+        assert difference(optimized(x), model.eval()(x)) < 1e-5
+    assert sum(isinstance(module, kind) for module in optimized.modules()) == 1 + 2 + 9
+
+
 def test_half_precision():
     model = made('lm_resnet20', {}).to(torch.bfloat16)
     x = images(model).to(torch.bfloat16)
@@ -115,8 +154,9 @@ def test_double_precision():
         assert difference(timm_lm.optimize(model)(x), model(x)) < 1e-12
 
 
-def test_features():
-    model = timm.create_model('lm_resnet18', features_only=True).eval()
+@pytest.mark.parametrize('feature_cls', ['getter', 'hook'])
+def test_features(feature_cls):
+    model = timm.create_model('lm_resnet18', features_only=True, feature_cls=feature_cls).eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         for found, expected in zip(timm_lm.optimize(model)(x), model(x), strict=True):
@@ -129,13 +169,17 @@ def test_goes_where_the_network_goes():
     x = images(model)
     with torch.no_grad():
         expected = model(x)
+        assert difference(optimized(x), expected) < 1e-5  # its packed weights stay behind in all that follows
         batch = torch.export.Dim('batch', min=1, max=64)
         program = torch.export.export(optimized, (x,), dynamic_shapes=({0: batch},)).module()
         assert difference(program(x), expected) < 1e-5
         assert math.isfinite(program(x[:1]).sum())
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            assert difference(torch.jit.script(optimized)(x), expected) < 1e-5
+            file = io.BytesIO()
+            torch.jit.save(torch.jit.script(optimized), file)
+            file.seek(0)
+            assert difference(torch.jit.load(file)(x), expected) < 1e-5
         assert difference(torch.compile(optimized, backend='aot_eager')(x), expected) < 1e-5
 
 

@@ -546,10 +546,17 @@ def test_no_noise_by_default():
     (dict(stem_type='deep'), 'deep'),
     (dict(layers=(1, 1)), 'same stages'),
     (dict(cardinality=2), 'cardinality'),
+    (dict(k_init=(0.1,)), 'a number or a range'),
+    (dict(k_init=(0.1, 0.2, 0.3)), 'a number or a range'),
 ])
 def test_bad_settings_raise(kwargs, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model('lm_resnet20', **kwargs)
+
+
+def test_too_few_channels_for_the_groups_raise():
+    with pytest.raises(ValueError, match='32 channels are too few for 32 groups of a base width of 4'):
+        timm.create_model('lm_resnext50_32x4d', channels=(32, 64, 128, 256))
 
 
 @pytest.mark.parametrize('name', ['lm_resnet20', 'preact_resnet20', 'lm_resnext50_32x4d'])
@@ -853,6 +860,16 @@ def test_init_weights_after_to_empty(kind):
     last = [block.conv3 if hasattr(block, 'conv3') else block.conv2 for block in blocks(model)]
     assert all((conv.weight == 0).all() for conv in last)
     assert torch.isfinite(model.eval()(images(kind, dtype=torch.float64))).all()
+
+
+def test_init_weights_resets_statistics_that_a_norm_leaves():
+    model = timm.create_model('lm_resnet20', norm_layer='evonormb0', device='meta').to_empty(device='cpu')
+    statistics = [buffer for name, buffer in model.named_buffers() if name.endswith('running_var')]
+    assert statistics
+    for buffer in statistics:
+        buffer.fill_(torch.nan)
+    model.init_weights()
+    assert all((buffer == 1).all() for buffer in statistics)
 
 
 def test_init_weights_is_what_the_constructor_draws():

@@ -17,6 +17,7 @@ from timm_lm.errors import UserError
 from timm_lm.export import export_model
 from timm_lm.hub import load_folder
 from timm_lm.loader import normalize
+from timm_lm.models import LMResNet
 from timm_lm.predict import find_images, predict
 
 
@@ -167,6 +168,13 @@ def test_export_that_fails_leaves_nothing(weights, tmp_path, fails, monkeypatch)
         patch.setitem(export.FORMATS, 'torchscript', (full, '.pt'))
         line = fails('export', weights, '--format', 'torchscript', '--output', tmp_path / 'model.pt')
         assert 'can not be written as torchscript (PytorchStreamWriter failed writing' in line
+    def not_for_scripts(self, *images):
+        return images[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LMResNet, 'forward', not_for_scripts)
+        line = fails('export', weights, '--format', 'torchscript', '--output', tmp_path / 'model.pt')
+        assert 'can not be written as torchscript (Compiled functions can' in line
     monkeypatch.setattr(export, 'TOLERANCE', -1.)  # no file is that close
     line = fails('export', weights, '--format', 'torch-export', '--output', tmp_path / 'model.pt2')
     assert 'computes something else' in line

@@ -14,6 +14,7 @@ import torch
 from forked import CONTEXT
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from timm.models import generate_default_cfgs
 
 from timm_lm.errors import UserError
 from timm_lm.files import atomic_folder, sha256
@@ -242,6 +243,32 @@ def test_every_listed_source_exists():
     for name in timm.list_pretrained(['lm_res*', 'preact_res*']):
         cfg = timm.get_pretrained_cfg(name)
         assert cfg.file is None or os.path.isfile(cfg.file)
+
+
+@pytest.mark.parametrize('with_weights, default', [
+    ((), 'best_c10'), (('grow_c100',), 'best_c10'), (('grow_c100', 'paper_c10'), 'paper_c10'),
+    (('best_c10', 'paper_c10'), 'best_c10')])
+def test_default_tag_keeps_its_classes_whichever_weights_ship(tmp_path, monkeypatch, with_weights, default):
+    for tag in with_weights:
+        (tmp_path / f'net.{tag}').mkdir()
+        (tmp_path / f'net.{tag}' / 'model.safetensors').write_bytes(b'')
+    monkeypatch.setattr(_weights, 'weights_dir', lambda: tmp_path)
+    cfgs = {tag: dict(num_classes=100 if tag.endswith('00') else 10)
+            for tag in ('best_c10', 'paper_c10', 'grow_c100')}
+    found = generate_default_cfgs(_weights.sources_of_tags('net', cfgs))['net']
+    assert found.tags[0] == default and found.default.num_classes == 10
+    assert set(found.tags) == set(cfgs)
+    assert {tag for tag, cfg in found.cfgs.items() if cfg.has_weights} == set(with_weights)
+
+
+@pytest.mark.parametrize('table, digests', [('1a  a/b\n\n2b  c d\n', {'a/b': '1a', 'c d': '2b'}), ('1a\n', None)])
+def test_table_of_digests(tmp_path, table, digests):
+    (tmp_path / 'SHA256SUMS').write_text(table)
+    if digests is not None:
+        assert _weights.read_digests(tmp_path) == digests
+        return
+    with pytest.raises(UserError, match='digests of weights in .* are damaged; install timm-lm again'):
+        _weights.read_digests(tmp_path)
 
 
 @pytest.fixture

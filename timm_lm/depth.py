@@ -4,7 +4,8 @@ To both a stage is the same differential equation, which the deep network solves
 first one of a stage is repeated, and the last convolution of its branch is divided by the number of repeats. The first
 of the repeats takes over the history: the step behind it has become smaller by the repeats of the block before, so its
 ``k`` is multiplied by them. The others start from ``k = 0``. Were the branch constant over the repeats, they would
-together make the step of the block they come from, but for products of two ``k``. A plain network has ``k = 0``.
+together make the step of the block they come from, but for products of two ``k``. The ``k`` of a block that projects
+the history (LM-ResNeXt) stays. A plain network has ``k = 0``.
 
 Source: Chang, Meng, Haber, Tung, Begert, "Multi-level Residual Networks from Dynamical Systems View", ICLR 2018,
 https://arxiv.org/abs/1710.10348. There each block is doubled, several times during one training, in plain networks
@@ -15,14 +16,14 @@ from typing import Any, List, Tuple
 import torch
 
 from .errors import UserError
-from .layers import TwoStep
+from .layers import FixedTwoStep, TwoStep
 from .models import LMResNet
 
 
 def repeated_blocks(shallow: int, deep: int) -> List[int]:
     """For each block of a deep stage the block of the shallow stage that it repeats.
 
-    The first block changes the shape, so it is not repeated. If it takes a two-step (LM-ResNeXt), its ``k`` stays.
+    The first block changes the shape, so it is not repeated.
 
     Args:
         shallow: Blocks of the shallow stage.
@@ -58,12 +59,15 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
     for model in (shallow, deep):
         if not isinstance(model, LMResNet):
             raise UserError(f'A {type(model).__name__} can not be grown; give networks of timm-lm.')
+        if any(isinstance(module, FixedTwoStep) for module in model.modules()):
+            raise UserError('A network that was optimized for inference can not be grown; give the one it was made of.')
     if len(shallow.stages) != len(deep.stages):
         raise UserError(f'{len(shallow.stages)} stages can not be grown to {len(deep.stages)}.')
     sources = [repeated_blocks(len(old.blocks), len(new.blocks)) for old, new in _pairs(shallow, deep)]
     wanted = deep.state_dict()
     state = {name: tensor for name, tensor in shallow.state_dict().items() if not name.startswith('stages.')}
     if shallow.num_classes != deep.num_classes:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith('head.')}
         state.update((name, tensor) for name, tensor in wanted.items() if name.startswith('head.'))
     for stage, ((old, _), repeated) in enumerate(zip(_pairs(shallow, deep), sources)):
         for i, source in enumerate(repeated):
@@ -76,12 +80,15 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
     if differing:
         raise UserError(f'The networks differ in more than depth: in {differing[0]} and {len(differing) - 1} others.')
     deep.load_state_dict(state)
+    repeats_before = 1
     for (_, new), repeated in zip(_pairs(shallow, deep), sources):
         for i, (block, source) in enumerate(zip(new.blocks, repeated)):
-            block.last_conv().weight.div_(repeated.count(source))
-            if i and isinstance(block.step, TwoStep):
-                before = repeated[i - 1]
-                block.step.k.mul_(repeated.count(before) if before != source else 0)
+            repeats = repeated.count(source)
+            block.last_conv().weight.div_(repeats)
+            if isinstance(block.step, TwoStep) and block.history is None:
+                is_first = repeated.index(source) == i
+                block.step.k.mul_(repeats_before if is_first else 0)
+            repeats_before = repeats
     return deep
 
 

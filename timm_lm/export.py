@@ -62,7 +62,7 @@ def _write(model: TimmModel, images: torch.Tensor, path: Path, kind: str) -> Run
         return FORMATS[kind][0](model, images, path)
     except UserError:
         raise
-    except RuntimeError as e:  # PyTorch also tells so of a full disk
+    except (RuntimeError, torch.jit.frontend.FrontendError) as e:  # PyTorch tells by the former of a full disk too
         reason = ' '.join(str(e).split())[:200] or type(e).__name__
         raise UserError(f'The network can not be written as {kind} ({reason}); try another --format, or an --output '
                         'with more room.') from e

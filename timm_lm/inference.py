@@ -1,9 +1,9 @@
 """The form of a network for inference: norms folded into convolutions, every ``k`` a constant."""
 import copy
-from typing import List, Tuple, TypeVar
+from typing import List, Tuple, TypeGuard, TypeVar
 
 import torch
-from timm.layers import BatchNormAct2d, DropPath
+from timm.layers import BatchNormAct2d, DropPath, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -12,6 +12,9 @@ from timm_lm.models.lm_resnet import ResidualBlock
 from timm_lm.packed_conv import PackedConv2d
 
 Network = TypeVar('Network', bound=nn.Module)
+
+# In evaluation mode all of them are an affine map with constants, and an activation.
+_BATCH_NORMS = (BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct)
 
 
 @torch.no_grad()
@@ -26,7 +29,8 @@ def optimize(model: Network) -> Network:
 
     The copy is in evaluation mode without parameters to train. It can be compiled, exported and scripted as the network
     could; its state dict is its own: it loads into another optimized copy, not into the network. Networks around one of
-    ours (timm's ``features_only``, a segmentation network) are taken too; their other parts stay as they are.
+    ours (timm's ``features_only``, but for its ``feature_cls='fx'``, or a segmentation network) are taken too; their
+    other parts stay as they are, and so do convolutions with hooks, such as pruned ones.
 
     Args:
         model: A network with floating-point weights, whose residual blocks are this package's. It is not changed.
@@ -43,7 +47,8 @@ def optimize(model: Network) -> Network:
     model = copy.deepcopy(model).eval().requires_grad_(False)
     blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
     if not blocks:
-        raise ValueError(f'{type(model).__name__} has no residual blocks of timm-lm; give one of its networks.')
+        raise ValueError(f'{type(model).__name__} has no residual blocks of timm-lm; give one of its networks, before '
+                         'it is traced.')
     for block in blocks:
         for conv, norm in _branch_pairs(block):
             _fold(block, conv, norm)
@@ -63,17 +68,27 @@ def _branch_pairs(block: ResidualBlock) -> List[Tuple[str, str]]:
     return [(conv, norm) for conv, norm in pairs if hasattr(block, norm)]
 
 
+def _is_plain(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a convolution is one with weights of its own: not made of others, as by weight norm or pruning."""
+    return type(conv) is nn.Conv2d and 'weight' in conv._parameters and not _has_hooks(conv)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
 def _fold(block: ResidualBlock, conv_name: str, norm_name: str) -> None:
     """Fold a batch norm into the convolution before it.
 
-    Other norms depend on their input and stay, and so do convolutions whose weights are made of others (weight norm).
+    Other norms depend on their input and stay.
     """
     conv, norm = getattr(block, conv_name), getattr(block, norm_name)
-    if type(conv) is not nn.Conv2d or not isinstance(norm, BatchNormAct2d) or norm.running_mean is None:
+    if not _is_plain(conv) or not isinstance(norm, _BATCH_NORMS) or _has_hooks(norm) or norm.running_mean is None:
         return
     dtype = conv.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    setattr(block, conv_name, fuse_conv_bn_eval(conv.to(wide), norm.to(wide)).to(dtype))
+    fused = fuse_conv_bn_eval(conv.to(wide), norm.to(wide))  # type: ignore[arg-type]
+    setattr(block, conv_name, fused.to(dtype))
     setattr(block, norm_name, norm.act)
 
 
@@ -81,5 +96,5 @@ def _pack(block: ResidualBlock) -> None:
     """Put packed convolutions in the place of plain ones."""
     for parent in list(block.modules()):
         for name, conv in list(parent.named_children()):
-            if type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' and not isinstance(conv.padding, str):
+            if _is_plain(conv) and conv.padding_mode == 'zeros' and not isinstance(conv.padding, str):
                 setattr(parent, name, PackedConv2d.from_conv(conv))

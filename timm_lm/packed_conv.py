@@ -16,6 +16,7 @@ class PackedConv2d(nn.Conv2d):
     compilers, tracing and export) it is an ``nn.Conv2d``; parameters and state dict always are those of one.
     """
 
+    __jit_ignored_attributes__ = ['_packed']  # TorchScript could not save it
     # what the copy is of, the copy, and the weights: as long as they live, others can not be at their address
     _packed: Optional[Tuple[Any, torch.Tensor, torch.Tensor]] = None
 

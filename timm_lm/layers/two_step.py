@@ -62,8 +62,13 @@ class TwoStep(nn.Module):
             k_init: Range ``(low, high)`` of the uniform distribution that ``k`` starts from, or one fixed number.
             per_channel: One ``k`` for each channel instead of one for the block.
             trainable: Learn ``k``. If False it is a buffer, under the same name in the state dict.
+
+        Raises:
+            ValueError: If ``k_init`` is neither a number nor two.
         """
         super().__init__()
+        if isinstance(k_init, (tuple, list)) and len(k_init) != 2:
+            raise ValueError(f'k_init must be a number or a range (low, high), got {k_init}.')
         self.k_init = k_init
         self.per_channel = per_channel
         k = torch.empty(channels if per_channel else 1, device=device, dtype=dtype)

@@ -11,6 +11,7 @@ WEIGHTS_NAME = 'model.safetensors'
 DIGESTS_NAME = 'SHA256SUMS'
 PUBLISHED_NAME = 'published.json'
 
+_REMEDY = 'install timm-lm again, or restore the file'
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -23,11 +24,18 @@ def weights_dir() -> Path:
 
 
 def read_digests(folder: Path) -> Dict[str, str]:
-    """Digests by path, relative to the folder, of its ``SHA256SUMS``; empty if there is none."""
+    """Digests by path, relative to the folder, of its ``SHA256SUMS``; empty if there is none.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
     table = folder / DIGESTS_NAME
     if not table.is_file():
         return {}
-    return {path: digest for digest, path in (line.split(maxsplit=1) for line in table.read_text().splitlines())}
+    lines = [line.split(maxsplit=1) for line in table.read_text().splitlines() if line.strip()]
+    if any(len(words) != 2 for words in lines):
+        raise UserError(f'The digests of weights in {table} are damaged; {_REMEDY}.')
+    return {path: digest for digest, path in lines}
 
 
 @cache
@@ -57,6 +65,26 @@ def weight_source(name: str, cfg: Dict[str, Any]) -> Dict[str, Any]:
     return cfg
 
 
+def sources_of_tags(name: str, cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+    """The configs of a network's tags with the sources of their weights, for ``generate_default_cfgs``.
+
+    Args:
+        name: The network.
+        cfgs: Pretrained configs by tag. The first one fixes the number of classes of the bare name.
+
+    Returns:
+        The configs by name and tag, of which timm takes for the default the first one that has weights of as many
+        classes, and if none has, the first one.
+    """
+    found = {tag: weight_source(f'{name}.{tag}', cfg) for tag, cfg in cfgs.items()}
+    first = next(iter(found))
+    with_weights = [tag for tag, cfg in found.items() if {'file', 'hf_hub_id'} & cfg.keys()]
+    default = next((tag for tag in with_weights if found[tag]['num_classes'] == found[first]['num_classes']), first)
+    if with_weights and with_weights[0] != default:  # which timm would take; marked, and read last, ours is
+        found[f'{default}*'] = found.pop(default)
+    return {f'{name}.{tag}': cfg for tag, cfg in found.items()}
+
+
 def check_shipped(file: Optional[str]) -> None:
     """Compare weights that ship, a file or its folder, with the table of digests. Those from elsewhere pass.
 
@@ -68,10 +96,9 @@ def check_shipped(file: Optional[str]) -> None:
         return
     path = Path(file) / WEIGHTS_NAME if Path(file).is_dir() else Path(file)
     expected = read_digests(folder).get(path.relative_to(folder).as_posix())
-    remedy = 'install timm-lm again, or restore the file'
     if not path.is_file():
-        raise UserError(f'The shipped weights {path} are missing; {remedy}.')
+        raise UserError(f'The shipped weights {path} are missing; {_REMEDY}.')
     if expected is None:
-        raise UserError(f'The shipped weights {path} have no digest in {folder / DIGESTS_NAME}; {remedy}.')
+        raise UserError(f'The shipped weights {path} have no digest in {folder / DIGESTS_NAME}; {_REMEDY}.')
     if sha256(path) != expected:
-        raise UserError(f'The shipped weights {path} are damaged (SHA-256 differs from {DIGESTS_NAME}); {remedy}.')
+        raise UserError(f'The shipped weights {path} are damaged (SHA-256 differs from {DIGESTS_NAME}); {_REMEDY}.')

@@ -31,7 +31,7 @@ from timm_lm.layers import EulerStep, FixedTwoStep, StateNoise, TwoStep
 from timm_lm.layers.two_step import KInit
 
 from . import _labels
-from ._weights import check_shipped, weight_source
+from ._weights import check_shipped, sources_of_tags
 
 __all__ = ['LMResNet']
 
@@ -218,6 +218,9 @@ class BottleneckBlock(ResidualBlock):
         dd = {'device': device, 'dtype': dtype}
         super().__init__(in_chs, out_chs, stride, norm_layer, **block_kwargs, **dd)
         mid_chs = out_chs // self.expansion * base_width // 64 * cardinality
+        if mid_chs == 0:
+            raise ValueError(f'{out_chs} channels are too few for {cardinality} groups of a base width of '
+                             f'{base_width}.')
         self.norm1 = norm_layer(in_chs, **dd)
         self.conv1 = create_conv2d(in_chs, mid_chs, 1, **dd)
         self.norm2 = norm_layer(mid_chs, **dd)
@@ -288,8 +291,8 @@ def _create_stem(in_chans: int, out_chs: int, stem_type: str, **dd: Any) -> nn.S
 class LMResNet(nn.Module):
     """LM-ResNet, LM-ResNeXt and the plain pre-activation networks, for small images and for ImageNet.
 
-    Parameter names follow timm's ResNetV2. Between blocks goes a pair (state, history); a plain network ignores the
-    second.
+    Parameter names follow timm's ResNetV2, at its widths; here a stage that changes no shape has no projection. Between
+    blocks goes a pair (state, history); a plain network ignores the second.
     """
 
     def __init__(
@@ -352,7 +355,8 @@ class LMResNet(nn.Module):
             zero_init_last: Start the last convolution of each branch from zero.
 
         Raises:
-            ValueError: If a choice is unknown or the settings do not fit together.
+            ValueError: If the settings do not fit together, or a stem, a kind of noise or a range of ``k`` is none.
+                Names of layers and pooling that timm does not know raise what timm raises.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -587,6 +591,9 @@ def _init_weights(module: nn.Module, name: str = '', zero_init_last: bool = Fals
             nn.init.zeros_(module.bias)
     elif hasattr(module, 'reset_parameters'):  # norms with their statistics, and the two-step coefficients
         module.reset_parameters()
+        for statistic, value in (('running_mean', 0.), ('running_var', 1.)):  # which some norms leave
+            if isinstance(getattr(module, statistic, None), torch.Tensor):
+                getattr(module, statistic).fill_(value)
     elif zero_init_last and isinstance(module, (BasicBlock, BottleneckBlock)):
         module.zero_init_last()
 
@@ -667,7 +674,7 @@ def _cifar_cfg(labels: Tuple[str, ...], **kwargs: Any) -> Dict[str, Any]:
 _c10 = partial(_cifar_cfg, _labels.CIFAR10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 _c100 = partial(_cifar_cfg, _labels.CIFAR100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
 
-# The first tag of a name fixes its number of classes; the first one that has weights is the default.
+# The first tag of a name fixes its number of classes; the first one of as many that has weights is the default.
 # They are the names of the recipes of a network.
 def _cifar_tags(*further: str) -> Dict[str, Callable[..., Dict[str, Any]]]:
     tags = sorted(('best_c10', *further, 'best_c100', 'paper_c100'), key=lambda tag: tag.endswith('_c100'))
@@ -687,7 +694,7 @@ def _resnetv2_tag(tag: str, hf_hub_id: str, **kwargs: Any) -> Dict[str, Callable
 
 
 _TAGS: Mapping[str, Mapping[str, Callable[..., Dict[str, Any]]]] = {
-    'lm_resnet20': _cifar_tags('grow_c100', 'paper_c10', 'demo_c10', 'plain_first_c10'),
+    'lm_resnet20': _cifar_tags('distill_c100', 'grow_c100', 'paper_c10', 'demo_c10', 'plain_first_c10'),
     'lm_resnet32': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10', 'plain_first_c10'),
     'lm_resnet44': _cifar_tags('grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10', 'plain_first_c10'),
     'lm_resnet56': _cifar_tags(
@@ -697,7 +704,7 @@ _TAGS: Mapping[str, Mapping[str, Callable[..., Dict[str, Any]]]] = {
     'lm_resnet164': _C100_TAGS,
     'lm_resnext29_8x64d': _RESNEXT_TAGS,
     'lm_resnext29_16x64d': _RESNEXT_TAGS,
-    'preact_resnet20': _cifar_tags('grow_c100', 'paper_c10', 'demo_c10'),
+    'preact_resnet20': _cifar_tags('distill_c100', 'grow_c100', 'paper_c10', 'demo_c10'),
     'preact_resnet32': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10'),
     'preact_resnet44': _cifar_tags('grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10'),
     'preact_resnet56': _cifar_tags('grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10', 'sd_c10', 'noise_c10'),
@@ -717,8 +724,8 @@ _TAGS: Mapping[str, Mapping[str, Callable[..., Dict[str, Any]]]] = {
 }
 
 default_cfgs = generate_default_cfgs({
-    f'{name}.{tag}': weight_source(f'{name}.{tag}', cfg_fn()) for name, tags in _TAGS.items()
-    for tag, cfg_fn in tags.items()
+    full_name: cfg for name, tags in _TAGS.items()
+    for full_name, cfg in sources_of_tags(name, {tag: cfg_fn() for tag, cfg_fn in tags.items()}).items()
 })
 
 _CIFAR_BASIC = dict(channels=(16, 32, 64), stem_chs=16, stem_type='cifar', basic=True, shortcut_norm=True)
