@@ -92,7 +92,10 @@ def test_recipe_lists_prints_and_locates(command):
     (['train', '-c', 'nope'], "no recipe 'nope'"),
     (['recipe', 'nope'], "no recipe 'nope'"),
     (['train', '-c'], 'expected one argument'),
-    (['info', 'hf-hub:owner/name'], 'is not fetched to be shown'),
+    (['info', 'hf-hub:owner/name'], 'hf-hub:owner/name could not be loaded'),
+    (['validate', __file__], 'is a file; give the folder of a model.safetensors'),
+    (['recipe', 'lm_resnet56.paper_c10', '--path'], 'take `timm-lm recipe --path paper_c10`, and give --model lm_res'),
+    (['weights', 'no/such/step-1'], 'is not a checkpoint of a run; give RUN/checkpoints/step-'),
     (['verify', 'no/such/folder'], 'no/such/folder does not exist'),
 ])
 def test_bad_arguments(fails, argv, message):

@@ -243,7 +243,7 @@ def test_folder_without_the_split_is_refused(tmp_path, fails):
     train = ['train', '--pretrained', '--data-dir', data, '--output', tmp_path / 'runs', *QUICK]
     assert "has no split 'part'" in fails(*train, '--train-split', 'part')
     shutil.move(data / 'validation', data / 'test')
-    assert "has no split 'validation' (it has: test, train)" in fails(*train)
+    assert "has no split 'validation' (it has: test, train); name one of these" in fails(*train)
     # timm would train on what is to be validated too
     shutil.move(data / 'test', data / 'Val')
     shutil.move(data / 'train', data / 'Train')
@@ -252,7 +252,19 @@ def test_folder_without_the_split_is_refused(tmp_path, fails):
     shutil.move(data / 'Val', data / 'test_set')
     shutil.move(data / 'Train', data / 'training_set')
     assert "has no folder 'train' (it has: test_set, training_set)" in fails(*train, '--val-split', 'test_set')
+    shutil.move(data / 'training_set', data / 'train')
+    assert "has no split 'validation' (it has: train); add the images, or train without validation by --val-split ''" \
+        in fails(*train)
     assert not (tmp_path / 'runs').exists()
+
+
+def test_folder_of_images_by_a_recipe_of_another_data_set(tmp_path, fails, command):
+    data = image_folder(tmp_path / 'data', 16)
+    train = ['train', '-c', 'paper_c10', '--data-dir', data, '--dry-run', '--val-split', 'validation',
+             '--batch-size', 8]
+    assert "add --dataset ''" in fails(*train)
+    code, out, err = command(*train, '--dataset', '')
+    assert code == 0 and '--input-key img and --target-key label say nothing' in out, err
 
 
 def test_other_names_of_the_splits_are_known(tune, tmp_path):

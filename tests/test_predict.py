@@ -154,6 +154,13 @@ def test_exported_file_computes_the_same(kind, ending, weights, tmp_path, comman
     torch.testing.assert_close(logits.detach(), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_exported_run_is_named_after_it(run_folder, tmp_path, command, monkeypatch):
+    run = shutil.copytree(run_folder, tmp_path / 'tuned')
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command('export', run / 'weights', '--format', 'torch-export')
+    assert code == 0 and out.startswith('tuned.pt2: '), err
+
+
 def test_export_that_fails_leaves_nothing(weights, tmp_path, fails, monkeypatch):
     (tmp_path / 'file').write_text('')
     assert 'choose another --output' in fails('export', weights, '--output', tmp_path / 'file' / 'model.onnx')

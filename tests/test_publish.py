@@ -322,6 +322,9 @@ def test_published_weights_are_those_of_the_folder(hub, done, tree, client_env, 
     assert done('push', tree / NAME, '--repo-id', repo_id) == f'{repo_id}: nothing to do, commit {sha} is equal\n'
     assert commits(hub, repo_id) == [sha] and not any('commit' in request for request in hub.log)
     assert done('verify', f'hf-hub:{repo_id}').startswith(f'hf-hub:{repo_id}: whole; logits within ')
+    told, local = (done('info', source).splitlines() for source in (f'hf-hub:{repo_id}', tree / NAME))
+    assert told[-6:] == local[-6:] and told[-6].startswith('  stages.0.blocks.1 ')
+    assert f'weights     hf-hub:{repo_id}' in told and 'error       on its card' in told
 
     # an install without the weights finds them by the record
     shutil.copytree(tree.parent, tmp_path / 'timm_lm', ignore=shutil.ignore_patterns('__pycache__', '*.safetensors'))

@@ -1,5 +1,6 @@
 """The record of runs, and the page that is made of it."""
 import csv
+import json
 import re
 import shutil
 from pathlib import Path
@@ -116,6 +117,13 @@ def test_what_a_run_changed_in_its_recipe_is_recorded(run_folder, few_digits, tm
     run = shutil.copytree(run_folder, tmp_path / 'run')
     options = vars(parse_options(['-c', 'demo_digits', '--data-dir', str(few_digits), '--seed', '7', '--no-amp']))
     (run / 'args.yaml').write_text(yaml.safe_dump(options))
+    assert read_run(run)['recipe'] == 'demo_digits'
+    # the batch of a run is that of all processes
+    result = json.loads((run / 'result.json').read_text())
+    assert result['processes'] == 1
+    (run / 'result.json').write_text(json.dumps(result | dict(processes=2)))
+    assert read_run(run)['recipe'] == f"demo_digits with batch_size {2 * options['batch_size']}"
+    (run / 'args.yaml').write_text(yaml.safe_dump(options | dict(batch_size=options['batch_size'] // 2)))
     assert read_run(run)['recipe'] == 'demo_digits'
 
 

@@ -2,9 +2,12 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,10 +16,12 @@ import yaml
 from safetensors.torch import load_file
 
 from timm_lm.data import ImageSet, load_images
+from timm_lm.errors import UserError
 from timm_lm.hub import load_folder, verify_folder
 from timm_lm.loader import MemoryLoader, normalize
 from timm_lm.precision import cpu_has_bfloat16
 from timm_lm.training.evaluate import evaluate
+from timm_lm.training.factory import check_compiler
 from timm_lm.training.train import command_line
 
 SMALL = ['--model-kwargs', 'layers=(2,2,2)', '--epochs', '2', '--warmup-epochs', '0']
@@ -99,6 +104,58 @@ def test_same_seed_gives_the_same_weights(few_digits, tmp_path, command):
     assert not torch.equal(states[0]['stem.conv.weight'], states[2]['stem.conv.weight'])
 
 
+@pytest.mark.parametrize('average', [False, True])
+def test_weights_of_checkpoints(average, few_digits, tmp_path, command, fails):
+    code, out, err = command(
+        'train', '-c', 'demo_digits', '--data-dir', few_digits, *SMALL, '--recovery-interval', 1, '--output', tmp_path,
+        '--experiment', 'run', '--batch-size', 128, *(['--model-ema', '--model-ema-decay', 0.5] if average else []))
+    assert code == 0, err
+    run = tmp_path / 'run'
+    best = re.search('`timm-lm (weights .*/step-[0-9]+)`', out)[1].split()
+    steps = sorted((run / 'checkpoints').glob('step-*'))
+    assert len(steps) == 4 and Path(best[1]) in steps
+    made = {}
+    for step in steps:
+        code, out, err = command('weights', step)
+        folder = run / f'weights-{step.name}'
+        assert (code, out) == (0, f'{folder}\n'), err
+        verify_folder(folder)
+        assert (folder / 'config.json').read_bytes() == (run / 'weights' / 'config.json').read_bytes()
+        made[step.name[-1]] = load_file(folder / 'model.safetensors')
+    last = load_file(run / 'weights' / 'model.safetensors')
+    assert made['4'].keys() == last.keys() and all(torch.equal(made['4'][name], last[name]) for name in last)
+    assert len({tensors['stem.conv.weight'].sum().item() for tensors in made.values()}) == 4
+    cards = [(run / f'weights-{step.name}' / 'README.md').read_text() for step in steps]
+    for card, epochs in zip(cards, ('0.5 epochs of 2', '1 epoch of 2', '1.5 epochs of 2', '2 epochs of 2')):
+        assert f'\n{epochs}, seed 42, ' in card and 'top-1 error' not in card
+    told = json.loads((run / 'result.json').read_text())
+    assert f"minutes on {told['hardware']} in {told['precision']}; {told['versions']}." in cards[0]
+    assert told['command'] in cards[0]
+    assert 'is there already' in fails('weights', steps[0])
+    (steps[0] / 'state.safetensors').write_bytes(b'')
+    assert 'is not whole' in fails('weights', steps[0], '--output', tmp_path / 'other')
+    assert not (tmp_path / 'other').exists()
+
+
+def test_licence_of_the_weights_that_were_fine_tuned(weights, few_digits, tmp_path, command):
+    """Their card and config tell that of the weights they started from; new weights have the package's."""
+    start = shutil.copytree(weights, tmp_path / 'start')
+    config = json.loads((start / 'config.json').read_text())
+    assert config['pretrained_cfg']['license'] == 'apache-2.0'
+    for licence, told in (('cc-by-nc-4.0', 'cc-by-nc-4.0'), (None, 'unknown')):
+        config['pretrained_cfg']['license'] = licence
+        (start / 'config.json').write_text(json.dumps(config))
+        for start_from, expected in ((['--pretrained'], told), ([], 'apache-2.0')):
+            code, _, err = command(
+                'train', '-c', 'demo_digits', '--data-dir', few_digits, '--model', start, *start_from, '--epochs', 1,
+                '--warmup-epochs', 0, '--val-split', '', '--output', tmp_path, '--experiment', f'{told}{start_from}')
+            assert code == 0, err
+            made = tmp_path / f'{told}{start_from}' / 'weights'
+            assert f'\nlicense: {expected}\n' in (made / 'README.md').read_text()
+            written = json.loads((made / 'config.json').read_text())['pretrained_cfg']
+            assert written.get('license', 'unknown') == expected
+
+
 def test_gradient_accumulation_is_one_large_batch(few_digits, tmp_path, command):
     """Without batch statistics, two batches of 32 make the update of one batch of 64; so do all that there are."""
     states = []
@@ -150,11 +207,17 @@ def test_data_set_of_the_hub_through_a_server(few_digits, tmp_path):
         assert result.returncode == 0, result.stderr
         other = [{'hfds/owner/digits': 'hfds/owner/nothing', 'run': 'other'}.get(word, word) for word in command]
         missing = subprocess.run(other, env=env, capture_output=True, text=True, cwd=tmp_path)
+        other = [{'run': 'other'}.get(word, word) for word in command] + ['--val-split', 'validation']
+        no_split = subprocess.run(other, env=env, capture_output=True, text=True, cwd=tmp_path)
     card = (tmp_path / 'run' / 'weights' / 'README.md').read_text()
     assert 'owner/digits' in card
     assert missing.returncode == 2
     assert missing.stderr.strip().splitlines()[-1].startswith(
         'timm-lm: error: The data set owner/nothing could not be downloaded from the Hub')
+    assert no_split.returncode == 2
+    assert no_split.stderr.strip().splitlines()[-1] == (
+        "timm-lm: error: The data set owner/digits of the Hub has no split 'validation' (it has: test, train); name "
+        'one of these with --train-split or --val-split.')
 
 
 # Bad input
@@ -226,11 +289,39 @@ def test_no_compiler_is_named(few_digits, tmp_path, fails, monkeypatch):
     assert 'needs a C++ compiler' in line
 
 
+def test_compiler_is_the_one_that_pytorch_takes(tmp_path, monkeypatch):
+    """That of CXX, else g++ alone under Linux; and the headers of Python."""
+    monkeypatch.setattr(sys, 'platform', 'linux')
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.setenv('CXX', 'clang++')
+    for name in ('g++', 'clang++'):
+        (tmp_path / name).write_text('')
+        (tmp_path / name).chmod(0o755)
+        if name == 'g++':
+            with pytest.raises(UserError, match=re.escape('there is no clang++; install g++, name another')):
+                check_compiler('inductor', None, on_cpu=True)
+    check_compiler('inductor', None, on_cpu=True)
+    monkeypatch.delenv('CXX')
+    (tmp_path / 'g++').unlink()
+    with pytest.raises(UserError, match=re.escape('there is no g++')):
+        check_compiler('inductor', None, on_cpu=True)
+    monkeypatch.setenv('CXX', 'clang++')
+    monkeypatch.setattr(sysconfig, 'get_path', lambda name: str(tmp_path))
+    with pytest.raises(UserError, match=f'the headers of Python on the CPU and {tmp_path} has none'):
+        check_compiler('inductor', None, on_cpu=True)
+
+
 def test_card_shows_the_command_without_places():
     argv = ['train', '-c', 'paper_c10', '--data-dir', '/home/me/data', '--output=runs', '--experiment', 'a',
             '--lr', '1']
     assert command_line(argv) == 'timm-lm train -c paper_c10 --data-dir DIR --lr 1'
     assert command_line(['train', '--data-dir=/home/me']) == 'timm-lm train --data-dir DIR'
+    argv = ['train', '-c', '/home/me/my.yaml', '--model', 'local-dir:/home/me/runs/tuned/weights', '--dataset',
+            'hfds//home/me/digits', '--kd-model-name=/home/me/teacher', '--grow-from', '~/shallow', '--lr', '1/2',
+            '--class-map', 'maps/all.txt']
+    assert command_line(argv) == (
+        'timm-lm train -c my.yaml --model local-dir:tuned --dataset hfds/digits --kd-model-name=teacher --grow-from '
+        'shallow --lr 1/2 --class-map maps/all.txt')
 
 
 @pytest.mark.parametrize('names', [

@@ -45,6 +45,10 @@ def _recipe(argv: List[str]) -> None:
         return
     path, model = find_recipe(args.name)
     if args.path:
+        if model:
+            recipe = args.name.rpartition('.')[2]
+            raise UserError(f'The file of {recipe} is for its own network; take `timm-lm recipe --path {recipe}`, and '
+                            f'give --model {model} beside it.')
         print(path)
         return
     text = path.read_text(encoding='utf-8')
@@ -163,27 +167,26 @@ def _info(argv: List[str]) -> None:
     from .networks import count_macs
 
     source = args.model.removeprefix('local-dir:')
-    if source.startswith('hf-hub:'):
-        raise UserError(f'{source} is not fetched to be shown; download it, and give its folder.')
-    is_folder = names_folder(args.model)
-    if not is_folder:
+    is_folder, is_repo = names_folder(args.model), source.startswith('hf-hub:')
+    if not is_folder and not is_repo:
         check_name(source)
-    # weights of the Hub are not fetched to show a network
-    load = is_folder or _source(source) == 'shipped'
+    # a name whose weights are on the Hub is shown without them
+    load = is_folder or is_repo or _source(source) == 'shipped'
     model = load_model(args.model if is_folder else source, pretrained=load)
     cfg = model.pretrained_cfg
     architecture = cfg['architecture']
-    error = recorded_error(source if is_folder else weights_dir() / f"{architecture}.{cfg.get('tag')}")
+    error = None if is_repo else recorded_error(
+        source if is_folder else weights_dir() / f"{architecture}.{cfg.get('tag')}")
     lines = {
         'model': architecture,
         'tags': ', '.join(model_tags(architecture)),
-        'weights': source if is_folder else _source(source),
+        'weights': source if is_folder or is_repo else _source(source),
         'input': 'x'.join(map(str, cfg['input_size'])),
         'mean, std': f"{_numbers(cfg['mean'])}, {_numbers(cfg['std'])}",
         'classes': str(model.num_classes),
         'parameters': f'{sum(p.numel() for p in model.parameters()):,}',
         'MACs': f"{count_macs(model, cfg['input_size']) / 1e6:,.1f} M",
-        'error': f'{error:.2f} %' if error is not None else 'not recorded',
+        'error': f'{error:.2f} %' if error is not None else 'on its card' if is_repo else 'not recorded',
     }
     for name, value in lines.items():
         print(f'{name:<11} {value}')
@@ -244,6 +247,22 @@ def _push(argv: List[str]) -> None:
         print(line)
 
 
+def _weights(argv: List[str]) -> None:
+    """make a weights folder of a checkpoint of a run"""
+    parser = _parser('weights', _weights)
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', type=Path,
+                        help='RUN/checkpoints/step-..., such as that of the best epoch')
+    parser.add_argument('--output', metavar='FOLDER', type=Path,
+                        help="(default: weights-step-... in the run's folder)")
+    args = parser.parse_args(argv)
+
+    from .training.checkpoint_weights import save_checkpoint_weights
+
+    checkpoint = args.checkpoint
+    output = args.output or checkpoint.parent.parent / f'weights-{checkpoint.name}'
+    print(save_checkpoint_weights(checkpoint, output))
+
+
 def _predict(argv: List[str]) -> int:
     """name the classes of images"""
     parser = _parser('predict', _predict)
@@ -292,7 +311,10 @@ def _export(argv: List[str]) -> None:
     model = load_model(args.model, **(dict(scriptable=True) if args.format == 'torchscript' else {}))
     ending = FORMATS[args.format][1]
     source = Path(args.model.rpartition(':')[2])
-    path = args.output or Path((source.resolve() if names_folder(args.model) else source).name + ending)
+    if names_folder(args.model):
+        source = source.resolve()
+        source = source.parent if source.name == 'weights' else source  # that of a run
+    path = args.output or Path(source.name + ending)
     difference = export_model(model, args.format, path)
     print(f'{path}: {path.stat().st_size / 1e6:.1f} MB, logits within {difference:.1e}, batches of any size')
 
@@ -335,7 +357,7 @@ def _demo(argv: List[str]) -> None:
 
 COMMANDS: Dict[str, Callable[[List[str]], Optional[int]]] = {
     'train': _train, 'validate': _validate, 'list': _list, 'info': _info, 'verify': _verify, 'push': _push,
-    'recipe': _recipe, 'predict': _predict, 'export': _export, 'report': _report, 'demo': _demo,
+    'recipe': _recipe, 'weights': _weights, 'predict': _predict, 'export': _export, 'report': _report, 'demo': _demo,
 }
 
 

@@ -53,7 +53,7 @@ def describe(
         tag: Tag of the weights.
         class_names: Names of the classes, unknown if None.
         input_size: Size (C, H, W) of the images.
-        **data_config: ``mean``, ``std``, ``crop_pct``, ``crop_mode``, ``interpolation``.
+        **data_config: ``mean``, ``std``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``license``.
     """
     cfg = model.pretrained_cfg
     cfg.update({key: value for key, value in data_config.items() if value is not None})
@@ -160,6 +160,7 @@ def render_card(
         error: Optional[float],
         error_count: Optional[int] = None,
         num_images: Optional[int] = None,
+        license: str = 'apache-2.0',
         **fields: Any,
 ) -> str:
     """Fill the card's template.
@@ -172,6 +173,7 @@ def render_card(
         error: Top-1 error on it in %, none if None.
         error_count: Its wrong images.
         num_images: Its images.
+        license: Of the weights, by the Hub's identifier.
         **fields: The other fields of the template.
     """
     results = None
@@ -185,7 +187,7 @@ def render_card(
             EvalResult(metric_type='error', metric_name='Top-1 error (%)', metric_value=round(error, 2), **common),
         ]
     data = ModelCardData(
-        library_name='timm', license='apache-2.0', pipeline_tag='image-classification',
+        library_name='timm', license=license, pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm-lm', 'transformers'],
         datasets=[dataset] if dataset else None, metrics=['accuracy'], model_name=name, eval_results=results)
     return str(ModelCard.from_template(
@@ -263,6 +265,9 @@ def load_folder(folder: Union[str, Path], **kwargs: Any) -> TimmModel:
         UserError: If the folder is missing or incomplete, or its weights are damaged or of another network.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f'{folder} is a file; give the folder of a {WEIGHTS_NAME} and its {CONFIG_NAME}. A training '
+                        'starts from a file by --initial-checkpoint.')
     if not folder.is_dir():
         raise UserError(f'The weights folder {folder} does not exist; give a folder with {WEIGHTS_NAME} and '
                         f'{CONFIG_NAME}.')
@@ -378,13 +383,15 @@ def model_tags(architecture: str) -> List[str]:
 
 
 def names_folder(source: str) -> bool:
-    """Whether the name of a network is that of a weights folder.
+    """Whether the name of a network is that of a weights folder, or of a file, which is none.
 
     A folder that has the name of a network but no weights, such as that of a run, does not stand in the network's way.
     """
     if source.startswith('local-dir:') or os.sep in source and ':' not in source:
         return True
     folder = Path(source)
+    if folder.is_file() and not timm.is_model(source):
+        return True
     return folder.is_dir() and ((folder / CONFIG_NAME).is_file() or not timm.is_model(source.partition('.')[0]))
 
 
@@ -403,7 +410,8 @@ def load_model(source: str, pretrained: bool = True, **kwargs: Any) -> TimmModel
         return load_folder(source.removeprefix('local-dir:'), **kwargs)
     if not source.startswith('hf-hub:'):
         check_name(source)
-        if pretrained and not timm.models.is_model_pretrained(source):
+        cfg = timm.get_pretrained_cfg(source)
+        if pretrained and not (cfg and cfg.has_weights):
             architecture = source.partition('.')[0]
             others = timm.list_pretrained(f'{architecture}.*')
             hint = f"these tags have: {', '.join(others)}" if others else 'train it, or give a weights folder'

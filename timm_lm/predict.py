@@ -49,7 +49,8 @@ def find_images(names: Sequence[str], lines: Iterable[str] = ()) -> List[Path]:
             endings = get_img_extensions(as_set=True)
             images = sorted(path for path in files_below(name) if path.suffix.lower() in endings)
             if not images:
-                raise UserError(f'The folder {name} holds no images ({", ".join(sorted(endings))}).')
+                raise UserError(f'The folder {name} holds no images ({", ".join(sorted(endings))}); others are read if '
+                                'their files are named.')
             found += images
         else:
             found.append(Path(name))

@@ -60,7 +60,7 @@ def read_run(folder: Union[str, Path]) -> Row:
         crop_pct=args['crop_pct'] or '',
         interpolation=args['interpolation'],
         dataset=_dataset(args),
-        recipe=_recipe(args),
+        recipe=_recipe(args, result.get('processes', 1)),
         seed=args['seed'],
         epochs=done,
         seen_top1_err=f"{100 - seen['top1']:.2f}" if seen else '',
@@ -84,16 +84,17 @@ def with_result(row: Row, result: Mapping[str, Any]) -> Row:
     return row | shown
 
 
-def _recipe(args: Dict[str, Any]) -> str:
-    """Name of the recipe of a run, with what was changed in it."""
+def _recipe(args: Dict[str, Any], processes: int) -> str:
+    """Name of the recipe of a run, with what was changed in it; the batch is that of all processes."""
     from .training.options import parse_options
     from .training.recipes import list_recipes
     from .training.run_folder import FREE_OPTIONS
     if args['tag'] not in list_recipes():
         return args['tag']
     shipped = yaml.safe_load(yaml.safe_dump(vars(parse_options(['-c', args['tag']]))))
-    changed = [f'{name} {args[name]}' for name, value in shipped.items()
-               if name not in (*FREE_OPTIONS, *_SAME_RECIPE) and name in args and args[name] != value]
+    run = args | dict(batch_size=args['batch_size'] * processes)
+    changed = [f'{name} {run[name]}' for name, value in shipped.items()
+               if name not in (*FREE_OPTIONS, *_SAME_RECIPE) and name in run and run[name] != value]
     return args['tag'] + (f" with {', '.join(changed)}" if changed else '')
 
 

@@ -29,12 +29,16 @@ def files_below(folder: Union[str, Path]) -> Iterator[Path]:
 
 
 def _parquet_splits(folder: Path) -> Dict[Tuple[str, str], List[Tuple[Path, int, int]]]:
+    return _splits_by_name(folder, [path for path in files_below(folder) if path.suffix == '.parquet'])
+
+
+def _splits_by_name(folder: Path, paths: Sequence[Path]) -> Dict[Tuple[str, str], List[Tuple[Path, int, int]]]:
     """(subfolder, split) -> (file, shard index, shard count), from the names that the Hub's layout gives files."""
     splits = defaultdict(list)
-    for path in sorted(path for path in files_below(folder) if path.suffix == '.parquet'):
+    for path in sorted(paths):
         parent = path.parent.relative_to(folder)
         if _NUMBERED.match(path.stem) and parent.name:
-            count = sum(1 for other in path.parent.glob('*.parquet') if _NUMBERED.match(other.stem))
+            count = sum(1 for other in paths if other.parent == path.parent and _NUMBERED.match(other.stem))
             splits[parent.parent.as_posix(), parent.name].append((path, int(path.stem), count))
             continue
         match = _SHARD.match(path.stem)
@@ -58,7 +62,8 @@ def find_parquet(folder: Union[str, Path], split: str) -> List[Path]:
     splits = _parquet_splits(folder)
     if not splits:
         raise UserError(f'The data folder {folder} has no Parquet files; give a folder in the Hub\'s layout, with '
-                        'files such as train-00000-of-00001.parquet.')
+                        'files such as train-00000-of-00001.parquet. For a folder of images, where a recipe names a '
+                        "data set, add --dataset ''.")
     found = [where for where, name in splits if name == split]
     if not found:
         names = ', '.join(sorted({name for _, name in splits}))
@@ -114,11 +119,25 @@ def download_parquet(repo_id: str, split: str) -> Path:
     from .hub import HUB_ERRORS
     try:
         patterns = [f'*{split}*.parquet', f'*{split}/*.parquet']
-        return Path(snapshot_download(repo_id, repo_type='dataset', allow_patterns=patterns))
+        folder = Path(snapshot_download(repo_id, repo_type='dataset', allow_patterns=patterns))
+        if any(name == split for _, name in _parquet_splits(folder)):
+            return folder
+        names = _splits_of_repo(repo_id)
     except HUB_ERRORS as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f'The data set {repo_id} could not be downloaded from the Hub ({reason}); give a folder of its '
                         'Parquet files with --data-dir.') from e
+    if not names:
+        raise UserError(f'The data set {repo_id} of the Hub has no Parquet files; give a folder of such files, or one '
+                        'of images, with --data-dir.')
+    raise UserError(f"The data set {repo_id} of the Hub has no split '{split}' (it has: {', '.join(names)}); name one "
+                    'of these with --train-split or --val-split.')
+
+
+def _splits_of_repo(repo_id: str) -> List[str]:
+    from huggingface_hub import HfApi
+    paths = [Path(name) for name in HfApi().list_repo_files(repo_id, repo_type='dataset') if name.endswith('.parquet')]
+    return sorted({name for _, name in _splits_by_name(Path(), paths)})
 
 
 # Folders of images
@@ -141,8 +160,10 @@ def check_split_folder(folder: Union[str, Path], split: str, required: bool = Fa
     folders = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
     others = [name for name in folders if name.lower() in sum(SPLIT_NAMES, ())]
     if others:
-        raise UserError(f"The data folder {folder} has no split '{split}' (it has: {', '.join(others)}); name one of "
-                        'these (--val-split, in training --train-split too), or add the images.')
+        advice = ('name one of these (--val-split, in training --train-split too), or add the images'
+                  if len(others) > 1 or not required else
+                  "add the images, or train without validation by --val-split ''")
+        raise UserError(f"The data folder {folder} has no split '{split}' (it has: {', '.join(others)}); {advice}.")
     if required:
         raise UserError(f"The data folder {folder} has no folder '{split}' (it has: {some(folders)}), so that the "
                         'images to train on would be those to validate on; make train/ and validation/, name others by '
@@ -154,7 +175,8 @@ def unread_images(root: str, read: Set[str]) -> str:
     kinds = set(Image.registered_extensions()) - get_img_extensions(as_set=True) - read
     left_out = [path for path in files_below(root) if path.suffix.lower() in kinds]
     endings = ', '.join(sorted({path.suffix.lower() for path in left_out}))
-    return _left_out(left_out, root, f'timm does not read {endings}; convert them')
+    return _left_out(left_out, root, f'timm does not read {endings} by itself; convert them, or name all endings, as '
+                                    "by --input-key '.png;.webp'")
 
 
 def unnamed_images(root: str, read: Set[str], numbers: Mapping[str, int]) -> str:

@@ -1,10 +1,13 @@
 """What a training is made of, built from its options: accelerator, network, average, optimizer."""
 import argparse
+import importlib
 import importlib.util
 import inspect
 import math
 import os
 import shutil
+import sys
+import sysconfig
 from datetime import timedelta
 from pathlib import Path
 from pickle import PickleError
@@ -41,6 +44,19 @@ _UNREADABLE = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeEr
 _TIMM_SPARES = 'weight_decay_exclude_1d' in inspect.signature(param_groups_weight_decay).parameters
 # Processes wait for the first one while it decodes the data and while it counts the errors of the final weights.
 LONGEST_WAIT = timedelta(hours=4)
+
+
+def import_modules(args: argparse.Namespace) -> None:
+    """Import the modules that the options name, as some register networks.
+
+    Raises:
+        UserError: If there is none of this name.
+    """
+    for module in args.device_modules or ():
+        try:
+            importlib.import_module(module)
+        except ImportError as e:
+            raise UserError(f'--device-modules {module} can not be imported ({e}).') from e
 
 
 def settle_precision(args: argparse.Namespace) -> str:
@@ -159,9 +175,19 @@ def check_compiler(backend: str, mode: Optional[str], on_cpu: bool) -> None:
         if torch.cuda.is_available():
             _check_triton()
         return
-    if not any(shutil.which(name) for name in (os.environ.get('CXX', 'g++'), 'g++', 'clang++', 'cl')):
-        raise UserError('--torchcompile needs a C++ compiler on the CPU and there is none; install g++, or run eagerly '
-                        'with --no-torchcompile.')
+    _check_cpp()
+
+
+def _check_cpp() -> None:
+    usual = {'darwin': 'clang++', 'win32': 'cl'}.get(sys.platform, 'g++')
+    compiler = os.environ.get('CXX', usual)
+    if not shutil.which(compiler):
+        raise UserError(f'--torchcompile needs a C++ compiler on the CPU and there is no {compiler}; install {usual}, '
+                        'name another one by the variable CXX, or run eagerly with --no-torchcompile.')
+    headers = Path(sysconfig.get_path('include'))
+    if not (headers / 'Python.h').is_file():
+        raise UserError(f'--torchcompile needs the headers of Python on the CPU and {headers} has none; install them '
+                        '(python3-dev), or run eagerly with --no-torchcompile.')
 
 
 def _check_triton() -> None:
@@ -220,6 +246,15 @@ def create_model(args: argparse.Namespace) -> TimmModel:
             raise UserError(f'--grow-from {args.grow_from} can not start {args.model}: {e}') from e
     _init_head(args, model)
     return model
+
+
+def finished_model(args: argparse.Namespace, state: Dict[str, torch.Tensor]) -> TimmModel:
+    """A network of its own with the weights of a training, free of what training wrapped around the first one."""
+    from_source = args.pretrained and not args.pretrained_path  # a weights folder has the shape of its network
+    finished = create_model(argparse.Namespace(**{
+        **vars(args), 'pretrained': from_source, 'pretrained_path': None, 'initial_checkpoint': '', 'grow_from': ''}))
+    finished.load_state_dict({name: tensor.cpu() for name, tensor in state.items()})
+    return finished
 
 
 @torch.no_grad()

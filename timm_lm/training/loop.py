@@ -104,6 +104,7 @@ class Training:
         self.sum_dtype = sum_dtype(accelerator.device)
         self.sums = torch.zeros(4, dtype=self.sum_dtype, device=accelerator.device)
         self.best: Optional[Dict[str, Any]] = None
+        self.facts: Dict[str, Any] = {}  # what the weights of a checkpoint are told by, beside the options
         self.eval_seconds = 0.
         self.start = time.perf_counter()
         self.earlier_seconds = 0.  # of the processes that this one goes on from
@@ -160,6 +161,7 @@ class Training:
             seconds=self.seconds,
             processes=self.accelerator.num_processes,
             images=len(self.loader.data),
+            facts=self.facts,
             scheduler=_scheduler_state(self.scheduler),
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         )

@@ -75,7 +75,8 @@ def describe_run(
     size = 'x'.join(map(str, model.pretrained_cfg['input_size']))
     lines: Dict[str, str] = {
         'network': f'{args.model}: {parameters:,} parameters, {model.num_classes} classes, images {size}'
-                   + (f', grown from {args.grow_from}' if args.grow_from else ''),
+                   + (f', grown from {args.grow_from}' if args.grow_from else '')
+                   + (f', distilled from {args.kd_model_name}' if args.kd_model_name else ''),
         'data': f'{len(train_loader.data):,} images to train on ({_place(args, train_loader)})'
                 + (f', {len(eval_loader.data):,} to validate on' if eval_loader else ', none to validate on'),
         'batches': f'{args.batch_size} images'

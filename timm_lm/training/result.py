@@ -2,9 +2,10 @@
 import argparse
 import json
 import os
+import re
 import shlex
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -14,7 +15,7 @@ from tqdm import tqdm
 import timm_lm
 from timm_lm.data import load_images
 from timm_lm.files import write_text
-from timm_lm.hub import CARD_NAME, TimmModel, load_folder, render_card, save_folder, saved_model_args
+from timm_lm.hub import CARD_NAME, TimmModel, describe, load_folder, render_card, save_folder, saved_model_args
 from timm_lm.loader import BatchLoader, MemoryLoader
 from timm_lm.precision import asked_precision
 
@@ -29,29 +30,10 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
                  seen: Optional[Dict[str, float]], epochs: int, seconds: float, command: str, device: torch.device,
                  num_processes: int) -> None:
     """Write the weights folder, then count the errors of what was written: in float32, eager, on the CPU."""
-    architecture = model.pretrained_cfg['architecture']
-    name = f'{architecture}.{args.tag}' if args.tag else architecture
-    model_args = (saved_model_args(args.model) if args.pretrained else {}) | args.model_kwargs
-    model_args.pop('in_chans', None)  # that of the network now
-    if args.gp:
-        model_args['global_pool'] = args.gp
-
-    facts: Dict[str, Any] = dict(
-        parameters=sum(p.numel() for p in model.parameters()),
-        input_size=model.pretrained_cfg['input_size'],
-        k=mean_k(model),  # with model_ema not those of the last update
-        command=command,
-        epochs=epochs,
-        seed=args.seed,
-        minutes=round(seconds / 60, 1),
-        hardware=_hardware(device) + (f', {num_processes} processes' if num_processes > 1 else ''),
-        precision=asked_precision(vars(args)),
-        versions=f'timm-lm {timm_lm.__version__}, timm {timm.__version__}, torch {torch.__version__}',
-    )
-
-    told: Dict[str, Any] = dict(seen_in_training=seen, model=name, **facts)
+    facts = run_facts(args, model, epochs, seconds, command, hardware(device, num_processes), versions(), num_processes)
+    told: Dict[str, Any] = dict(seen_in_training=seen) | facts
     options = vars(args)
-    weights = save_folder(model, folder / 'weights', run_card(told, options, model), model_args)
+    weights = save_folder(model, folder / 'weights', run_card(told, options, model), made_with(args))
     if eval_loader is None:
         _write_result(folder, told)
         return
@@ -67,6 +49,46 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
                'float32, eager, on the CPU)')
 
 
+def describe_trained(args: argparse.Namespace, model: TimmModel, data_config: Dict[str, Any],
+                     class_names: Optional[Sequence[str]]) -> None:
+    """Write into a network's config what it is trained on."""
+    # validation crops the middle, as in timm's script, also where the network came with another way
+    describe(model, tag=args.tag or None, class_names=class_names, crop_mode='center',
+             license=None if args.pretrained else 'apache-2.0', **data_config)
+
+
+def made_with(args: argparse.Namespace) -> Dict[str, Any]:
+    """Keywords beside the class count that the network of a run was made with."""
+    model_args = (saved_model_args(args.model) if args.pretrained else {}) | args.model_kwargs
+    model_args.pop('in_chans', None)  # that of the network now
+    return model_args | (dict(global_pool=args.gp) if args.gp else {})
+
+
+def run_facts(args: argparse.Namespace, model: TimmModel, epochs: float, seconds: float, command: str, hardware: str,
+              versions: str, processes: int) -> Dict[str, Any]:
+    """What ``result.json`` tells of a run beside its errors."""
+    architecture = model.pretrained_cfg['architecture']
+    return dict(
+        model=f'{architecture}.{args.tag}' if args.tag else architecture,
+        parameters=sum(p.numel() for p in model.parameters()),
+        input_size=model.pretrained_cfg['input_size'],
+        k=mean_k(model),  # with model_ema not those of the last update
+        command=command,
+        epochs=epochs,
+        seed=args.seed,
+        minutes=round(seconds / 60, 1),
+        hardware=hardware,
+        precision=asked_precision(vars(args)),
+        processes=processes,
+        versions=versions,
+    )
+
+
+def versions() -> str:
+    """Versions of what a run is computed by."""
+    return f'timm-lm {timm_lm.__version__}, timm {timm.__version__}, torch {torch.__version__}'
+
+
 def _write_result(folder: Path, told: Mapping[str, Any]) -> None:
     write_text(folder / RESULT_NAME, json.dumps(told, indent=2) + '\n')
 
@@ -75,7 +97,8 @@ def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel,
     """The card of the weights of a run.
 
     Args:
-        told: What ``result.json`` tells; without a count of errors the card has none.
+        told: What ``result.json`` tells; without a count of errors the card has none. ``of_epochs``: the epochs that
+            the run was to have, if it had fewer.
         args: Options of the run.
         model: The network.
         saved_in: Precision of the saved weights.
@@ -95,7 +118,9 @@ def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel,
         seen_error=100 - seen['top1'] if seen else None,
         saved_in=saved_in,
         precision=asked_precision(args),
+        license=model.pretrained_cfg.get('license') or 'unknown',
         start=_start(args),
+        of_epochs=told.get('of_epochs'),
         k=_k_summary(model),
         **{name: told[name] for name in (
             'parameters', 'input_size', 'command', 'epochs', 'seed', 'minutes', 'hardware', 'versions')},
@@ -103,11 +128,11 @@ def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel,
 
 
 def _start(args: Mapping[str, Any]) -> str:
-    """What weights a run began with, '' for new ones; of a place on disk the last name alone."""
-    if args.get('grow_from'):
-        return f"grown from the weights of `{_last_name(args['grow_from'])}`"
+    """What weights a run began with and learned from, '' for new ones; of a place on disk the last name alone."""
     source = args['initial_checkpoint'] or args['pretrained'] and (args['pretrained_path'] or args['model'])
-    return f'starting from the weights of `{_last_name(source)}`' if source else ''
+    said = {'grown from': args.get('grow_from'), 'starting from': source,
+            'distilled from': args.get('kd_model_name')}
+    return ', '.join(f'{how} the weights of `{_last_name(name)}`' for how, name in said.items() if name)
 
 
 def _last_name(source: str) -> str:
@@ -154,7 +179,12 @@ def _dataset(args: Mapping[str, Any]) -> Tuple[str, str]:
     return '', Path(args['data_dir'] or source).name
 
 
-def _hardware(device: torch.device) -> str:
+def hardware(device: torch.device, num_processes: int) -> str:
+    """Name of the processor or GPU, and how much of it is used."""
+    return _processor(device) + (f', {num_processes} processes' if num_processes > 1 else '')
+
+
+def _processor(device: torch.device) -> str:
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     try:
@@ -171,8 +201,15 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
+# An absolute path, alone or after an option and what names of networks and data sets begin with.
+_PLACE = re.compile(r'(--[\w-]+=)?(local-dir:|hfds/)?([/~].*|[A-Za-z]:\\.*)', re.DOTALL)
+
+
 def command_line(argv: List[str]) -> str:
-    """The command as a user would type it again: with DIR for the data's folder, without the run's folder."""
+    """The command as a user would type it again, without what it says of this machine.
+
+    DIR stands for the data's folder; the run's folder is left out, and of other absolute paths the last name is left.
+    """
     shown: List[str] = []
     words = iter(argv)
     for word in words:
@@ -182,5 +219,6 @@ def command_line(argv: List[str]) -> str:
                 next(words, None)
             shown += [option, 'DIR'] if option == '--data-dir' else []
         else:
-            shown.append(word)
+            place = _PLACE.fullmatch(word)
+            shown.append(f"{place[1] or ''}{place[2] or ''}{_last_name(place[3])}" if place else word)
     return 'timm-lm ' + shlex.join(shown)

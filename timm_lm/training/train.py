@@ -3,7 +3,6 @@
 The loop is an ordinary one on Accelerate, which owns device, precision and processes.
 """
 import argparse
-import importlib
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ from timm_lm.allocator import keep_freed_memory, release_freed_memory
 from timm_lm.data import check_class_names, check_labels
 from timm_lm.errors import UserError
 from timm_lm.files import writing
-from timm_lm.hub import TimmModel, describe
 from timm_lm.loader import BatchLoader
 
 from .batches import check_input, create_loader, load_split, resolve_input_config
@@ -25,6 +23,8 @@ from .checkpoint import Checkpoint, CheckpointStore, Progress
 from .factory import (
     create_accelerator,
     create_model,
+    finished_model,
+    import_modules,
     set_learning_rate,
     settle_precision,
     share_batch_statistics,
@@ -32,7 +32,14 @@ from .factory import (
 from .loop import Training
 from .plan import describe_data, describe_run, describe_schedule
 from .report import MAKE_ROOM, RunLog, epoch_table
-from .result import RESULT_NAME, command_line, save_weights
+from .result import (
+    RESULT_NAME,
+    command_line,
+    describe_trained,
+    hardware,
+    save_weights,
+    versions,
+)
 from .run_folder import find_checkpoint, own_run_folder, run_folder
 from .signals import Interrupted, StopSignals
 
@@ -54,11 +61,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
         UserError: If options and data do not fit together, or the loss is no longer finite.
         Interrupted: After SIGTERM or SIGINT, with the state saved.
     """
-    for module in args.device_modules or ():
-        try:
-            importlib.import_module(module)
-        except ImportError as e:
-            raise UserError(f'--device-modules {module} can not be imported ({e}).') from e
+    import_modules(args)
 
     # Network, and the run folder to be
     set_seed(args.seed)
@@ -93,8 +96,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     eval_loader = create_loader(args, eval_set, data_config, accelerator, model.num_classes) if eval_set else None
 
     # Optimizer, schedule, loss
-    # validation crops the middle, as in timm's script, also where the network came with another way
-    describe(model, tag=args.tag or None, class_names=train_set.class_names, crop_mode='center', **data_config)
+    describe_trained(args, model, data_config, train_set.class_names)
     # FSDP shards contiguous weights only; the images are in the chosen layout all the same
     channels_last = args.channels_last and accelerator.distributed_type != DistributedType.FSDP
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -108,6 +110,9 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     set_seed(args.seed, device_specific=True)  # each process drops other paths
     signals = StopSignals(several=accelerator.num_processes > 1)
     training = Training(args, accelerator, model, train_loader, data_config, store, signals)
+    training.facts = dict(
+        class_names=train_set.class_names, command=command, versions=versions(),
+        hardware=hardware(accelerator.device, accelerator.num_processes))
     if is_main:
         print(describe_run(args, model, train_loader, eval_loader, accelerator, folder), flush=True)
         for remark in describe_data(model, [data for data in (train_set, eval_set) if data is not None]):
@@ -184,11 +189,12 @@ def _run(
         if training.best is not None:
             best = training.best
             path = store.folder / best['checkpoint']  # it is gone if a run went back and found no better one
-            where = f', in {path}' if path.is_dir() else ''
+            where = f' (`timm-lm weights {path}` makes weights of it)' if path.is_dir() else ''
             tqdm.write(f"best {best['metric']} {best['value']:.4g} after epoch {best['epoch'] + 1}{where}; the weights "
                        'saved are those of the last epoch')
         seen = evaluation or (log.rows()[-1]['eval'] if log.rows() else None)
-        finished = _finished(args, training.model, final)
+        finished = finished_model(args, final)
+        finished.pretrained_cfg = training.model.pretrained_cfg
         with writing(f'The weights in {folder}', MAKE_ROOM):
             save_weights(args, finished, folder, eval_loader, seen, training.num_epochs,
                          training.seconds, command, accelerator.device, accelerator.num_processes)
@@ -210,16 +216,6 @@ def _first_of_machine_first(accelerator: Any) -> Iterator[None]:
     finally:
         if accelerator.is_local_main_process:
             accelerator.wait_for_everyone()
-
-
-def _finished(args: argparse.Namespace, model: TimmModel, state: Dict[str, torch.Tensor]) -> TimmModel:
-    """A network of its own with the final weights, free of what training wrapped around the first one."""
-    from_source = args.pretrained and not args.pretrained_path  # a weights folder has the shape of its network
-    finished = create_model(argparse.Namespace(**{
-        **vars(args), 'pretrained': from_source, 'pretrained_path': None, 'initial_checkpoint': '', 'grow_from': ''}))
-    finished.pretrained_cfg = model.pretrained_cfg
-    finished.load_state_dict({name: tensor.cpu() for name, tensor in state.items()})
-    return finished
 
 
 def _start_trackers(args: argparse.Namespace, accelerator: Any, folder: Path) -> None:
