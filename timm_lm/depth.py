@@ -73,8 +73,12 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
         for i, source in enumerate(repeated):
             for name, tensor in old.blocks[source].state_dict().items():
                 state[f'stages.{stage}.blocks.{i}.{name}'] = tensor
-    if not any(name.endswith('.step.k') for name in state):
-        state.update((name, torch.zeros_like(tensor)) for name, tensor in wanted.items() if name.endswith('.step.k'))
+    old_k, new_k = ({name for name in tensors if name.endswith('.step.k')} for tensors in (state, wanted))
+    if not old_k:
+        state.update((name, torch.zeros_like(wanted[name])) for name in new_k)
+    elif not new_k:
+        raise UserError('A two-step network can not start a plain one; give a plain network to grow, or a two-step one '
+                        'to start.')
     shapes, wanted_shapes = ({name: tensor.shape for name, tensor in d.items()} for d in (state, wanted))
     differing = sorted(name for name in {*state, *wanted} if shapes.get(name) != wanted_shapes.get(name))
     if differing:
