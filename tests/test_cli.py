@@ -72,6 +72,7 @@ def test_recipe_lists_prints_and_locates(command):
     assert code == 0 and 'decay_milestones: [81, 121]' in out
     code, path, _ = command('recipe', 'paper_c10', '--path')
     assert Path(path.strip()).read_text() == out
+    assert command('recipe', 'lm_resnet20.paper_c10', '--path')[1] == path
     code, other, _ = command('recipe', 'preact_resnet56.paper_c10')
     assert other == out.replace('model: lm_resnet20', 'model: preact_resnet56') != out
 
@@ -95,6 +96,7 @@ def test_recipe_lists_prints_and_locates(command):
     (['info', 'hf-hub:owner/name'], 'hf-hub:owner/name could not be loaded'),
     (['validate', __file__], 'is a file; give the folder of a model.safetensors'),
     (['recipe', 'lm_resnet56.paper_c10', '--path'], 'take `timm-lm recipe --path paper_c10`, and give --model lm_res'),
+    (['recipe', 'lm_resnet32.distill_c100'], 'The recipe distill_c100 is not for lm_resnet32'),
     (['weights', 'no/such/step-1'], 'is not a checkpoint of a run; give RUN/checkpoints/step-'),
     (['verify', 'no/such/folder'], 'no/such/folder does not exist'),
 ])

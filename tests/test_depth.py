@@ -162,9 +162,10 @@ def test_network_of_timm_can_not_be_grown():
         timm_lm.grow(timm.create_model('resnet18'), net())
 
 
+@pytest.mark.parametrize('name', ['lm_resnet20', 'preact_resnet20'])
 @pytest.mark.parametrize('which', [0, 1])
-def test_optimized_network_can_not_be_grown(which):
-    nets = [net(norm_layer='groupnorm1'), net(norm_layer='groupnorm1', layers=(3, 3, 3))]
+def test_optimized_network_can_not_be_grown(name, which):
+    nets = [net(name, norm_layer='groupnorm1', layers=(n, n, n)) for n in (2, 3)]
     nets[which] = timm_lm.optimize(nets[which])
     with pytest.raises(UserError, match='optimized for inference can not be grown'):
         timm_lm.grow(*nets)

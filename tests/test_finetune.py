@@ -252,9 +252,13 @@ def test_folder_without_the_split_is_refused(tmp_path, fails):
     shutil.move(data / 'Val', data / 'test_set')
     shutil.move(data / 'Train', data / 'training_set')
     assert "has no folder 'train' (it has: test_set, training_set)" in fails(*train, '--val-split', 'test_set')
+    shutil.move(data / 'training_set', data / 'validation')
+    assert "has no split 'train' (it has: validation); name one of these" in fails(*train)
+    shutil.move(data / 'validation', data / 'training_set')
     shutil.move(data / 'training_set', data / 'train')
     assert "has no split 'validation' (it has: train); add the images, or train without validation by --val-split ''" \
         in fails(*train)
+    assert "has no split 'part' (it has: train); name one of these" in fails(*train, '--train-split', 'part')
     assert not (tmp_path / 'runs').exists()
 
 

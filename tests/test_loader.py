@@ -268,7 +268,6 @@ def test_large_files_are_not_read_to_find_that_they_do_not_fit(photos, monkeypat
 def test_split_must_fit_machine_and_device(photos, monkeypatch):
     size = len(load_images('train', photos)) * 3 * 32 * 32
     kept, ask = torch.device('cuda'), os.sysconf
-    monkeypatch.setattr(data_module, 'read_cache', lambda path: None)
     for host, device, fits in ((4 * size, 4 * size, True), (4 * size - 4, 4 * size, False),
                                (4 * size, 4 * size - 4, False)):
         pages = dict(SC_PAGE_SIZE=4, SC_PHYS_PAGES=host // 4)
@@ -466,6 +465,21 @@ def test_loader_by_options(few_digits, monkeypatch, options, limit, kinds):
     if limit:
         monkeypatch.setattr(data_module, 'MEMORY_LIMIT', limit)
     assert tuple(type(one) for one in loaders(few_digits, '-c', 'demo_digits', *options)) == kinds
+
+
+def test_run_that_goes_on_reads_its_images_as_before(few_digits, tmp_path, command, monkeypatch):
+    """Also where they would fit into memory by now, as other loaders draw other crops and flips."""
+    words = ['train', '-c', 'demo_digits', '--data-dir', few_digits, *LARGE, '--model-kwargs', 'layers=(1,1,1)',
+             '--epochs', 2, '--warmup-epochs', 0, '--batch-size', 128, '--hflip', 0.5, '--scale', 1, 1, '--ratio', 1, 1,
+             '--workers', 0, '--no-amp', '--output', tmp_path, '--experiment', 'run']
+    with monkeypatch.context() as patch:
+        patch.setattr(data_module, 'MEMORY_LIMIT', LIMIT)
+        code, _, err = command(*words)
+    assert code == 0, err
+    weights = tmp_path / 'run' / 'weights' / 'model.safetensors'
+    before = weights.read_bytes()
+    code, out, err = command(*words[:-4], '--resume', tmp_path / 'run' / 'checkpoints' / 'step-000000002')
+    assert code == 0 and 'Going on from' in out and weights.read_bytes() == before, err
 
 
 def test_loader_that_is_refused(few_digits, tmp_path, fails, monkeypatch):

@@ -135,6 +135,10 @@ def test_a_run_that_did_not_end_is_a_row_too(run_folder, tmp_path):
     (path,) = add_runs([run], tmp_path / 'results')
     (found,) = read_rows(path)
     assert found['status'] == 'stopped after epoch 1 of 2' and found['top1_err'] == ''
+    assert 'batch_size' not in found['recipe']
+    state = max(run.glob('checkpoints/step-*/state.json'))
+    state.write_text(json.dumps(json.loads(state.read_text()) | dict(processes=2)))
+    assert 'batch_size 128' in read_run(run)['recipe']
     assert found['seen_top1_err']
 
 

@@ -105,7 +105,7 @@ def test_same_seed_gives_the_same_weights(few_digits, tmp_path, command):
 
 
 @pytest.mark.parametrize('average', [False, True])
-def test_weights_of_checkpoints(average, few_digits, tmp_path, command, fails):
+def test_weights_of_checkpoints(average, few_digits, tmp_path, command, fails, monkeypatch):
     code, out, err = command(
         'train', '-c', 'demo_digits', '--data-dir', few_digits, *SMALL, '--recovery-interval', 1, '--output', tmp_path,
         '--experiment', 'run', '--batch-size', 128, *(['--model-ema', '--model-ema-decay', 0.5] if average else []))
@@ -132,9 +132,26 @@ def test_weights_of_checkpoints(average, few_digits, tmp_path, command, fails):
     assert f"minutes on {told['hardware']} in {told['precision']}; {told['versions']}." in cards[0]
     assert told['command'] in cards[0]
     assert 'is there already' in fails('weights', steps[0])
+    monkeypatch.chdir(run / 'checkpoints')
+    code, _, err = command('weights', steps[1].name, '--output', tmp_path / 'again')
+    assert code == 0 and (tmp_path / 'again' / 'README.md').read_text() == cards[1], err
     (steps[0] / 'state.safetensors').write_bytes(b'')
     assert 'is not whole' in fails('weights', steps[0], '--output', tmp_path / 'other')
     assert not (tmp_path / 'other').exists()
+
+
+def test_weights_of_a_checkpoint_whose_start_is_gone(weights, few_digits, tmp_path, command):
+    start = shutil.copytree(weights, tmp_path / 'start')
+    code, _, err = command('train', '-c', 'demo_digits', '--data-dir', few_digits, '--model', start, '--pretrained',
+                           '--num-classes', 12, '--epochs', 1, '--warmup-epochs', 0, '--val-split', '', '--output',
+                           tmp_path, '--experiment', 'run')
+    assert code == 0, err
+    shutil.rmtree(start)
+    step = max((tmp_path / 'run' / 'checkpoints').glob('step-*'))
+    code, _, err = command('weights', step, '--output', tmp_path / 'made')
+    assert code == 0, err
+    for name in ('model.safetensors', 'config.json'):
+        assert (tmp_path / 'made' / name).read_bytes() == (tmp_path / 'run' / 'weights' / name).read_bytes()
 
 
 def test_licence_of_the_weights_that_were_fine_tuned(weights, few_digits, tmp_path, command):
@@ -145,12 +162,17 @@ def test_licence_of_the_weights_that_were_fine_tuned(weights, few_digits, tmp_pa
     for licence, told in (('cc-by-nc-4.0', 'cc-by-nc-4.0'), (None, 'unknown')):
         config['pretrained_cfg']['license'] = licence
         (start / 'config.json').write_text(json.dumps(config))
-        for start_from, expected in ((['--pretrained'], told), ([], 'apache-2.0')):
+        small = ['--model', 'lm_resnet20', '--model-kwargs', 'layers=(2,2,2)']
+        for number, (start_from, expected) in enumerate((
+                (['--model', start, '--pretrained'], told),
+                (['--model', start], 'apache-2.0'),
+                ([*small, '--grow-from', start], told),
+                ([*small, '--initial-checkpoint', start / 'model.safetensors'], 'unknown'))):
             code, _, err = command(
-                'train', '-c', 'demo_digits', '--data-dir', few_digits, '--model', start, *start_from, '--epochs', 1,
-                '--warmup-epochs', 0, '--val-split', '', '--output', tmp_path, '--experiment', f'{told}{start_from}')
+                'train', '-c', 'demo_digits', '--data-dir', few_digits, *start_from, '--epochs', 1, '--val-split', '',
+                '--warmup-epochs', 0, '--output', tmp_path, '--experiment', f'{told}{number}')
             assert code == 0, err
-            made = tmp_path / f'{told}{start_from}' / 'weights'
+            made = tmp_path / f'{told}{number}' / 'weights'
             assert f'\nlicense: {expected}\n' in (made / 'README.md').read_text()
             written = json.loads((made / 'config.json').read_text())['pretrained_cfg']
             assert written.get('license', 'unknown') == expected
@@ -292,6 +314,11 @@ def test_no_compiler_is_named(few_digits, tmp_path, fails, monkeypatch):
 def test_compiler_is_the_one_that_pytorch_takes(tmp_path, monkeypatch):
     """That of CXX, else g++ alone under Linux; and the headers of Python."""
     monkeypatch.setattr(sys, 'platform', 'linux')
+    monkeypatch.delenv('CPATH', raising=False)
+    headers = tmp_path / 'include'
+    headers.mkdir()
+    (headers / 'Python.h').write_text('')
+    monkeypatch.setattr(sysconfig, 'get_path', lambda name, scheme='': str(headers))
     monkeypatch.setenv('PATH', str(tmp_path))
     monkeypatch.setenv('CXX', 'clang++')
     for name in ('g++', 'clang++'):
@@ -301,12 +328,16 @@ def test_compiler_is_the_one_that_pytorch_takes(tmp_path, monkeypatch):
             with pytest.raises(UserError, match=re.escape('there is no clang++; install g++, name another')):
                 check_compiler('inductor', None, on_cpu=True)
     check_compiler('inductor', None, on_cpu=True)
+    monkeypatch.setenv('CXX', 'clang++ -stdlib=libc++')
+    check_compiler('inductor', None, on_cpu=True)
     monkeypatch.delenv('CXX')
     (tmp_path / 'g++').unlink()
     with pytest.raises(UserError, match=re.escape('there is no g++')):
         check_compiler('inductor', None, on_cpu=True)
     monkeypatch.setenv('CXX', 'clang++')
-    monkeypatch.setattr(sysconfig, 'get_path', lambda name: str(tmp_path))
+    monkeypatch.setattr(sysconfig, 'get_path', lambda name, scheme='': str(headers if scheme else tmp_path))
+    check_compiler('inductor', None, on_cpu=True)
+    (headers / 'Python.h').unlink()
     with pytest.raises(UserError, match=f'the headers of Python on the CPU and {tmp_path} has none'):
         check_compiler('inductor', None, on_cpu=True)
 
@@ -318,10 +349,11 @@ def test_card_shows_the_command_without_places():
     assert command_line(['train', '--data-dir=/home/me']) == 'timm-lm train --data-dir DIR'
     argv = ['train', '-c', '/home/me/my.yaml', '--model', 'local-dir:/home/me/runs/tuned/weights', '--dataset',
             'hfds//home/me/digits', '--kd-model-name=/home/me/teacher', '--grow-from', '~/shallow', '--lr', '1/2',
-            '--class-map', 'maps/all.txt']
+            '--class-map', 'maps/all.txt', '-c/home/me/my.yaml', '--model-kwargs', 'x=/home/me/y', 'C:/Users/me/z', '/',
+            '--experiment=', '--seed', '-1', '--output', 'runs', '--epochs=3']
     assert command_line(argv) == (
         'timm-lm train -c my.yaml --model local-dir:tuned --dataset hfds/digits --kd-model-name=teacher --grow-from '
-        'shallow --lr 1/2 --class-map maps/all.txt')
+        'shallow --lr 1/2 --class-map maps/all.txt -cmy.yaml --model-kwargs x=y z / --seed -1 --epochs=3')
 
 
 @pytest.mark.parametrize('names', [

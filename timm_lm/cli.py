@@ -45,7 +45,7 @@ def _recipe(argv: List[str]) -> None:
         return
     path, model = find_recipe(args.name)
     if args.path:
-        if model:
+        if model and not re.search(f'(?m)^model: {model}$', path.read_text(encoding='utf-8')):
             recipe = args.name.rpartition('.')[2]
             raise UserError(f'The file of {recipe} is for its own network; take `timm-lm recipe --path {recipe}`, and '
                             f'give --model {model} beside it.')
@@ -104,7 +104,7 @@ def _validate(argv: List[str]) -> None:
         channels_last=args.channels_last)
     loader: BatchLoader
     try:
-        loader = MemoryLoader(load_images(args.val_split, progress=True, **size, **source), **common)
+        loader = MemoryLoader(load_images(args.val_split, progress=True, device=device, **size, **source), **common)
     except TooLarge:
         data = open_images(args.val_split, channels=config['input_size'][0], **source)
         transform = create_transform(use_prefetcher=True, **size)

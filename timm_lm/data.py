@@ -383,6 +383,8 @@ def load_images(
         data = _decode_all(_open_parquet(paths, mode, input_key, target_key), decode, progress)
         _release_arrow_memory()
         write_cache(cache, data)
+    else:
+        _check_memory(split, len(data), input_size, device)
     return data.part(*rows_of_part(split, len(data)))
 
 

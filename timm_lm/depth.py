@@ -18,6 +18,7 @@ import torch
 from .errors import UserError
 from .layers import FixedTwoStep, TwoStep
 from .models import LMResNet
+from .packed_conv import PackedConv2d
 
 
 def repeated_blocks(shallow: int, deep: int) -> List[int]:
@@ -59,7 +60,7 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
     for model in (shallow, deep):
         if not isinstance(model, LMResNet):
             raise UserError(f'A {type(model).__name__} can not be grown; give networks of timm-lm.')
-        if any(isinstance(module, FixedTwoStep) for module in model.modules()):
+        if any(isinstance(module, (FixedTwoStep, PackedConv2d)) for module in model.modules()):
             raise UserError('A network that was optimized for inference can not be grown; give the one it was made of.')
     if len(shallow.stages) != len(deep.stages):
         raise UserError(f'{len(shallow.stages)} stages can not be grown to {len(deep.stages)}.')

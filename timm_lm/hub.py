@@ -246,7 +246,10 @@ def _compare_header(weights: Path, model: TimmModel, architecture: str) -> None:
 
 
 def saved_model_args(source: str) -> Dict[str, Any]:
-    """Keywords that the network of a weights folder was made with; none for other names of a network."""
+    """Keywords that the network of a weights folder or a repo was made with; none for other names of a network."""
+    if source.startswith('hf-hub:'):
+        *_, model_args = timm.models.load_model_config_from_hf(source.removeprefix('hf-hub:'))
+        return dict(model_args or {})
     folder = Path(source.removeprefix('local-dir:'))
     return dict(_read_config(folder).get('model_args', {})) if names_folder(source) and folder.is_dir() else {}
 

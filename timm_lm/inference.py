@@ -44,7 +44,10 @@ def optimize(model: Network) -> Network:
     Example:
         >>> model = timm_lm.optimize(timm.create_model('lm_resnet20', pretrained=True))
     """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    # tensors that hooks made of parameters (pruning, weight norm) can not be copied while they have a history
+    made = {id(value): value.detach().clone() for module in model.modules() for value in vars(module).values()
+            if isinstance(value, torch.Tensor) and not value.is_leaf}
+    model = copy.deepcopy(model, made).eval().requires_grad_(False)
     blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
     if not blocks:
         raise ValueError(f'{type(model).__name__} has no residual blocks of timm-lm; give one of its networks, before '
@@ -89,7 +92,7 @@ def _fold(block: ResidualBlock, conv_name: str, norm_name: str) -> None:
     wide = torch.promote_types(dtype, torch.float32)
     fused = fuse_conv_bn_eval(conv.to(wide), norm.to(wide))  # type: ignore[arg-type]
     setattr(block, conv_name, fused.to(dtype))
-    setattr(block, norm_name, norm.act)
+    setattr(block, norm_name, norm.act.to(dtype))
 
 
 def _pack(block: ResidualBlock) -> None:

@@ -80,7 +80,12 @@ class BatchLoader(ABC):
     """Batches of a split for one process; what they hold depends on (seed, epoch, batch, process) alone.
 
     Subclasses read the images of batches, as uint8.
+
+    Attributes:
+        kind: How they are read, as ``--loader`` names it.
     """
+
+    kind = ''
 
     def __init__(
             self,
@@ -203,6 +208,8 @@ class BatchLoader(ABC):
 class MemoryLoader(BatchLoader):
     """Batches of a decoded split, which lies on the device."""
 
+    kind = 'memory'
+
     def __init__(self, data: ImageSet, batch_size: int, mean: Values, std: Values,
                  device: Optional[torch.device] = None, **kwargs: Any):
         """
@@ -226,6 +233,8 @@ class MemoryLoader(BatchLoader):
 
 class WorkerLoader(BatchLoader):
     """Batches of a split that worker processes decode and augment image by image, each image from a seed of its own."""
+
+    kind = 'timm'
 
     def __init__(self, data: EncodedImages, batch_size: int, mean: Values, std: Values, device: torch.device,
                  transform: Callable[[Any], Any], workers: int = 4, pin_memory: bool = False, **kwargs: Any):

@@ -60,7 +60,7 @@ def read_run(folder: Union[str, Path]) -> Row:
         crop_pct=args['crop_pct'] or '',
         interpolation=args['interpolation'],
         dataset=_dataset(args),
-        recipe=_recipe(args, result.get('processes', 1)),
+        recipe=_recipe(args, result.get('processes') or _processes(folder)),
         seed=args['seed'],
         epochs=done,
         seen_top1_err=f"{100 - seen['top1']:.2f}" if seen else '',
@@ -70,6 +70,16 @@ def read_run(folder: Union[str, Path]) -> Row:
         **{name: result.get(name, '') for name in ('minutes', 'hardware', 'versions', 'command')},
     )
     return with_result({name: str(row.get(name, '')) for name in COLUMNS}, dict(k=last_k) | result)
+
+
+def _processes(folder: Path) -> int:
+    """Processes of a run that did not end, by its checkpoints; 1 if none tells."""
+    for path in sorted(folder.glob('checkpoints/step-*/state.json'), reverse=True):
+        try:
+            return int(json.loads(path.read_text(encoding='utf-8'))['processes'])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return 1
 
 
 def with_result(row: Row, result: Mapping[str, Any]) -> Row:

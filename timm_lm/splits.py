@@ -1,7 +1,7 @@
 """Which files a split of a data set is made of, by the layouts that the Hub and timm have, and which are left out."""
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
@@ -35,11 +35,11 @@ def _parquet_splits(folder: Path) -> Dict[Tuple[str, str], List[Tuple[Path, int,
 def _splits_by_name(folder: Path, paths: Sequence[Path]) -> Dict[Tuple[str, str], List[Tuple[Path, int, int]]]:
     """(subfolder, split) -> (file, shard index, shard count), from the names that the Hub's layout gives files."""
     splits = defaultdict(list)
+    numbered = Counter(path.parent for path in paths if _NUMBERED.match(path.stem))
     for path in sorted(paths):
         parent = path.parent.relative_to(folder)
         if _NUMBERED.match(path.stem) and parent.name:
-            count = sum(1 for other in paths if other.parent == path.parent and _NUMBERED.match(other.stem))
-            splits[parent.parent.as_posix(), parent.name].append((path, int(path.stem), count))
+            splits[parent.parent.as_posix(), parent.name].append((path, int(path.stem), numbered[path.parent]))
             continue
         match = _SHARD.match(path.stem)
         assert match is not None
@@ -130,8 +130,8 @@ def download_parquet(repo_id: str, split: str) -> Path:
     if not names:
         raise UserError(f'The data set {repo_id} of the Hub has no Parquet files; give a folder of such files, or one '
                         'of images, with --data-dir.')
-    raise UserError(f"The data set {repo_id} of the Hub has no split '{split}' (it has: {', '.join(names)}); name one "
-                    'of these with --train-split or --val-split.')
+    raise UserError(f"The data set {repo_id} of the Hub has no split '{split}' (it has: {some(names)}); name one of "
+                    'these with --train-split or --val-split.')
 
 
 def _splits_of_repo(repo_id: str) -> List[str]:
@@ -143,13 +143,14 @@ def _splits_of_repo(repo_id: str) -> List[str]:
 # Folders of images
 
 
-def check_split_folder(folder: Union[str, Path], split: str, required: bool = False) -> None:
+def check_split_folder(folder: Union[str, Path], split: str, required: bool = False, is_training: bool = False) -> None:
     """Check that a folder of images has a subfolder for a split; where it has none, timm takes all images.
 
     Args:
         folder: The folder.
         split: Name of the split.
         required: A folder of classes, without folders of splits, does not do.
+        is_training: The split is the one to train on.
 
     Raises:
         UserError: If the folder has other splits, or none and one is required.
@@ -160,9 +161,9 @@ def check_split_folder(folder: Union[str, Path], split: str, required: bool = Fa
     folders = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
     others = [name for name in folders if name.lower() in sum(SPLIT_NAMES, ())]
     if others:
-        advice = ('name one of these (--val-split, in training --train-split too), or add the images'
-                  if len(others) > 1 or not required else
-                  "add the images, or train without validation by --val-split ''")
+        advice = 'name one of these (--val-split, in training --train-split too), or add the images'
+        if required and not is_training and [name.lower() in SPLIT_NAMES[0] for name in others] == [True]:
+            advice = "add the images, or train without validation by --val-split ''"
         raise UserError(f"The data folder {folder} has no split '{split}' (it has: {', '.join(others)}); {advice}.")
     if required:
         raise UserError(f"The data folder {folder} has no folder '{split}' (it has: {some(folders)}), so that the "

@@ -57,11 +57,29 @@ def check_input(model: TimmModel, data_config: Dict[str, Any], name: str) -> Non
                         '--input-size, or what it needs for this one by --model-kwargs.') from e
 
 
-def load_split(args: argparse.Namespace, split: str, data_config: Dict[str, Any], show: bool,
-               is_training: bool = False, device: Optional[torch.device] = None) -> Union[ImageSet, EncodedImages]:
-    """A split of the data that the options name: decoded in memory, or to be decoded by worker processes."""
+def load_split(
+        args: argparse.Namespace,
+        split: str,
+        data_config: Dict[str, Any],
+        show: bool,
+        is_training: bool = False,
+        device: Optional[torch.device] = None,
+        kind: Optional[str] = None,
+) -> Union[ImageSet, EncodedImages]:
+    """A split of the data that the options name: decoded in memory, or to be decoded by worker processes.
+
+    Args:
+        args: Options.
+        split: Name of the split.
+        data_config: ``input_size``, ``crop_pct`` and ``interpolation`` of the images.
+        show: Show a progress bar while decoding.
+        is_training: The split is trained on.
+        device: Where it is to be kept if it is held in memory.
+        kind: How it is read, as ``--loader`` names it; None for what the options say.
+    """
+    kind = kind or args.loader
     if is_class_folder(args.data_dir, args.dataset):  # with a validation, each split has a folder of its own
-        check_split_folder(args.data_dir, split, required=bool(args.val_split))
+        check_split_folder(args.data_dir, split, required=bool(args.val_split), is_training=is_training)
     source: Dict[str, Any] = dict(
         data_dir=args.data_dir,
         dataset=args.dataset,
@@ -70,7 +88,7 @@ def load_split(args: argparse.Namespace, split: str, data_config: Dict[str, Any]
         class_map=args.class_map,
         download=args.dataset_download,
     )
-    if args.loader == 'memory' or args.loader == 'auto' and not (is_training and not_in_memory(args)):
+    if kind == 'memory' or kind == 'auto' and not (is_training and not_in_memory(args)):
         try:
             return load_images(
                 split,
@@ -83,7 +101,7 @@ def load_split(args: argparse.Namespace, split: str, data_config: Dict[str, Any]
                 **source,
             )
         except TooLarge:
-            if args.loader == 'memory':
+            if kind == 'memory':
                 raise
     return open_images(split, channels=data_config['input_size'][0], **source)
 

@@ -8,12 +8,11 @@ from timm_lm.errors import UserError
 from timm_lm.files import writing
 from timm_lm.hub import save_folder
 
-from .batches import resolve_input_config
 from .checkpoint import CheckpointStore
-from .factory import finished_model, import_modules
+from .factory import import_modules
 from .options import parse_options
 from .report import MAKE_ROOM
-from .result import describe_trained, made_with, run_card, run_facts
+from .result import finished_model, run_card, tell
 
 
 def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:
@@ -30,31 +29,25 @@ def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:
         The folder.
 
     Raises:
-        UserError: If there is no whole checkpoint, its network can not be made any more, or the folder can not be
-            written or is there already.
+        UserError: If there is no whole checkpoint, or the folder can not be written or is there already.
     """
-    run = checkpoint.parent.parent
+    checkpoint = checkpoint.absolute()
     try:
-        stored = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
-    except (OSError, ValueError, yaml.YAMLError) as e:
+        stored = yaml.safe_load((checkpoint.parent.parent / 'args.yaml').read_text(encoding='utf-8'))
+        args = argparse.Namespace(**(vars(parse_options([])) | stored))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as e:
         raise UserError(f'{checkpoint} is not a checkpoint of a run; give RUN/checkpoints/step-....') from e
     if output.exists():
         raise UserError(f'{output} is there already; name another folder with --output.')
-    args = argparse.Namespace(**(vars(parse_options([])) | stored))
     found = CheckpointStore(checkpoint.parent).read(checkpoint)
-    import_modules(args)
-    model = finished_model(args, found.group('average') or found.group('model'))
     facts = found.state.get('facts')
     if facts is None:
         raise UserError(f'{checkpoint} was written by an older version, which kept too little for this; go on with its '
                         'run by --resume, which ends with weights.')
-    describe_trained(args, model, resolve_input_config(args, model), facts['class_names'])
-    progress = found.progress
-    batches = found.state['images'] // (args.batch_size * found.state['processes'])
-    epochs = round(progress.epoch + progress.batch / batches, 2)
-    told = run_facts(
-        args, model, epochs=int(epochs) if epochs.is_integer() else epochs, seconds=found.state['seconds'],
-        processes=found.state['processes'], **{name: facts[name] for name in ('command', 'hardware', 'versions')})
-    card = run_card(told | dict(seen_in_training=None, of_epochs=args.epochs), vars(args), model)
+    import_modules(args)  # they may register the network
+    model = finished_model(facts, found.group('average') or found.group('model'))
+    epochs = round(found.progress.epoch + found.progress.batch / found.state['batches'], 2)
+    told = tell(args, model, int(epochs) if epochs == int(epochs) else epochs, found.state['seconds'], facts)
+    card = run_card(told | dict(seen_in_training=None, of_epochs=found.state['epochs']), vars(args), model)
     with writing(f'The weights in {output}', MAKE_ROOM):
-        return save_folder(model, output, card, made_with(args))
+        return save_folder(model, output, card, facts['model_args'])

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import math
 import os
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -180,14 +181,15 @@ def check_compiler(backend: str, mode: Optional[str], on_cpu: bool) -> None:
 
 def _check_cpp() -> None:
     usual = {'darwin': 'clang++', 'win32': 'cl'}.get(sys.platform, 'g++')
-    compiler = os.environ.get('CXX', usual)
+    compiler = next(iter(shlex.split(os.environ.get('CXX', ''))), usual)
     if not shutil.which(compiler):
         raise UserError(f'--torchcompile needs a C++ compiler on the CPU and there is no {compiler}; install {usual}, '
                         'name another one by the variable CXX, or run eagerly with --no-torchcompile.')
-    headers = Path(sysconfig.get_path('include'))
-    if not (headers / 'Python.h').is_file():
-        raise UserError(f'--torchcompile needs the headers of Python on the CPU and {headers} has none; install them '
-                        '(python3-dev), or run eagerly with --no-torchcompile.')
+    if sys.platform == 'linux' and 'CPATH' not in os.environ:
+        headers = [sysconfig.get_path('include'), sysconfig.get_path('include', 'posix_prefix')]
+        if not any(Path(folder, 'Python.h').is_file() for folder in headers):
+            raise UserError(f'--torchcompile needs the headers of Python on the CPU and {headers[0]} has none; install '
+                            'them (python3-dev), or run eagerly with --no-torchcompile.')
 
 
 def _check_triton() -> None:
@@ -241,20 +243,13 @@ def create_model(args: argparse.Namespace) -> TimmModel:
             raise UserError(f'--initial-checkpoint {args.initial_checkpoint} could not be loaded ({reason}).') from e
     if args.grow_from:
         try:
-            grow(load_model(args.grow_from), model)
+            shallow = load_model(args.grow_from)
+            grow(shallow, model)
+            model.pretrained_cfg['license'] = shallow.pretrained_cfg.get('license')
         except UserError as e:
             raise UserError(f'--grow-from {args.grow_from} can not start {args.model}: {e}') from e
     _init_head(args, model)
     return model
-
-
-def finished_model(args: argparse.Namespace, state: Dict[str, torch.Tensor]) -> TimmModel:
-    """A network of its own with the weights of a training, free of what training wrapped around the first one."""
-    from_source = args.pretrained and not args.pretrained_path  # a weights folder has the shape of its network
-    finished = create_model(argparse.Namespace(**{
-        **vars(args), 'pretrained': from_source, 'pretrained_path': None, 'initial_checkpoint': '', 'grow_from': ''}))
-    finished.load_state_dict({name: tensor.cpu() for name, tensor in state.items()})
-    return finished
 
 
 @torch.no_grad()

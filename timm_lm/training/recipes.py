@@ -30,7 +30,8 @@ def find_recipe(name: str) -> Tuple[Path, Optional[str]]:
             path = RECIPES / f'{stem}.yaml'
             text = path.read_text(encoding='utf-8')
             for_any = re.search('(?m)^pretrained: true', text)
-            if network and not for_any and network not in re.findall(r'\w+', text):
+            told = ' '.join(re.findall('(?m)^(?:#|model:).*', text))  # not those that it starts or learns from
+            if network and not for_any and network not in re.findall(r'\w+', told):
                 raise UserError(f"The recipe {stem} is not for {network}; `timm-lm recipe {stem}` tells what it is "
                                 'for, and --model takes any network.')
             return path, network

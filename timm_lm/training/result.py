@@ -27,18 +27,16 @@ DATASET_NAMES = {'uoft-cs/cifar10': 'CIFAR-10', 'uoft-cs/cifar100': 'CIFAR-100'}
 
 
 def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_loader: Optional[BatchLoader],
-                 seen: Optional[Dict[str, float]], epochs: int, seconds: float, command: str, device: torch.device,
-                 num_processes: int) -> None:
+                 seen: Optional[Dict[str, float]], epochs: int, seconds: float, facts: Mapping[str, Any]) -> None:
     """Write the weights folder, then count the errors of what was written: in float32, eager, on the CPU."""
-    facts = run_facts(args, model, epochs, seconds, command, hardware(device, num_processes), versions(), num_processes)
-    told: Dict[str, Any] = dict(seen_in_training=seen) | facts
+    told: Dict[str, Any] = dict(seen_in_training=seen) | tell(args, model, epochs, seconds, facts)
     options = vars(args)
-    weights = save_folder(model, folder / 'weights', run_card(told, options, model), made_with(args))
+    weights = save_folder(model, folder / 'weights', run_card(told, options, model), facts['model_args'])
     if eval_loader is None:
         _write_result(folder, told)
         return
     threads = torch.get_num_threads()
-    if num_processes > 1:  # a launcher gives each process one thread or a few; the others wait now
+    if facts['processes'] > 1:  # a launcher gives each process one thread or a few; the others wait now
         torch.set_num_threads(usable_cores())
     result = evaluate(load_folder(weights), eval_loader.on_cpu(COUNT_BATCH_SIZE))
     torch.set_num_threads(threads)
@@ -52,20 +50,47 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
 def describe_trained(args: argparse.Namespace, model: TimmModel, data_config: Dict[str, Any],
                      class_names: Optional[Sequence[str]]) -> None:
     """Write into a network's config what it is trained on."""
+    if args.initial_checkpoint or args.pretrained_path:
+        licence: Optional[str] = 'unknown'
+    else:  # that of what it starts from stays
+        licence = None if args.pretrained or args.grow_from else 'apache-2.0'
     # validation crops the middle, as in timm's script, also where the network came with another way
-    describe(model, tag=args.tag or None, class_names=class_names, crop_mode='center',
-             license=None if args.pretrained else 'apache-2.0', **data_config)
+    describe(model, tag=args.tag or None, class_names=class_names, crop_mode='center', license=licence, **data_config)
 
 
-def made_with(args: argparse.Namespace) -> Dict[str, Any]:
-    """Keywords beside the class count that the network of a run was made with."""
-    model_args = (saved_model_args(args.model) if args.pretrained else {}) | args.model_kwargs
-    model_args.pop('in_chans', None)  # that of the network now
-    return model_args | (dict(global_pool=args.gp) if args.gp else {})
+def finished_model(facts: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> TimmModel:
+    """A network of its own with the weights of a training, free of what training wrapped around the first one.
+
+    Args:
+        facts: What ``run_facts`` tells of it.
+        state: Its state dict.
+    """
+    model = timm.create_model(facts['pretrained_cfg']['architecture'], **facts['model_args'] | facts['sizes'])
+    model.pretrained_cfg = facts['pretrained_cfg']
+    model.load_state_dict({name: tensor.cpu() for name, tensor in state.items()})
+    return model
 
 
-def run_facts(args: argparse.Namespace, model: TimmModel, epochs: float, seconds: float, command: str, hardware: str,
-              versions: str, processes: int) -> Dict[str, Any]:
+def run_facts(args: argparse.Namespace, model: TimmModel, command: str, device: torch.device,
+              processes: int) -> Dict[str, Any]:
+    """What is known of a run when it starts, in what JSON can hold: its network, and what it is computed by."""
+    model_args = saved_model_args(args.model) | args.model_kwargs
+    for name in ('in_chans', 'num_classes'):  # those of the network now
+        model_args.pop(name, None)
+    in_chans = getattr(model, 'in_chans', 3)
+    return dict(
+        pretrained_cfg=model.pretrained_cfg,
+        model_args=model_args | (dict(global_pool=args.gp) if args.gp else {}),
+        sizes=dict(num_classes=model.num_classes) | (dict(in_chans=in_chans) if in_chans != 3 else {}),
+        command=command,
+        hardware=_hardware(device) + (f', {processes} processes' if processes > 1 else ''),
+        processes=processes,
+        versions=f'timm-lm {timm_lm.__version__}, timm {timm.__version__}, torch {torch.__version__}',
+    )
+
+
+def tell(args: argparse.Namespace, model: TimmModel, epochs: float, seconds: float,
+         facts: Mapping[str, Any]) -> Dict[str, Any]:
     """What ``result.json`` tells of a run beside its errors."""
     architecture = model.pretrained_cfg['architecture']
     return dict(
@@ -73,20 +98,12 @@ def run_facts(args: argparse.Namespace, model: TimmModel, epochs: float, seconds
         parameters=sum(p.numel() for p in model.parameters()),
         input_size=model.pretrained_cfg['input_size'],
         k=mean_k(model),  # with model_ema not those of the last update
-        command=command,
         epochs=epochs,
         seed=args.seed,
         minutes=round(seconds / 60, 1),
-        hardware=hardware,
         precision=asked_precision(vars(args)),
-        processes=processes,
-        versions=versions,
+        **{name: facts[name] for name in ('command', 'hardware', 'processes', 'versions')},
     )
-
-
-def versions() -> str:
-    """Versions of what a run is computed by."""
-    return f'timm-lm {timm_lm.__version__}, timm {timm.__version__}, torch {torch.__version__}'
 
 
 def _write_result(folder: Path, told: Mapping[str, Any]) -> None:
@@ -179,12 +196,7 @@ def _dataset(args: Mapping[str, Any]) -> Tuple[str, str]:
     return '', Path(args['data_dir'] or source).name
 
 
-def hardware(device: torch.device, num_processes: int) -> str:
-    """Name of the processor or GPU, and how much of it is used."""
-    return _processor(device) + (f', {num_processes} processes' if num_processes > 1 else '')
-
-
-def _processor(device: torch.device) -> str:
+def _hardware(device: torch.device) -> str:
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     try:
@@ -202,7 +214,7 @@ def usable_cores() -> int:
 
 
 # An absolute path, alone or after an option and what names of networks and data sets begin with.
-_PLACE = re.compile(r'(--[\w-]+=)?(local-dir:|hfds/)?([/~].*|[A-Za-z]:\\.*)', re.DOTALL)
+_PLACE = re.compile(r'(-\w|--[\w-]+=|\w+=)?(local-dir:|hfds/)?([/~].*|[A-Za-z]:[\\/].*)', re.DOTALL)
 
 
 def command_line(argv: List[str]) -> str:
@@ -213,12 +225,13 @@ def command_line(argv: List[str]) -> str:
     shown: List[str] = []
     words = iter(argv)
     for word in words:
-        option, _, value = word.partition('=')
+        option = word.partition('=')[0]
         if option in ('--data-dir', '--output', '--experiment', '--resume'):
-            if not value:
+            if '=' not in word:
                 next(words, None)
             shown += [option, 'DIR'] if option == '--data-dir' else []
         else:
             place = _PLACE.fullmatch(word)
-            shown.append(f"{place[1] or ''}{place[2] or ''}{_last_name(place[3])}" if place else word)
+            name = _last_name(place[3].replace('\\', '/')) if place else ''
+            shown.append(f"{place[1] or ''}{place[2] or ''}{name}" if place and name else word)
     return 'timm-lm ' + shlex.join(shown)

@@ -3,6 +3,7 @@
 The loop is an ordinary one on Accelerate, which owns device, precision and processes.
 """
 import argparse
+import shlex
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,6 @@ from .checkpoint import Checkpoint, CheckpointStore, Progress
 from .factory import (
     create_accelerator,
     create_model,
-    finished_model,
     import_modules,
     set_learning_rate,
     settle_precision,
@@ -36,9 +36,9 @@ from .result import (
     RESULT_NAME,
     command_line,
     describe_trained,
-    hardware,
+    finished_model,
+    run_facts,
     save_weights,
-    versions,
 )
 from .run_folder import find_checkpoint, own_run_folder, run_folder
 from .signals import Interrupted, StopSignals
@@ -86,7 +86,9 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     check_input(model, data_config, args.model)
     with _first_of_machine_first(accelerator):
         load = partial(load_split, args, data_config=data_config, show=is_main, device=accelerator.device)
-        train_set = load(args.train_split, is_training=True)
+        # images are read as before where a run goes on, whatever fits on this machine
+        kind = checkpoint.state.get('loader') if checkpoint else None
+        train_set = load(args.train_split, is_training=True, kind=kind)
         eval_set = load(args.val_split) if args.val_split else None
     for data in (train_set, eval_set):
         if data is not None:
@@ -110,9 +112,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     set_seed(args.seed, device_specific=True)  # each process drops other paths
     signals = StopSignals(several=accelerator.num_processes > 1)
     training = Training(args, accelerator, model, train_loader, data_config, store, signals)
-    training.facts = dict(
-        class_names=train_set.class_names, command=command, versions=versions(),
-        hardware=hardware(accelerator.device, accelerator.num_processes))
+    training.facts = run_facts(args, model, command, accelerator.device, accelerator.num_processes)
     if is_main:
         print(describe_run(args, model, train_loader, eval_loader, accelerator, folder), flush=True)
         for remark in describe_data(model, [data for data in (train_set, eval_set) if data is not None]):
@@ -125,7 +125,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     progress = training.resume(checkpoint) if checkpoint else Progress()  # refused before anything is changed
     accelerator.wait_for_everyone()
     with own_run_folder(folder, args, resumed=checkpoint is not None) if is_main else nullcontext():
-        _run(args, accelerator, training, eval_loader, folder, checkpoint, progress, command)
+        _run(args, accelerator, training, eval_loader, folder, checkpoint, progress)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
@@ -139,7 +139,6 @@ def _run(
         folder: Path,
         checkpoint: Optional[Checkpoint],
         progress: Progress,
-        command: str,
 ) -> None:
     """From the checkpoint, or the start, to the weights."""
     is_main, store = accelerator.is_main_process, training.store
@@ -189,15 +188,14 @@ def _run(
         if training.best is not None:
             best = training.best
             path = store.folder / best['checkpoint']  # it is gone if a run went back and found no better one
-            where = f' (`timm-lm weights {path}` makes weights of it)' if path.is_dir() else ''
+            where = f' (`timm-lm weights {shlex.quote(str(path))}` makes weights of it)' if path.is_dir() else ''
             tqdm.write(f"best {best['metric']} {best['value']:.4g} after epoch {best['epoch'] + 1}{where}; the weights "
                        'saved are those of the last epoch')
         seen = evaluation or (log.rows()[-1]['eval'] if log.rows() else None)
-        finished = finished_model(args, final)
-        finished.pretrained_cfg = training.model.pretrained_cfg
+        finished = finished_model(training.facts, final)
         with writing(f'The weights in {folder}', MAKE_ROOM):
-            save_weights(args, finished, folder, eval_loader, seen, training.num_epochs,
-                         training.seconds, command, accelerator.device, accelerator.num_processes)
+            save_weights(args, finished, folder, eval_loader, seen, training.num_epochs, training.seconds,
+                         training.facts)
 
 
 def _compare_checkpoints(accelerator: Any, checkpoint: Optional[Checkpoint], folder: Path) -> None:
