@@ -33,10 +33,15 @@ def _register() -> None:
 
 
 class _Finder:
-    """Finds ``timm.models`` as the other finders do, under a loader that registers the networks afterwards."""
+    """Finds ``timm.models`` as the other finders do, under a loader that registers the networks afterwards.
+
+    Then it finds nothing more, and stays: other threads may be going through ``sys.meta_path``.
+    """
+
+    done = False
 
     def find_spec(self, name, path=None, target=None):
-        if name != TARGET:
+        if name != TARGET or self.done:
             return None
         # importlib.util.find_spec would wait for all of timm, and two threads that import it for each other
         for finder in sys.meta_path:
@@ -61,7 +66,6 @@ class _Loader:
 
     def exec_module(self, module):
         module.__loader__ = module.__spec__.loader = self.loader
-        self.loader.exec_module(module)  # an error of timm passes on; the finder stays for the next try
-        if self.finder in sys.meta_path:
-            sys.meta_path.remove(self.finder)
+        self.loader.exec_module(module)  # an error of timm passes on; the finder is there for the next try
+        self.finder.done = True
         _register()

@@ -9,7 +9,7 @@ from functools import partial
 
 import timm
 import torch
-from measure import add_options, print_result, take_turns
+from measure import add_options, parse, print_result, take_turns
 
 import timm_lm
 from timm_lm.allocator import keep_freed_memory
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--compile', action='store_true', help='compiled forms as well')
     add_options(parser)
-    args = parser.parse_args()
+    args = parse(parser)
 
     keep_freed_memory()
     plain = timm.create_model(args.peer).eval().requires_grad_(False).to(args.device)
@@ -40,6 +40,7 @@ def main() -> None:
     size = network.pretrained_cfg['input_size']
     with torch.inference_mode(), torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.amp):
         for batch_size in args.batch_sizes:
+            torch.compiler.reset()  # it compiles for a few sizes, and runs further ones eagerly
             images = torch.randn(batch_size, *size, device=args.device)
             peers = {name: partial(net, images) for name, net in networks.items()}
             seconds = take_turns(peers, args.rounds, args.device)

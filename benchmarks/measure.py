@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 
-from timm_lm.precision import cpu_has_bfloat16
+from timm_lm.precision import no_bfloat16
 from timm_lm.training.result import usable_cores
 
 torch.backends.cudnn.benchmark = True  # as timm's scripts
@@ -24,15 +24,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures')
 
 
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, after what would end a measurement late."""
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error('--rounds must be at least 1')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda needs a GPU that PyTorch can use, and there is none')
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f'there is no folder for {args.json}; make it first')
+    return args
+
+
 def add_dtype_option(parser: argparse.ArgumentParser) -> None:
     """The option that ``lower_precision`` reads."""
     parser.add_argument('--dtype', choices=['bfloat16', 'float32'],
-                        help='(default: bfloat16, or float32 on a CPU that has no instructions for it)')
+                        help='(default: bfloat16, or float32 on a device that has no instructions for it)')
 
 
 def lower_precision(args: argparse.Namespace) -> str:
     """Name of the precision to measure in: the one asked for, else the one that pays on the device."""
-    return args.dtype or ('bfloat16' if args.device != 'cpu' or cpu_has_bfloat16() else 'float32')
+    return args.dtype or ('float32' if no_bfloat16(args.device) else 'bfloat16')
 
 
 def machine(device: str) -> Dict[str, Any]:

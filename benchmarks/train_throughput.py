@@ -5,8 +5,8 @@
 In one run, on the same Parquet data and machine, by turns and each in a process of its own:
 
 - `timm-lm train` by the recipe;
-- timm's script by the same recipe, thus in the same precision, memory layout and compilation (float32 on a CPU without
-  bfloat16, where `timm-lm train` would leave the recipe's);
+- timm's script by the same recipe, thus in the same precision, memory layout and compilation (float32 on a device
+  without bfloat16, where `timm-lm train` would leave the recipe's);
 - timm's script by the recipe less these, that is by timm's defaults: float32, contiguous, eager, 4 worker processes;
 - a bare loop of the same steps on random pixels, which no engine exceeds without other kernels (`one_training.py`).
 
@@ -43,7 +43,7 @@ import yaml
 from measure import columns, machine, machine_line
 
 from timm_lm.errors import UserError
-from timm_lm.precision import cpu_has_bfloat16
+from timm_lm.precision import no_bfloat16
 from timm_lm.splits import find_parquet
 from timm_lm.training.factory import can_fuse
 from timm_lm.training.options import parse_options
@@ -52,6 +52,7 @@ from timm_lm.training.result import usable_cores
 ONE_TRAINING = Path(__file__).resolve().parent / 'one_training.py'
 # Keys of a recipe that timm's defaults leave off.
 AMP_OPTIONS = ('amp', 'amp_dtype')
+LATE_OPTIONS = ('mixup_off_epoch', 'two_step_epoch')  # epochs that a short run does not reach
 SPEED_OPTIONS = (*AMP_OPTIONS, 'channels_last', 'torchcompile', 'torchcompile_mode')
 BARE_LINE = re.compile(r'([\d.]+) images/s')  # of an epoch of one_training.py
 # timm's line of a batch: epoch, batch, batches, ..., (mean seconds, mean images/s of the epoch so far)
@@ -291,8 +292,9 @@ def compare(args: argparse.Namespace, folder: Path) -> Dict[str, Any]:
         our_command('recipe', args.recipe, '--path'), folder).splitlines()[-1]
     recipe_path = Path(recipe).resolve()
     recipe_name = recipe_path.stem
-    if args.device == 'cpu' and not cpu_has_bfloat16():  # our engine leaves it then, and the peer would not
-        recipe_path = write_recipe_without(AMP_OPTIONS, recipe_path, folder / 'float32.yaml')
+    parse_options(['-c', str(recipe_path)])  # what is wrong with it is told
+    left_out = (*LATE_OPTIONS, *(AMP_OPTIONS if no_bfloat16(args.device) else ()))  # our engine leaves the latter then
+    recipe_path = write_recipe_without(left_out, recipe_path, folder / 'short.yaml')
 
     mode = ['--torchcompile-mode', args.torchcompile_mode] if args.torchcompile_mode else []
     # a short run has no room for the recipe's schedule

@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, Tuple
 import timm
 import torch
 import torch.nn.functional as F
-from measure import add_dtype_option, add_options, kept_bytes, lower_precision, print_result, take_turns
+from measure import add_dtype_option, add_options, kept_bytes, lower_precision, parse, print_result, take_turns
 
 import timm_lm  # noqa: F401  registers its networks
 from timm_lm.allocator import keep_freed_memory
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument('--grad-checkpointing', action='store_true', help='recompute each block in backward')
     add_dtype_option(parser)
     add_options(parser)
-    args = parser.parse_args()
+    args = parse(parser)
     args.dtype = lower_precision(args)
 
     keep_freed_memory()
@@ -58,6 +58,7 @@ def main() -> None:
     labels = torch.randint(10, (args.batch_size,), device=args.device)
     rows = [('network', 'ms a step', 'time ratio', 'KiB an image kept', 'bytes ratio', 'peak KiB an image')]
     for depth in args.depths:
+        torch.compiler.reset()  # it compiles a few networks of a class, and runs further ones eagerly
         names = [f'{twin}{depth}' for twin in TWINS]
         steps, kept, peaks = {}, {}, {}
         for name in names:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Callable, Dict, List, Tuple
 
 import torch
-from measure import add_dtype_option, add_options, lower_precision, print_result, take_turns
+from measure import add_dtype_option, add_options, lower_precision, parse, print_result, take_turns
 
 from timm_lm.allocator import keep_freed_memory
 from timm_lm.layers import two_step
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description='The two-step update against the plain sum.')
     add_dtype_option(parser)
     add_options(parser)
-    args = parser.parse_args()
+    args = parse(parser)
     args.dtype = lower_precision(args)
 
     keep_freed_memory()

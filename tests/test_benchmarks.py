@@ -7,6 +7,8 @@ import timm
 import torch
 from forked import Command
 
+from timm_lm.training.recipes import find_recipe
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / 'benchmarks'
 
 
@@ -39,6 +41,28 @@ def test_bytes_kept_for_backward(depth, limit, compiled, monkeypatch):
         kept.append(kept_bytes(forward))
     assert kept[0] > images.nbytes
     assert kept[1] <= limit * kept[0]
+
+
+@pytest.mark.parametrize('recipe', ['best_c10', 'regrow_c100', 'plain_first_c10'])
+def test_recipes_of_late_epochs_run_shortly(recipe, tmp_path, monkeypatch, few_digits, command):
+    """As train_throughput.py has them run, in few epochs."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from train_throughput import LATE_OPTIONS, write_recipe_without
+
+    short = write_recipe_without(LATE_OPTIONS, find_recipe(recipe)[0], tmp_path / 'short.yaml')
+    code, _, err = command(
+        'train', '-c', short, '--data-dir', few_digits, '--input-key', 'image', '--target-key', 'label', '--grow-from',
+        '', '--model', 'lm_resnet20', '--batch-size', 64, '--sched', 'cosine', '--warmup-epochs', 0, '--epochs', 3,
+        '--dry-run')
+    assert code == 0, err
+
+
+@pytest.mark.parametrize('script', ['training.py', 'inference.py', 'update.py'])
+def test_what_would_end_a_measurement_late_is_told_first(script, tmp_path):
+    for options, message in ((('--rounds', '0'), '--rounds must be at least 1'),
+                             (('--json', tmp_path / 'nowhere' / 'a.json'), 'there is no folder for')):
+        code, _, err = Command(*options, script=BENCHMARKS / script).wait()
+        assert code == 2 and message in err
 
 
 def test_checkpointing_keeps_less(tmp_path):

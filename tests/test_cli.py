@@ -1,5 +1,6 @@
 """The command line: what it prints, and how it fails."""
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,14 @@ def test_recipe_lists_prints_and_locates(command):
     assert command('recipe', 'lm_resnet20.paper_c10', '--path')[1] == path
     code, other, _ = command('recipe', 'preact_resnet56.paper_c10')
     assert other == out.replace('model: lm_resnet20', 'model: preact_resnet56') != out
+
+
+def test_demonstration_that_is_stopped(tmp_path):
+    demo = Command('demo', '--output', tmp_path / 'demo')
+    demo.signal_when(lambda: (tmp_path / 'demo' / 'run' / 'metrics.jsonl').exists(), signal.SIGINT)
+    code, _, err = demo.wait()
+    assert code == 130 and 'Traceback' not in err
+    assert err.strip().splitlines()[-1].startswith('timm-lm: the demonstration was stopped; `timm-lm demo --output ')
 
 
 @pytest.mark.parametrize('argv, message', [

@@ -141,8 +141,8 @@ def test_wheel_has_the_weights_of_the_repository(contents):
     assert all(data == (ROOT / 'weights' / name).read_bytes() for name, data in weights.items())
 
 
-def test_wheel_has_the_template_of_the_card(contents):
-    assert 'timm_lm/MODEL_CARD.md' in contents
+def test_wheel_has_the_template_of_the_card_and_the_mark_of_types(contents):
+    assert {'timm_lm/MODEL_CARD.md', 'timm_lm/py.typed'} <= contents.keys()
 
 
 def test_wheel_has_the_recipes(contents):
@@ -170,7 +170,13 @@ def test_sdist_has_what_builds_tests_and_documents_the_package(sdist):
     } <= names
     for folder in ('weights', 'timm_lm/recipes', 'results', 'docs'):
         assert {f'{folder}/{name}' for name in shipped(folder, '*') if '__pycache__' not in name} <= names
-    assert not any(name.startswith(('.ci', '.git/')) or '__pycache__' in name for name in names)
+    assert not any('__pycache__' in name for name in names)
+    # and nothing that a user's runs and data leave in a checkout
+    tops = {name.partition('/')[0] for name in names}
+    assert tops == {
+        '.gitignore', 'CHANGELOG.md', 'CITATION.cff', 'LICENSE', 'MODEL_CARD.md', 'Makefile', 'PKG-INFO',
+        'README.md', '_timm_lm_autoload.py', 'benchmarks', 'docs', 'hubconf.py', 'pyproject.toml',
+        'requirements-dev.txt', 'results', 'tests', 'timm_lm', 'weights'}
 
 
 def test_sdist_builds_the_same_wheel(sdist, contents, tmp_path):

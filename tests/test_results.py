@@ -99,6 +99,7 @@ def test_another_run_of_the_same_name_is_refused(run_folder, tmp_path):
     for name, value in (('seed', 'seed: 43'), ('model', 'model: preact_resnet20')):
         run = shutil.copytree(run_folder, tmp_path / name / 'run')
         (run / 'result.json').unlink()
+        shutil.rmtree(run / 'checkpoints')
         text = (run / 'args.yaml').read_text()
         (run / 'args.yaml').write_text(re.sub(f'(?m)^{name}: .*', value, text))
         with pytest.raises(UserError, match='two runs run of few .lm_resnet20.demo_digits of seed 42 and'):
@@ -125,6 +126,33 @@ def test_what_a_run_changed_in_its_recipe_is_recorded(run_folder, few_digits, tm
     assert read_run(run)['recipe'] == f"demo_digits with batch_size {2 * options['batch_size']}"
     (run / 'args.yaml').write_text(yaml.safe_dump(options | dict(batch_size=options['batch_size'] // 2)))
     assert read_run(run)['recipe'] == 'demo_digits'
+
+
+def test_places_of_a_machine_are_not_recorded(run_folder, few_digits, tmp_path, monkeypatch):
+    run = shutil.copytree(run_folder, tmp_path / 'run')
+    options = vars(parse_options(['-c', 'demo_digits', '--grow-from', '/home/me/runs/shallow/weights']))
+    monkeypatch.chdir(shutil.copytree(few_digits, tmp_path / 'digits'))
+    for start in ('local-dir:/home/me.x/runs/a', 'lm_resnet20'):
+        (run / 'args.yaml').write_text(yaml.safe_dump(options | dict(model=start, data_dir='.')))
+        found = read_run(run)
+        assert (found['recipe'], found['dataset']) == ('demo_digits with grow_from shallow', 'digits')
+        (run / 'result.json').unlink(missing_ok=True)
+        assert read_run(run)['model'] == 'lm_resnet20.demo_digits'
+
+
+@pytest.mark.parametrize('text', ['', 'model: lm_resnet20', '- a'])
+def test_folder_of_other_options_is_no_run(run_folder, tmp_path, text):
+    run = shutil.copytree(run_folder, tmp_path / 'run')
+    (run / 'args.yaml').write_text(text)
+    with pytest.raises(UserError, match='is not the folder of a run'):
+        read_run(run)
+
+
+def test_a_table_of_a_data_set_without_runs_is_empty(results, tmp_path):
+    tables = yaml.safe_load((results / 'tables.yaml').read_text())
+    (results / 'tables.yaml').write_text(yaml.safe_dump([*tables, tables[0] | dict(title='Others', dataset='others')]))
+    write_report(results, tmp_path / 'results.md')
+    assert '## Others' in (tmp_path / 'results.md').read_text()
 
 
 def test_a_run_that_did_not_end_is_a_row_too(run_folder, tmp_path):

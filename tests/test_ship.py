@@ -198,6 +198,12 @@ def test_counts_are_made_again(few_digits, places, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(check_weights, 'weights_dir', lambda: weights)
     assert check_weights.main([str(tmp_path)]) == 0
     assert check_weights.main([str(tmp_path / 'nowhere')]) == 2
+    [folder] = (path for path in weights.iterdir() if path.is_dir())
+    for path in (folder / 'README.md', folder / 'config.json', folder / 'model.safetensors', folder):
+        aside = path.rename(tmp_path / 'aside')
+        assert check_weights.main([str(tmp_path)]) == 2, path  # what is missing is not passed over
+        aside.rename(path)
+    assert check_weights.main([str(tmp_path)]) == 0
     card.write_text(text.replace('uoft-cs/cifar10', 'uoft-cs/cifar11'))
     capsys.readouterr()
     assert check_weights.main([str(tmp_path)]) == 2

@@ -6,7 +6,7 @@ from typing import Optional, Sequence
 
 from .errors import UserError
 from .hub import recorded_error, verify_folder
-from .models._weights import weights_dir
+from .models._weights import read_digests, weights_dir
 
 # Id of a data set on the Hub, as cards name it, to its folder.
 FOLDERS = {'uoft-cs/cifar10': 'cifar10', 'uoft-cs/cifar100': 'cifar100'}
@@ -23,8 +23,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(argv)
     wrong = 0
     try:
-        for folder in sorted(path for path in weights_dir().iterdir() if (path / 'config.json').is_file()):
-            wrong += not _check(folder, args.data)
+        names = sorted({path.partition('/')[0] for path in read_digests(weights_dir())})
+        if not names:
+            raise UserError(f'{weights_dir()} has no table of digests; restore it.')
+        for name in names:
+            wrong += not _check(weights_dir() / name, args.data)
     except UserError as e:
         print(f'check-weights: error: {e}', file=sys.stderr)
         return 2
@@ -38,9 +41,9 @@ def _check(folder: Path, data: Path) -> bool:
 
     verify_folder(folder)
     recorded = recorded_error(folder)
-    results = ModelCard.load(folder / 'README.md').data.eval_results or []
-    if recorded is None or not results:
-        raise UserError(f'The card of {folder} records no error; train it again, or take the folder away.')
+    if recorded is None:
+        raise UserError(f'The card of {folder} records no error; restore it, or train the network again.')
+    results = ModelCard.load(folder / 'README.md').data.eval_results
     dataset = results[0].dataset_type
     if dataset not in FOLDERS:
         raise UserError(f'The card of {folder} names the data set {dataset}, known are: {", ".join(FOLDERS)}.')

@@ -351,8 +351,14 @@ def _demo(argv: List[str]) -> None:
     args = parser.parse_args(argv)
 
     from .demo import demo
+    from .training.signals import Interrupted
 
-    demo(Path(args.output))
+    try:
+        demo(Path(args.output))
+    except Interrupted as e:
+        print(f'timm-lm: the demonstration was stopped; `timm-lm demo --output {args.output}` begins a new one',
+              file=sys.stderr)
+        sys.exit(e.exit_code)
 
 
 COMMANDS: Dict[str, Callable[[List[str]], Optional[int]]] = {

@@ -1,6 +1,7 @@
 """The whole job in two minutes: train on scikit-learn's digits, save, reload through timm, evaluate, draw."""
 import io
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Sequence
@@ -81,9 +82,11 @@ def demo(output: Path, options: Sequence[str] = ()) -> Path:
     is_ours = data.is_dir() and {file.name for file in data.iterdir()} <= {_file_name(split) for split in SPLITS}
     if output.is_file() or output.exists() and any(output.iterdir()) and not is_ours:
         raise UserError(f'{output} holds something else than a demonstration; give another folder with --output.')
-    for part in (data, output / 'run'):
-        shutil.rmtree(part, ignore_errors=True)
-    write_digits(data)
+    with tempfile.TemporaryDirectory() as temporary:
+        new = write_digits(Path(temporary) / 'digits')  # what is missing for it is told before anything is removed
+        for part in (output / 'run', data):  # the digits tell whose folder it is, so they go last
+            shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(new, data)
     start = time.perf_counter()
     run = train(
         parse_options(['-c', 'demo_digits', '--data-dir', str(data), '--output', str(output), '--experiment',

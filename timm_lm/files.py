@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Union
+from typing import Any, Iterator, Union
 
 from safetensors import SafetensorError
 
@@ -53,6 +53,13 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f'.{path.name}.new')
     temporary.write_text(text, encoding='utf-8')
     sync(temporary)
+    os.replace(temporary, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib as PNG beside its place, and rename it; the same figure makes the same file."""
+    temporary = path.with_name(f'.{path.name}.new')
+    figure.savefig(temporary, dpi=120, format='png', metadata={'Software': None})
     os.replace(temporary, path)
 
 

@@ -99,8 +99,9 @@ def split_page(page: Path) -> Tuple[str, str]:
     """
     try:
         text = page.read_text(encoding='utf-8')
-    except OSError as e:
-        raise UserError(f'{page} can not be read ({e.strerror}); name the README of a checkout.') from e
+    except (OSError, ValueError) as e:  # no UTF-8
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise UserError(f'{page} can not be read ({reason}); name the README of a checkout.') from e
     before, start, rest = text.partition(_START)
     _, end, after = rest.partition(_END)
     if not start or not end:

@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 import yaml
 
 from .errors import UserError
-from .files import write_text
+from .files import save_figure, write_text
 from .precision import asked_precision
 
 # timm's columns of results, then ours: errors and parameters as timm counts them (%, millions).
@@ -39,28 +39,35 @@ def read_run(folder: Union[str, Path]) -> Row:
     Raises:
         UserError: If it is no run folder.
     """
-    from .training.report import RunLog
-    folder = Path(folder)
     try:
-        args = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
-        epochs = RunLog(folder).rows()
-        path = folder / 'result.json'
-        result = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
-        if not epochs:
-            raise ValueError('no epoch was finished')
-    except (OSError, ValueError, yaml.YAMLError) as e:
-        raise UserError(f'{folder} is not the folder of a run ({e}).') from e
+        return _read_run(Path(folder))
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, yaml.YAMLError) as e:
+        reason = f'it does not tell {e}' if isinstance(e, KeyError) else e
+        raise UserError(f'{folder} is not the folder of a run ({reason}).') from e
+
+
+def _read_run(folder: Path) -> Row:
+    from .training.report import RunLog
+    args = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
+    epochs = RunLog(folder).rows()
+    path = folder / 'result.json'
+    result = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+    if not epochs:
+        raise ValueError('no epoch was finished')
     seen = result.get('seen_in_training') or next((row['eval'] for row in reversed(epochs) if row['eval']), None)
+    last = {} if result else _last_state(folder)
+    network = last.get('facts', {}).get('pretrained_cfg', {})
+    architecture = network.get('architecture') or args['model'].partition('.')[0]
     last_k = [statistics.mean(values) for values in epochs[-1]['k'].values()]
     done = len(epochs)
     row: Dict[str, Any] = dict(
-        model=result.get('model') or '.'.join(filter(None, (args['model'].partition('.')[0], args['tag']))),
+        model=result.get('model') or '.'.join(filter(None, (architecture, args['tag']))),
         img_size=(result.get('input_size') or args['input_size'] or [''])[-1],
         param_count=f"{result['parameters'] / 1e6:.3f}" if 'parameters' in result else '',
         crop_pct=args['crop_pct'] or '',
         interpolation=args['interpolation'],
         dataset=_dataset(args),
-        recipe=_recipe(args, result.get('processes') or _processes(folder)),
+        recipe=_recipe(args, result.get('processes') or last.get('processes', 1)),
         seed=args['seed'],
         epochs=done,
         seen_top1_err=f"{100 - seen['top1']:.2f}" if seen else '',
@@ -72,14 +79,14 @@ def read_run(folder: Union[str, Path]) -> Row:
     return with_result({name: str(row.get(name, '')) for name in COLUMNS}, dict(k=last_k) | result)
 
 
-def _processes(folder: Path) -> int:
-    """Processes of a run that did not end, by its checkpoints; 1 if none tells."""
+def _last_state(folder: Path) -> Dict[str, Any]:
+    """What the newest readable checkpoint of a run tells beside tensors, nothing if there is none."""
     for path in sorted(folder.glob('checkpoints/step-*/state.json'), reverse=True):
         try:
-            return int(json.loads(path.read_text(encoding='utf-8'))['processes'])
-        except (OSError, ValueError, KeyError, TypeError):
+            return dict(json.loads(path.read_text(encoding='utf-8')))
+        except (OSError, TypeError, ValueError):
             continue
-    return 1
+    return {}
 
 
 def with_result(row: Row, result: Mapping[str, Any]) -> Row:
@@ -98,19 +105,20 @@ def _recipe(args: Dict[str, Any], processes: int) -> str:
     """Name of the recipe of a run, with what was changed in it; the batch is that of all processes."""
     from .training.options import parse_options
     from .training.recipes import list_recipes
+    from .training.result import without_place
     from .training.run_folder import FREE_OPTIONS
     if args['tag'] not in list_recipes():
         return args['tag']
     shipped = yaml.safe_load(yaml.safe_dump(vars(parse_options(['-c', args['tag']]))))
     run = args | dict(batch_size=args['batch_size'] * processes)
-    changed = [f'{name} {run[name]}' for name, value in shipped.items()
+    changed = [f'{name} {without_place(str(run[name]))}' for name, value in shipped.items()
                if name not in (*FREE_OPTIONS, *_SAME_RECIPE) and name in run and run[name] != value]
     return args['tag'] + (f" with {', '.join(changed)}" if changed else '')
 
 
 def _dataset(args: Dict[str, Any]) -> str:
-    source = args['dataset'].removeprefix('hfds/') or args['data_dir'] or ''
-    return Path(source).name
+    from .training.result import folder_name
+    return folder_name(args['dataset'].removeprefix('hfds/') or args['data_dir'] or '')
 
 
 def read_rows(path: Path) -> List[Row]:
@@ -183,7 +191,7 @@ def read_frame(results: Path) -> Tuple[List[Dict[str, Any]], str]:
     try:
         tables = yaml.safe_load((results / 'tables.yaml').read_text(encoding='utf-8'))
         return tables, (results / 'remarks.md').read_text(encoding='utf-8').strip()
-    except (OSError, yaml.YAMLError) as e:
+    except (OSError, ValueError, yaml.YAMLError) as e:
         raise UserError(f'{results} has no readable {Path(getattr(e, "filename", None) or "tables.yaml").name}; run '
                         'this in a checkout, or name its results with --results.') from e
 
@@ -201,7 +209,7 @@ def write_report(results: Path, page: Path) -> None:
     runs |= {dataset: read_rows(results / f'{dataset}.csv') for dataset in others}
     lines = ['# Results', '', '<!-- made by `timm-lm report`; change results/ and run it again -->', '', remarks, '']
     for table in tables:
-        lines += _section(table, runs[table['dataset']], published)
+        lines += _section(table, runs.get(table['dataset'], []), published)
     page.parent.mkdir(parents=True, exist_ok=True)
     for dataset in PLOTTED:
         if _plot_errors(runs[dataset], published, dataset, page.parent / f'error_{dataset}.png'):
@@ -345,7 +353,7 @@ def _plot_errors(runs: List[Row], published: List[Row], dataset: str, path: Path
     axes.set(xlabel='parameters (millions)', ylabel='test error (%)', xscale='log')
     axes.grid(alpha=0.3)
     axes.legend(fontsize='small')
-    figure.savefig(path, dpi=120, metadata={'Software': None})
+    save_figure(figure, path)
     return True
 
 
@@ -366,5 +374,5 @@ def _plot_k(rows: List[Row], path: Path) -> bool:
     axes.set(xlabel='depth (0: first block with a k, 1: last)', ylabel='k')
     axes.grid(alpha=0.3)
     figure.legend(fontsize='x-small', loc='outside lower center', ncols=2)
-    figure.savefig(path, dpi=120, metadata={'Software': None})
+    save_figure(figure, path)
     return True

@@ -8,8 +8,9 @@ from typing import Any, Dict, Iterator, List, NoReturn, Optional, Tuple
 
 import torch
 from accelerate.utils import DistributedType, gather_object
+from timm import scheduler as timm_scheduler
 from timm.models import model_parameters
-from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import dispatch_clip_grad, distribute_bn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,6 +31,7 @@ from .losses import create_loss
 from .report import LiveLine
 from .signals import Interrupted, StopSignals
 
+_PLATEAU: Any = getattr(timm_scheduler, 'PlateauLRScheduler', ())  # newer timm means to leave it out
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SOME = StateDictOptions(full_state_dict=True, strict=False)
 
@@ -468,13 +470,13 @@ def _scheduler_state(scheduler: Any) -> Optional[Dict[str, Any]]:
     """State of a schedule for JSON; that of timm's plateau is not whole, so the inner one is taken."""
     if scheduler is None:
         return None
-    if isinstance(scheduler, PlateauLRScheduler):
+    if isinstance(scheduler, _PLATEAU):
         return dict(plateau=scheduler.lr_scheduler.state_dict(), restore_lr=scheduler.restore_lr)
     return scheduler.state_dict()
 
 
 def _load_scheduler(scheduler: Any, state: Dict[str, Any]) -> None:
-    if isinstance(scheduler, PlateauLRScheduler):
+    if isinstance(scheduler, _PLATEAU):
         scheduler.lr_scheduler.load_state_dict(state['plateau'])
         scheduler.restore_lr = state['restore_lr']
     else:

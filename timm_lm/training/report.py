@@ -8,7 +8,7 @@ from typing import Any, ContextManager, Dict, List, Mapping, Optional
 from timm.utils import update_summary
 from tqdm import tqdm
 
-from timm_lm.files import write_text, writing
+from timm_lm.files import save_figure, write_text, writing
 
 MAKE_ROOM = 'Make room, then go on with --resume auto.'
 # What evaluate() returns, in its order.
@@ -118,16 +118,15 @@ class RunLog:
         if not self.path.exists():
             return
         rows = [row for row in self.rows() if row['epoch'] < epochs]
-        with self._writing():
+        with self._writing(), TemporaryDirectory(dir=self.folder) as temporary:
+            summary = Path(temporary) / self.summary.name
+            for row in rows:
+                _add_to_summary(summary, row)
             write_text(self.path, ''.join(json.dumps(row) + '\n' for row in rows))
-            with TemporaryDirectory(dir=self.folder) as temporary:
-                summary = Path(temporary) / self.summary.name
-                for row in rows:
-                    _add_to_summary(summary, row)
-                if rows:
-                    summary.replace(self.summary)
-                else:
-                    self.summary.unlink(missing_ok=True)
+            if rows:
+                summary.replace(self.summary)
+            else:
+                self.summary.unlink(missing_ok=True)
 
     def rows(self) -> List[Dict[str, Any]]:
         """All epochs so far, but for a last one that was cut short."""
@@ -160,7 +159,7 @@ class RunLog:
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
             axes.legend()
-        figure.savefig(self.folder / 'curves.png', dpi=120)
+        save_figure(figure, self.folder / 'curves.png')
 
         names = list(rows[0]['k']) if rows else []
         if not names:
@@ -175,4 +174,4 @@ class RunLog:
         axes.grid(alpha=0.3)
         if len(names) <= 12:
             axes.legend(fontsize='x-small')
-        figure.savefig(self.folder / 'k.png', dpi=120)
+        save_figure(figure, self.folder / 'k.png')

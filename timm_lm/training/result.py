@@ -193,7 +193,13 @@ def _dataset(args: Mapping[str, Any]) -> Tuple[str, str]:
     source = args['dataset'].removeprefix('hfds/')
     if args['dataset'].startswith('hfds/') and not Path(source).is_dir():
         return source, DATASET_NAMES.get(source, source)
-    return '', Path(args['data_dir'] or source).name
+    return '', folder_name(args['data_dir'] or source)
+
+
+def folder_name(path: str) -> str:
+    """The last name of a path, also of ``.`` and ``..``."""
+    name = Path(path).name
+    return Path(path).resolve().name if name in ('', '..') else name
 
 
 def _hardware(device: torch.device) -> str:
@@ -231,7 +237,12 @@ def command_line(argv: List[str]) -> str:
                 next(words, None)
             shown += [option, 'DIR'] if option == '--data-dir' else []
         else:
-            place = _PLACE.fullmatch(word)
-            name = _last_name(place[3].replace('\\', '/')) if place else ''
-            shown.append(f"{place[1] or ''}{place[2] or ''}{name}" if place and name else word)
+            shown.append(without_place(word))
     return 'timm-lm ' + shlex.join(shown)
+
+
+def without_place(word: str) -> str:
+    """The last name of an absolute path, after the option that it may stand with; other words as they are."""
+    place = _PLACE.fullmatch(word)
+    name = _last_name(place[3].replace('\\', '/')) if place else ''
+    return f"{place[1] or ''}{place[2] or ''}{name}" if place and name else word
