@@ -17,7 +17,7 @@ def autoload() -> None:
         return
     if TARGET in sys.modules:
         _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    elif not any(isinstance(finder, _Finder) and not finder.done for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 

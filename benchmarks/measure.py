@@ -31,8 +31,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error('--rounds must be at least 1')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda needs a GPU that PyTorch can use, and there is none')
-    if args.json and not args.json.parent.is_dir():
-        parser.error(f'there is no folder for {args.json}; make it first')
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.error(f'{args.json} is a folder, or there is none for it')
     return args
 
 

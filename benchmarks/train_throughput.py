@@ -294,7 +294,8 @@ def compare(args: argparse.Namespace, folder: Path) -> Dict[str, Any]:
     recipe_name = recipe_path.stem
     parse_options(['-c', str(recipe_path)])  # what is wrong with it is told
     left_out = (*LATE_OPTIONS, *(AMP_OPTIONS if no_bfloat16(args.device) else ()))  # our engine leaves the latter then
-    recipe_path = write_recipe_without(left_out, recipe_path, folder / 'short.yaml')
+    if any(name in yaml.safe_load(recipe_path.read_text(encoding='utf-8')) for name in left_out):
+        recipe_path = write_recipe_without(left_out, recipe_path, folder / 'short.yaml')
 
     mode = ['--torchcompile-mode', args.torchcompile_mode] if args.torchcompile_mode else []
     # a short run has no room for the recipe's schedule

@@ -1,5 +1,6 @@
 """Batches: from memory and from worker processes, what they depend on, and which of the two a training takes."""
 import io
+import json
 import os
 import pickle
 import random
@@ -467,7 +468,7 @@ def test_loader_by_options(few_digits, monkeypatch, options, limit, kinds):
     assert tuple(type(one) for one in loaders(few_digits, '-c', 'demo_digits', *options)) == kinds
 
 
-def test_run_that_goes_on_reads_its_images_as_before(few_digits, tmp_path, command, monkeypatch):
+def test_run_that_goes_on_reads_its_images_as_before(few_digits, tmp_path, command, fails, monkeypatch):
     """Also where they would fit into memory by now, as other loaders draw other crops and flips."""
     words = ['train', '-c', 'demo_digits', '--data-dir', few_digits, *LARGE, '--model-kwargs', 'layers=(1,1,1)',
              '--epochs', 2, '--warmup-epochs', 0, '--batch-size', 128, '--hflip', 0.5, '--scale', 1, 1, '--ratio', 1, 1,
@@ -480,6 +481,13 @@ def test_run_that_goes_on_reads_its_images_as_before(few_digits, tmp_path, comma
     before = weights.read_bytes()
     code, out, err = command(*words[:-4], '--resume', tmp_path / 'run' / 'checkpoints' / 'step-000000002')
     assert code == 0 and 'Going on from' in out and weights.read_bytes() == before, err
+    state = tmp_path / 'run' / 'checkpoints' / 'step-000000002' / 'state.json'
+    told = json.loads(state.read_text())
+    assert told['loader'] == 'timm'
+    state.write_text(json.dumps(told | dict(loader='memory')))
+    monkeypatch.setattr(data_module, 'MEMORY_LIMIT', LIMIT)
+    line = fails(*words[:-4], '--resume', state.parent)
+    assert 'the run began with its images in memory and can only go on where they fit' in line
 
 
 def test_loader_that_is_refused(few_digits, tmp_path, fails, monkeypatch):

@@ -45,7 +45,7 @@ def _recipe(argv: List[str]) -> None:
         return
     path, model = find_recipe(args.name)
     if args.path:
-        if model and not re.search(f'(?m)^model: {model}$', path.read_text(encoding='utf-8')):
+        if model and not re.search(f'(?m)^model: {re.escape(model)}$', path.read_text(encoding='utf-8')):
             recipe = args.name.rpartition('.')[2]
             raise UserError(f'The file of {recipe} is for its own network; take `timm-lm recipe --path {recipe}`, and '
                             f'give --model {model} beside it.')
@@ -258,7 +258,7 @@ def _weights(argv: List[str]) -> None:
 
     from .training.checkpoint_weights import save_checkpoint_weights
 
-    checkpoint = args.checkpoint
+    checkpoint = args.checkpoint.absolute()
     output = args.output or checkpoint.parent.parent / f'weights-{checkpoint.name}'
     print(save_checkpoint_weights(checkpoint, output))
 

@@ -86,7 +86,7 @@ def demo(output: Path, options: Sequence[str] = ()) -> Path:
         new = write_digits(Path(temporary) / 'digits')  # what is missing for it is told before anything is removed
         for part in (output / 'run', data):  # the digits tell whose folder it is, so they go last
             shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(new, data)
+        shutil.copytree(new, data, dirs_exist_ok=True)
     start = time.perf_counter()
     run = train(
         parse_options(['-c', 'demo_digits', '--data-dir', str(data), '--output', str(output), '--experiment',

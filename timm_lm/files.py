@@ -59,8 +59,11 @@ def write_text(path: Path, text: str) -> None:
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure of matplotlib as PNG beside its place, and rename it; the same figure makes the same file."""
     temporary = path.with_name(f'.{path.name}.new')
-    figure.savefig(temporary, dpi=120, format='png', metadata={'Software': None})
-    os.replace(temporary, path)
+    try:
+        figure.savefig(temporary, dpi=120, format='png', metadata={'Software': None})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def _read_run(folder: Path) -> Row:
         param_count=f"{result['parameters'] / 1e6:.3f}" if 'parameters' in result else '',
         crop_pct=args['crop_pct'] or '',
         interpolation=args['interpolation'],
-        dataset=_dataset(args),
+        dataset=_dataset(args, result or last.get('facts', {})),
         recipe=_recipe(args, result.get('processes') or last.get('processes', 1)),
         seed=args['seed'],
         epochs=done,
@@ -116,9 +116,10 @@ def _recipe(args: Dict[str, Any], processes: int) -> str:
     return args['tag'] + (f" with {', '.join(changed)}" if changed else '')
 
 
-def _dataset(args: Dict[str, Any]) -> str:
+def _dataset(args: Dict[str, Any], told: Mapping[str, Any]) -> str:
     from .training.result import folder_name
-    return folder_name(args['dataset'].removeprefix('hfds/') or args['data_dir'] or '')
+    name = args['dataset'].removeprefix('hfds/')
+    return folder_name(name) if name else told.get('folder') or folder_name(args['data_dir'] or '')
 
 
 def read_rows(path: Path) -> List[Row]:
@@ -188,12 +189,14 @@ def read_frame(results: Path) -> Tuple[List[Dict[str, Any]], str]:
     Raises:
         UserError: If a file is missing or can not be read.
     """
+    name = 'tables.yaml'
     try:
-        tables = yaml.safe_load((results / 'tables.yaml').read_text(encoding='utf-8'))
-        return tables, (results / 'remarks.md').read_text(encoding='utf-8').strip()
+        tables = yaml.safe_load((results / name).read_text(encoding='utf-8'))
+        name = 'remarks.md'
+        return tables, (results / name).read_text(encoding='utf-8').strip()
     except (OSError, ValueError, yaml.YAMLError) as e:
-        raise UserError(f'{results} has no readable {Path(getattr(e, "filename", None) or "tables.yaml").name}; run '
-                        'this in a checkout, or name its results with --results.') from e
+        raise UserError(f'{results} has no readable {name}; run this in a checkout, or name its results with '
+                        '--results.') from e
 
 
 def write_report(results: Path, page: Path) -> None:

@@ -1,18 +1,20 @@
 """A weights folder of a checkpoint: of the best epoch, or of a run that was stopped for good."""
 import argparse
 from pathlib import Path
+from typing import Any, Dict
 
+import timm
 import yaml
 
 from timm_lm.errors import UserError
 from timm_lm.files import writing
-from timm_lm.hub import save_folder
+from timm_lm.hub import TimmModel, save_folder
 
-from .checkpoint import CheckpointStore
+from .checkpoint import Checkpoint, CheckpointStore
 from .factory import import_modules
 from .options import parse_options
 from .report import MAKE_ROOM
-from .result import finished_model, run_card, tell
+from .result import run_card, tell
 
 
 def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:
@@ -29,7 +31,8 @@ def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:
         The folder.
 
     Raises:
-        UserError: If there is no whole checkpoint, or the folder can not be written or is there already.
+        UserError: If there is no whole checkpoint, its network can not be made again, or the folder can not be written
+            or is there already.
     """
     checkpoint = checkpoint.absolute()
     try:
@@ -40,14 +43,29 @@ def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:
     if output.exists():
         raise UserError(f'{output} is there already; name another folder with --output.')
     found = CheckpointStore(checkpoint.parent).read(checkpoint)
-    facts = found.state.get('facts')
-    if facts is None:
+    facts = found.state.get('facts') or {}
+    if 'num_classes' not in facts:
         raise UserError(f'{checkpoint} was written by an older version, which kept too little for this; go on with its '
                         'run by --resume, which ends with weights.')
     import_modules(args)  # they may register the network
-    model = finished_model(facts, found.group('average') or found.group('model'))
+    model = _network(facts, found, checkpoint)
     epochs = round(found.progress.epoch + found.progress.batch / found.state['batches'], 2)
     told = tell(args, model, int(epochs) if epochs == int(epochs) else epochs, found.state['seconds'], facts)
     card = run_card(told | dict(seen_in_training=None, of_epochs=found.state['epochs']), vars(args), model)
     with writing(f'The weights in {output}', MAKE_ROOM):
         return save_folder(model, output, card, facts['model_args'])
+
+
+def _network(facts: Dict[str, Any], checkpoint: Checkpoint, folder: Path) -> TimmModel:
+    """The network of a run with the weights of a checkpoint, whatever became of the weights that the run began with."""
+    cfg = facts['pretrained_cfg']
+    sizes = dict(num_classes=facts['num_classes']) | (dict(in_chans=facts['in_chans']) if facts['in_chans'] else {})
+    try:
+        model = timm.create_model(cfg['architecture'], **sizes | facts['model_args'])
+        model.load_state_dict(checkpoint.group('average') or checkpoint.group('model'))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as e:
+        reason = ' '.join(str(e).split())[:200] or type(e).__name__
+        raise UserError(f"The network {cfg['architecture']} of {folder} can not be made again by its name and "
+                        f'arguments ({reason}); go on with its run by --resume, which ends with weights.') from e
+    model.pretrained_cfg = cfg
+    return model

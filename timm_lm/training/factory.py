@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 import sysconfig
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from pickle import PickleError
@@ -180,11 +181,15 @@ def check_compiler(backend: str, mode: Optional[str], on_cpu: bool) -> None:
 
 
 def _check_cpp() -> None:
+    from torch._inductor import cpp_builder
     usual = {'darwin': 'clang++', 'win32': 'cl'}.get(sys.platform, 'g++')
-    compiler = next(iter(shlex.split(os.environ.get('CXX', ''))), usual)
+    compiler = os.environ.get('CXX', usual)
+    if sys.platform != 'win32' and hasattr(cpp_builder, '_split_compiler_command'):  # of newer PyTorch
+        with suppress(ValueError):  # an open quote; there is no such program
+            compiler = next(iter(shlex.split(compiler)), '')
     if not shutil.which(compiler):
-        raise UserError(f'--torchcompile needs a C++ compiler on the CPU and there is no {compiler}; install {usual}, '
-                        'name another one by the variable CXX, or run eagerly with --no-torchcompile.')
+        raise UserError(f"--torchcompile needs a C++ compiler on the CPU and there is no '{compiler}'; install "
+                        f'{usual}, name another one by the variable CXX, or run eagerly with --no-torchcompile.')
     if sys.platform == 'linux' and 'CPATH' not in os.environ:
         headers = [sysconfig.get_path('include'), sysconfig.get_path('include', 'posix_prefix')]
         if not any(Path(folder, 'Python.h').is_file() for folder in headers):

@@ -22,6 +22,8 @@ from timm_lm.precision import asked_precision
 from .evaluate import evaluate
 from .options import COUNT_BATCH_SIZE
 
+# What of a network's config tells where its weights come from.
+_SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'origin_url')
 RESULT_NAME = 'result.json'  # in the folder of a run that ended
 DATASET_NAMES = {'uoft-cs/cifar10': 'CIFAR-10', 'uoft-cs/cifar100': 'CIFAR-100'}
 
@@ -58,35 +60,25 @@ def describe_trained(args: argparse.Namespace, model: TimmModel, data_config: Di
     describe(model, tag=args.tag or None, class_names=class_names, crop_mode='center', license=licence, **data_config)
 
 
-def finished_model(facts: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> TimmModel:
-    """A network of its own with the weights of a training, free of what training wrapped around the first one.
-
-    Args:
-        facts: What ``run_facts`` tells of it.
-        state: Its state dict.
-    """
-    model = timm.create_model(facts['pretrained_cfg']['architecture'], **facts['model_args'] | facts['sizes'])
-    model.pretrained_cfg = facts['pretrained_cfg']
-    model.load_state_dict({name: tensor.cpu() for name, tensor in state.items()})
-    return model
-
-
 def run_facts(args: argparse.Namespace, model: TimmModel, command: str, device: torch.device,
               processes: int) -> Dict[str, Any]:
-    """What is known of a run when it starts, in what JSON can hold: its network, and what it is computed by."""
-    model_args = saved_model_args(args.model) | args.model_kwargs
+    """What is known of a run when it starts, in what JSON can hold: its network, its data, and what computes it."""
+    model_args = saved_model_args(args.model) | (dict(global_pool=args.gp) if args.gp else {}) | args.model_kwargs
     for name in ('in_chans', 'num_classes'):  # those of the network now
         model_args.pop(name, None)
-    in_chans = getattr(model, 'in_chans', 3)
-    return dict(
-        pretrained_cfg=model.pretrained_cfg,
-        model_args=model_args | (dict(global_pool=args.gp) if args.gp else {}),
-        sizes=dict(num_classes=model.num_classes) | (dict(in_chans=in_chans) if in_chans != 3 else {}),
+    cfg = {name: value for name, value in model.pretrained_cfg.items() if name not in _SOURCES}
+    facts = dict(
+        pretrained_cfg=cfg,
+        model_args=model_args,
+        num_classes=model.num_classes,
+        in_chans=getattr(model, 'in_chans', None),
+        folder=folder_name(args.data_dir or args.dataset.removeprefix('hfds/')),
         command=command,
         hardware=_hardware(device) + (f', {processes} processes' if processes > 1 else ''),
         processes=processes,
         versions=f'timm-lm {timm_lm.__version__}, timm {timm.__version__}, torch {torch.__version__}',
     )
+    return json.loads(json.dumps(facts, default=str))
 
 
 def tell(args: argparse.Namespace, model: TimmModel, epochs: float, seconds: float,
@@ -102,7 +94,7 @@ def tell(args: argparse.Namespace, model: TimmModel, epochs: float, seconds: flo
         seed=args.seed,
         minutes=round(seconds / 60, 1),
         precision=asked_precision(vars(args)),
-        **{name: facts[name] for name in ('command', 'hardware', 'processes', 'versions')},
+        **{name: facts[name] for name in ('folder', 'command', 'hardware', 'processes', 'versions')},
     )
 
 
@@ -120,7 +112,7 @@ def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel,
         model: The network.
         saved_in: Precision of the saved weights.
     """
-    dataset, dataset_name = _dataset(args)
+    dataset, dataset_name = _dataset(args, told.get('folder'))
     seen = told['seen_in_training']
     is_counted = 'errors' in told
     return render_card(
@@ -188,16 +180,16 @@ def _k_summary(model: TimmModel) -> str:
     return f'{min(values):.3f} to {max(values):.3f}' if values else ''
 
 
-def _dataset(args: Mapping[str, Any]) -> Tuple[str, str]:
+def _dataset(args: Mapping[str, Any], folder: Optional[str]) -> Tuple[str, str]:
     """Id on the Hub ('' if it has none) and name of the data set; a folder is told by its last name alone."""
     source = args['dataset'].removeprefix('hfds/')
     if args['dataset'].startswith('hfds/') and not Path(source).is_dir():
         return source, DATASET_NAMES.get(source, source)
-    return '', folder_name(args['data_dir'] or source)
+    return '', folder or folder_name(args['data_dir'] or source)
 
 
 def folder_name(path: str) -> str:
-    """The last name of a path, also of ``.`` and ``..``."""
+    """The last name of a path, also of ``.`` and ``..`` as long as one is where they were given."""
     name = Path(path).name
     return Path(path).resolve().name if name in ('', '..') else name
 
@@ -219,8 +211,9 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-# An absolute path, alone or after an option and what names of networks and data sets begin with.
-_PLACE = re.compile(r'(-\w|--[\w-]+=|\w+=)?(local-dir:|hfds/)?([/~].*|[A-Za-z]:[\\/].*)', re.DOTALL)
+# An absolute path, alone or after options, quotes, and what names of networks and data sets begin with.
+_PLACE = re.compile(
+    r'((?:-\w=?|--[\w-]+=|\w+=|local-dir:|hfds/|file://|[\[({\'"])*)([/~].*|[A-Za-z]:[\\/].*)', re.DOTALL)
 
 
 def command_line(argv: List[str]) -> str:
@@ -244,5 +237,7 @@ def command_line(argv: List[str]) -> str:
 def without_place(word: str) -> str:
     """The last name of an absolute path, after the option that it may stand with; other words as they are."""
     place = _PLACE.fullmatch(word)
-    name = _last_name(place[3].replace('\\', '/')) if place else ''
-    return f"{place[1] or ''}{place[2] or ''}{name}" if place and name else word
+    if place is None:
+        return word
+    path = place[2].replace('\\', '/')
+    return place[1] + (_last_name(path) or Path(path).name or path)

@@ -3,6 +3,7 @@
 The loop is an ordinary one on Accelerate, which owns device, precision and processes.
 """
 import argparse
+import copy
 import shlex
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -14,9 +15,10 @@ from accelerate.utils import DistributedType, gather_object, set_seed
 from tqdm import tqdm
 
 from timm_lm.allocator import keep_freed_memory, release_freed_memory
-from timm_lm.data import check_class_names, check_labels
+from timm_lm.data import TooLarge, check_class_names, check_labels
 from timm_lm.errors import UserError
 from timm_lm.files import writing
+from timm_lm.hub import TimmModel
 from timm_lm.loader import BatchLoader
 
 from .batches import check_input, create_loader, load_split, resolve_input_config
@@ -36,7 +38,6 @@ from .result import (
     RESULT_NAME,
     command_line,
     describe_trained,
-    finished_model,
     run_facts,
     save_weights,
 )
@@ -88,7 +89,13 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
         load = partial(load_split, args, data_config=data_config, show=is_main, device=accelerator.device)
         # images are read as before where a run goes on, whatever fits on this machine
         kind = checkpoint.state.get('loader') if checkpoint else None
-        train_set = load(args.train_split, is_training=True, kind=kind)
+        try:
+            train_set = load(args.train_split, is_training=True, kind=kind)
+        except TooLarge as e:
+            if kind is None:
+                raise
+            raise UserError(f'{str(e).partition(";")[0]}; the run began with its images in memory and can only go on '
+                            'where they fit. Start another run with another --experiment.') from e
         eval_set = load(args.val_split) if args.val_split else None
     for data in (train_set, eval_set):
         if data is not None:
@@ -99,6 +106,8 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
 
     # Optimizer, schedule, loss
     describe_trained(args, model, data_config, train_set.class_names)
+    # what the weights end in: free of all that training wraps around the network
+    finished = copy.deepcopy(model) if is_main else None
     # FSDP shards contiguous weights only; the images are in the chosen layout all the same
     channels_last = args.channels_last and accelerator.distributed_type != DistributedType.FSDP
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -125,7 +134,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     progress = training.resume(checkpoint) if checkpoint else Progress()  # refused before anything is changed
     accelerator.wait_for_everyone()
     with own_run_folder(folder, args, resumed=checkpoint is not None) if is_main else nullcontext():
-        _run(args, accelerator, training, eval_loader, folder, checkpoint, progress)
+        _run(args, accelerator, training, eval_loader, folder, checkpoint, progress, finished)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
@@ -139,6 +148,7 @@ def _run(
         folder: Path,
         checkpoint: Optional[Checkpoint],
         progress: Progress,
+        finished: Optional[TimmModel],
 ) -> None:
     """From the checkpoint, or the start, to the weights."""
     is_main, store = accelerator.is_main_process, training.store
@@ -182,7 +192,7 @@ def _run(
     # Weights and pictures
     release_freed_memory()
     final = training.final_weights()
-    if is_main:
+    if finished is not None:  # in the main process
         with writing(f'The pictures in {folder}', MAKE_ROOM):
             log.plot()
         if training.best is not None:
@@ -192,7 +202,7 @@ def _run(
             tqdm.write(f"best {best['metric']} {best['value']:.4g} after epoch {best['epoch'] + 1}{where}; the weights "
                        'saved are those of the last epoch')
         seen = evaluation or (log.rows()[-1]['eval'] if log.rows() else None)
-        finished = finished_model(training.facts, final)
+        finished.load_state_dict({name: tensor.cpu() for name, tensor in final.items()})
         with writing(f'The weights in {folder}', MAKE_ROOM):
             save_weights(args, finished, folder, eval_loader, seen, training.num_epochs, training.seconds,
                          training.facts)
