@@ -60,7 +60,7 @@ def test_recipes_of_late_epochs_run_shortly(recipe, tmp_path, monkeypatch, few_d
 @pytest.mark.parametrize('script', ['training.py', 'inference.py', 'update.py'])
 def test_what_would_end_a_measurement_late_is_told_first(script, tmp_path):
     for options, message in ((('--rounds', '0'), '--rounds must be at least 1'),
-                             (('--json', tmp_path / 'nowhere' / 'a.json'), 'there is no folder for')):
+                             (('--json', tmp_path / 'nowhere' / 'a.json'), 'is a folder, or there is none for it')):
         code, _, err = Command(*options, script=BENCHMARKS / script).wait()
         assert code == 2 and message in err
 

@@ -303,7 +303,8 @@ def test_checkpoint_of_the_best_epoch_stays(run, metric, better):
     best = f'step-{4 * (epoch + 1):09d}'
     assert checkpoint_names(folder) == [best, 'step-000000016']
     line = next(line for line in out.splitlines() if line.startswith('best '))
-    assert line.startswith(f'best {metric} {values[epoch]:.4g} after epoch {epoch + 1}, in ') and best in line
+    assert line.startswith(f'best {metric} {values[epoch]:.4g} after epoch {epoch + 1} (`timm-lm weights ')
+    assert best in line
     assert equal(weights_of(folder), checkpoint(folder, 16))
 
 
