@@ -104,8 +104,8 @@ def with_result(row: Row, result: Mapping[str, Any]) -> Row:
 def _recipe(args: Dict[str, Any], processes: int) -> str:
     """Name of the recipe of a run, with what was changed in it; the batch is that of all processes."""
     from .training.options import parse_options
+    from .training.places import without_place
     from .training.recipes import list_recipes
-    from .training.result import without_place
     from .training.run_folder import FREE_OPTIONS
     if args['tag'] not in list_recipes():
         return args['tag']
@@ -117,7 +117,7 @@ def _recipe(args: Dict[str, Any], processes: int) -> str:
 
 
 def _dataset(args: Dict[str, Any], told: Mapping[str, Any]) -> str:
-    from .training.result import folder_name
+    from .training.places import folder_name
     name = args['dataset'].removeprefix('hfds/')
     return folder_name(name) if name else told.get('folder') or folder_name(args['data_dir'] or '')
 

@@ -2,8 +2,6 @@
 import argparse
 import json
 import os
-import re
-import shlex
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -21,6 +19,7 @@ from timm_lm.precision import asked_precision
 
 from .evaluate import evaluate
 from .options import COUNT_BATCH_SIZE
+from .places import folder_name, last_name
 
 # What of a network's config tells where its weights come from.
 _SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'origin_url')
@@ -141,14 +140,7 @@ def _start(args: Mapping[str, Any]) -> str:
     source = args['initial_checkpoint'] or args['pretrained'] and (args['pretrained_path'] or args['model'])
     said = {'grown from': args.get('grow_from'), 'starting from': source,
             'distilled from': args.get('kd_model_name')}
-    return ', '.join(f'{how} the weights of `{_last_name(name)}`' for how, name in said.items() if name)
-
-
-def _last_name(source: str) -> str:
-    if source.startswith('hf-hub:'):
-        return source
-    path = Path(source)
-    return path.parent.name if path.name == 'weights' else path.name  # that of the run
+    return ', '.join(f'{how} the weights of `{last_name(name)}`' for how, name in said.items() if name)
 
 
 def count_errors(weights: Path, split: str, **source: Any) -> Dict[str, float]:
@@ -188,12 +180,6 @@ def _dataset(args: Mapping[str, Any], folder: Optional[str]) -> Tuple[str, str]:
     return '', folder or folder_name(args['data_dir'] or source)
 
 
-def folder_name(path: str) -> str:
-    """The last name of a path, also of ``.`` and ``..`` as long as one is where they were given."""
-    name = Path(path).name
-    return Path(path).resolve().name if name in ('', '..') else name
-
-
 def _hardware(device: torch.device) -> str:
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
@@ -209,35 +195,3 @@ def _hardware(device: torch.device) -> str:
 def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
-
-# An absolute path, alone or after options, quotes, and what names of networks and data sets begin with.
-_PLACE = re.compile(
-    r'((?:-\w=?|--[\w-]+=|\w+=|local-dir:|hfds/|file://|[\[({\'"])*)([/~].*|[A-Za-z]:[\\/].*)', re.DOTALL)
-
-
-def command_line(argv: List[str]) -> str:
-    """The command as a user would type it again, without what it says of this machine.
-
-    DIR stands for the data's folder; the run's folder is left out, and of other absolute paths the last name is left.
-    """
-    shown: List[str] = []
-    words = iter(argv)
-    for word in words:
-        option = word.partition('=')[0]
-        if option in ('--data-dir', '--output', '--experiment', '--resume'):
-            if '=' not in word:
-                next(words, None)
-            shown += [option, 'DIR'] if option == '--data-dir' else []
-        else:
-            shown.append(without_place(word))
-    return 'timm-lm ' + shlex.join(shown)
-
-
-def without_place(word: str) -> str:
-    """The last name of an absolute path, after the option that it may stand with; other words as they are."""
-    place = _PLACE.fullmatch(word)
-    if place is None:
-        return word
-    path = place[2].replace('\\', '/')
-    return place[1] + (_last_name(path) or Path(path).name or path)

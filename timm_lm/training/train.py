@@ -32,11 +32,11 @@ from .factory import (
     share_batch_statistics,
 )
 from .loop import Training
+from .places import command_line
 from .plan import describe_data, describe_run, describe_schedule
 from .report import MAKE_ROOM, RunLog, epoch_table
 from .result import (
     RESULT_NAME,
-    command_line,
     describe_trained,
     run_facts,
     save_weights,

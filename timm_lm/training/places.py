@@ -1,0 +1,50 @@
+"""Places of a machine, as records tell them: paths by their last names, and the command without them."""
+import re
+import shlex
+from pathlib import Path
+from typing import List
+
+# An absolute path, alone or after options, quotes, and what names of networks and data sets begin with.
+_PLACE = re.compile(
+    r'((?:-\w=?|--[\w-]+=|\w+=|local-dir:|hfds/|file://|[\[({\'"])*)([/~].*|[A-Za-z]:[\\/].*)', re.DOTALL)
+
+
+def last_name(source: str) -> str:
+    """The last name of a path, that of the run for its weights folder; a repo of the Hub as it is."""
+    if source.startswith('hf-hub:'):
+        return source
+    path = Path(source)
+    return path.parent.name if path.name == 'weights' else path.name  # that of the run
+
+
+def folder_name(path: str) -> str:
+    """The last name of a path, also of ``.`` and ``..`` as long as one is where they were given."""
+    name = Path(path).name
+    return Path(path).resolve().name if name in ('', '..') else name
+
+
+def command_line(argv: List[str]) -> str:
+    """The command as a user would type it again, without what it says of this machine.
+
+    DIR stands for the data's folder; the run's folder is left out, and of other absolute paths the last name is left.
+    """
+    shown: List[str] = []
+    words = iter(argv)
+    for word in words:
+        option = word.partition('=')[0]
+        if option in ('--data-dir', '--output', '--experiment', '--resume'):
+            if '=' not in word:
+                next(words, None)
+            shown += [option, 'DIR'] if option == '--data-dir' else []
+        else:
+            shown.append(without_place(word))
+    return 'timm-lm ' + shlex.join(shown)
+
+
+def without_place(word: str) -> str:
+    """The last name of an absolute path, after the option that it may stand with; other words as they are."""
+    place = _PLACE.fullmatch(word)
+    if place is None:
+        return word
+    path = place[2].replace('\\', '/')
+    return place[1] + (last_name(path) or Path(path).name or path)
