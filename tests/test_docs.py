@@ -240,7 +240,7 @@ def test_card_of_a_weights_folder(readme, commands, tmp_path):
     card = (tmp_path / 'FOLDER' / 'README.md').read_text()
     languages = run_card(card, commands, tmp_path)
     assert languages == ['python', 'bash', 'bibtex']
-    assert languages == [block.language for block in blocks((ROOT / 'MODEL_CARD.md').read_text())]
+    assert languages == [block.language for block in blocks((ROOT / 'timm_lm' / 'MODEL_CARD.md').read_text())]
     assert [path.name for path in (tmp_path / 'output' / 'train').glob('*/weights')] == ['weights']
 
 

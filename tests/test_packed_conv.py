@@ -3,6 +3,7 @@ import copy
 import io
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.autograd import forward_ad
@@ -10,6 +11,7 @@ from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+import timm_lm
 from timm_lm.packed_conv import PackedConv2d
 
 OPTIONS = {
@@ -182,3 +184,14 @@ def test_weights_of_inference_mode():
         found, calls = packed_calls(lambda: packed(x))
         assert calls == 0
         torch.testing.assert_close(found, conv(x))
+
+
+@pytest.mark.parametrize('owner, name', [
+    (torch._C._nn, 'mkldnn_reorder_conv2d_weight'), (torch._C, '_get_mkldnn_enabled'), (forward_ad, '_current_level')])
+def test_without_the_private_means_of_pytorch_convolutions_stay(owner, name, monkeypatch):
+    assert PackedConv2d.is_possible()
+    model, x = timm.create_model('lm_resnet20').eval(), torch.randn(1, 3, 32, 32)
+    monkeypatch.delattr(owner, name)
+    optimized = timm_lm.optimize(model)
+    assert not any(isinstance(module, PackedConv2d) for module in optimized.modules())
+    torch.testing.assert_close(optimized(x), model(x))

@@ -9,7 +9,6 @@ import yaml
 from test_train import SMALL
 
 from timm_lm import precision
-from timm_lm.errors import UserError
 from timm_lm.results import read_run
 from timm_lm.training import evaluate as evaluate_module
 from timm_lm.training import factory
@@ -107,16 +106,6 @@ def test_gpu_without_bfloat16_trains_in_float32(monkeypatch):
         assert args.amp == supported and ('this GPU has no instructions for bfloat16' in note) == (not supported)
     args = parse_options(['-c', 'paper_c10', '--amp-dtype', 'float16'])
     assert factory.settle_precision(args) == '' and args.amp
-
-
-@pytest.mark.parametrize('missing, message', [
-    ('triton', '--torchcompile needs the package triton'), ('gcc', '--torchcompile needs a C compiler for this GPU')])
-def test_what_compiling_for_a_gpu_needs_is_told(monkeypatch, missing, message):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(factory.importlib.util, 'find_spec', lambda name: None if missing == 'triton' else name)
-    monkeypatch.setattr(factory.shutil, 'which', lambda name: None if missing == 'gcc' else name)
-    with pytest.raises(UserError, match=message):
-        factory.check_compiler('inductor', None, on_cpu=False)
 
 
 @pytest.mark.parametrize('nesterov', [True, False])

@@ -54,7 +54,6 @@ def package(tmp_path_factory):
     folder = tmp_path_factory.mktemp('package')
     source = Path(timm_lm.__file__).parent
     shutil.copytree(source, folder / 'timm_lm', ignore=shutil.ignore_patterns('__pycache__', 'weights'))
-    shutil.copy(source.parent / 'MODEL_CARD.md', folder / 'timm_lm')
     tree = folder / 'timm_lm' / 'weights'
     shutil.copytree(SHIPPED, tree / NAME)
     save_folder(small_network(), tree / 'lm_resnet20.small', small_card(), dict(layers=(1, 1, 1)))

@@ -136,7 +136,7 @@ def test_command_ships_and_renews_the_pages(run, tmp_path):
     """In a checkout of its own, also beside a run that can not ship; timm then loads the new default by name."""
     checkout = tmp_path / 'checkout'
     checkout.mkdir()
-    for name in ('pyproject.toml', 'MODEL_CARD.md', 'README.md'):
+    for name in ('pyproject.toml', 'README.md'):
         shutil.copy(CHECKOUT / name, checkout)
     for name in ('timm_lm', 'weights', 'results', 'docs'):
         shutil.copytree(CHECKOUT / name, checkout / name, ignore=shutil.ignore_patterns('__pycache__'))

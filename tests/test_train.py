@@ -7,8 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,15 +14,12 @@ import timm
 import torch
 import yaml
 from safetensors.torch import load_file
-from torch._inductor import cpp_builder
 
 from timm_lm.data import ImageSet, load_images
-from timm_lm.errors import UserError
 from timm_lm.hub import load_folder, verify_folder
 from timm_lm.loader import MemoryLoader, normalize
 from timm_lm.precision import cpu_has_bfloat16
 from timm_lm.training.evaluate import evaluate
-from timm_lm.training.factory import check_compiler
 from timm_lm.training.train import command_line
 
 SMALL = ['--model-kwargs', 'layers=(2,2,2)', '--epochs', '2', '--warmup-epochs', '0']
@@ -303,53 +298,6 @@ def test_run_folder_of_another_run_is_left_alone(run_folder, few_digits, fails):
                  '--experiment', run_folder.name)
     assert 'holds another run' in line
     assert {path: path.stat().st_mtime_ns for path in run_folder.rglob('*')} == before
-
-
-def test_no_compiler_is_named(few_digits, tmp_path, fails, monkeypatch):
-    monkeypatch.setenv('PATH', str(tmp_path))
-    monkeypatch.delenv('CXX', raising=False)
-    line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--torchcompile', '--device', 'cpu',
-                 '--output', tmp_path / 'output')
-    assert 'needs a C++ compiler' in line and '--no-torchcompile' in line
-    line = fails('validate', 'lm_resnet20.best_c10', '--data-dir', few_digits, '--torchcompile')
-    assert 'needs a C++ compiler' in line
-
-
-def test_compiler_is_the_one_that_pytorch_takes(tmp_path, monkeypatch):
-    """That of CXX, else g++ alone under Linux; and the headers of Python."""
-    monkeypatch.setattr(sys, 'platform', 'linux')
-    monkeypatch.delenv('CPATH', raising=False)
-    headers = tmp_path / 'include'
-    headers.mkdir()
-    (headers / 'Python.h').write_text('')
-    monkeypatch.setattr(sysconfig, 'get_path', lambda name, scheme='': str(headers))
-    monkeypatch.setenv('PATH', str(tmp_path))
-    monkeypatch.setenv('CXX', 'clang++')
-    for name in ('g++', 'clang++'):
-        (tmp_path / name).write_text('')
-        (tmp_path / name).chmod(0o755)
-        if name == 'g++':
-            with pytest.raises(UserError, match=re.escape("there is no 'clang++'; install g++, name another")):
-                check_compiler('inductor', None, on_cpu=True)
-    check_compiler('inductor', None, on_cpu=True)
-    monkeypatch.setenv('CXX', 'clang++ -stdlib=libc++')
-    splits = hasattr(cpp_builder, '_split_compiler_command')  # as newer PyTorch does
-    with nullcontext() if splits else pytest.raises(UserError, match='there is no'):
-        check_compiler('inductor', None, on_cpu=True)
-    for no_program in ('', "g++ 'a"):
-        monkeypatch.setenv('CXX', no_program)
-        with pytest.raises(UserError, match='there is no'):
-            check_compiler('inductor', None, on_cpu=True)
-    monkeypatch.delenv('CXX')
-    (tmp_path / 'g++').unlink()
-    with pytest.raises(UserError, match=re.escape("there is no 'g++'")):
-        check_compiler('inductor', None, on_cpu=True)
-    monkeypatch.setenv('CXX', 'clang++')
-    monkeypatch.setattr(sysconfig, 'get_path', lambda name, scheme='': str(headers if scheme else tmp_path))
-    check_compiler('inductor', None, on_cpu=True)
-    (headers / 'Python.h').unlink()
-    with pytest.raises(UserError, match=f'the headers of Python on the CPU and {tmp_path} has none'):
-        check_compiler('inductor', None, on_cpu=True)
 
 
 def test_card_shows_the_command_without_places():

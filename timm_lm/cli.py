@@ -91,7 +91,7 @@ def _validate(argv: List[str]) -> None:
 
     device = _device(args.device)
     if args.torchcompile:
-        from .training.factory import check_compiler
+        from .compiler import check_compiler
         check_compiler('inductor', None, device.type == 'cpu')
     model = load_model(args.model)
     config = resolve_data_config({}, model=model)

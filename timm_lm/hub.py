@@ -27,6 +27,7 @@ TimmModel = Any  # a torch.nn.Module with the attributes that timm gives it
 
 CONFIG_NAME = 'config.json'
 CARD_NAME = 'README.md'
+CARD_TEMPLATE = Path(__file__).with_name('MODEL_CARD.md')
 CHECK_NAME = 'test/rand_tensors.safetensors'
 CHECK_BATCH = 2
 CHECK_TOLERANCE = 1e-4  # of the largest value: float32 convolutions differ that much from one machine to another
@@ -145,13 +146,6 @@ def save_folder(
 # The card
 
 
-def card_template() -> Path:
-    """The template of the card: in an installed package beside the modules, in a checkout at the top."""
-    package = Path(__file__).resolve().parent
-    installed = package / 'MODEL_CARD.md'
-    return installed if installed.is_file() else package.parent / 'MODEL_CARD.md'
-
-
 def render_card(
         name: str,
         dataset: str,
@@ -191,7 +185,7 @@ def render_card(
         tags=['image-classification', 'timm', 'timm-lm', 'transformers'],
         datasets=[dataset] if dataset else None, metrics=['accuracy'], model_name=name, eval_results=results)
     return str(ModelCard.from_template(
-        data, template_path=str(card_template()), name=name, architecture=name.partition('.')[0],
+        data, template_path=str(CARD_TEMPLATE), name=name, architecture=name.partition('.')[0],
         dataset=dataset, dataset_name=dataset_name, split=split, error=error, error_count=error_count,
         num_images=num_images, **fields))
 

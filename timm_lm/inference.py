@@ -52,6 +52,7 @@ def optimize(model: Network) -> Network:
     if not blocks:
         raise ValueError(f'{type(model).__name__} has no residual blocks of timm-lm; give one of its networks, before '
                          'it is traced.')
+    can_pack = PackedConv2d.is_possible()
     for block in blocks:
         for conv, norm in _branch_pairs(block):
             _fold(block, conv, norm)
@@ -61,7 +62,8 @@ def optimize(model: Network) -> Network:
             block.drop_path = nn.Identity()
         if isinstance(block.noise, StateNoise):
             block.noise = nn.Identity()
-        _pack(block)
+        if can_pack:
+            _pack(block)
     return model.to(memory_format=torch.channels_last)
 
 

@@ -21,6 +21,18 @@ class PackedConv2d(nn.Conv2d):
     _packed: Optional[Tuple[Any, torch.Tensor, torch.Tensor]] = None
 
     @classmethod
+    def is_possible(cls) -> bool:
+        """Whether this PyTorch has the means, which are private to it: a small convolution is tried."""
+        like: Any = dict(device='cpu', dtype=torch.float32)
+        with torch.inference_mode(False), torch.no_grad():
+            conv, x = cls(1, 1, 1, **like), torch.ones(1, 1, 1, 1, **like)
+            try:
+                conv._can_pack(x)
+                return conv._forward_packed(x).shape == x.shape
+            except (AttributeError, RuntimeError, TypeError):
+                return False
+
+    @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> 'PackedConv2d':
         """The same convolution, with the same parameters.
 

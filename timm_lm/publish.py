@@ -27,7 +27,7 @@ from yaml import YAMLError
 from . import __version__
 from .errors import UserError
 from .files import write_text
-from .hub import CARD_NAME, CHECK_NAME, CONFIG_NAME, HUB_ERRORS, card_template, recorded_error, verify_folder
+from .hub import CARD_NAME, CARD_TEMPLATE, CHECK_NAME, CONFIG_NAME, HUB_ERRORS, recorded_error, verify_folder
 from .models._weights import PUBLISHED_NAME, WEIGHTS_NAME, weights_dir
 
 FILES = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, CHECK_NAME)  # what is published; nothing else ever is
@@ -144,7 +144,7 @@ def published_card(text: str, repo_id: str) -> str:
     A section on use that is neither of the local folder nor, word for word, of another repo is its author's own and
     stays.
     """
-    template = _USE.search(card_template().read_text(encoding='utf-8'))
+    template = _USE.search(CARD_TEMPLATE.read_text(encoding='utf-8'))
     assert template is not None
     section = jinja2.Template(template.group(), keep_trailing_newline=True)
 

@@ -47,6 +47,7 @@ def read_run(folder: Union[str, Path]) -> Row:
 
 
 def _read_run(folder: Path) -> Row:
+    from .training.checkpoint import CheckpointStore
     from .training.report import RunLog
     args = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
     epochs = RunLog(folder).rows()
@@ -55,7 +56,7 @@ def _read_run(folder: Path) -> Row:
     if not epochs:
         raise ValueError('no epoch was finished')
     seen = result.get('seen_in_training') or next((row['eval'] for row in reversed(epochs) if row['eval']), None)
-    last = {} if result else _last_state(folder)
+    last = {} if result else CheckpointStore(folder / 'checkpoints').newest_state()
     network = last.get('facts', {}).get('pretrained_cfg', {})
     architecture = network.get('architecture') or args['model'].partition('.')[0]
     last_k = [statistics.mean(values) for values in epochs[-1]['k'].values()]
@@ -77,16 +78,6 @@ def _read_run(folder: Path) -> Row:
         **{name: result.get(name, '') for name in ('minutes', 'hardware', 'versions', 'command')},
     )
     return with_result({name: str(row.get(name, '')) for name in COLUMNS}, dict(k=last_k) | result)
-
-
-def _last_state(folder: Path) -> Dict[str, Any]:
-    """What the newest readable checkpoint of a run tells beside tensors, nothing if there is none."""
-    for path in sorted(folder.glob('checkpoints/step-*/state.json'), reverse=True):
-        try:
-            return dict(json.loads(path.read_text(encoding='utf-8')))
-        except (OSError, TypeError, ValueError):
-            continue
-    return {}
 
 
 def with_result(row: Row, result: Mapping[str, Any]) -> Row:

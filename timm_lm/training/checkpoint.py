@@ -5,6 +5,7 @@ averaged weights, sums of the running epoch, random states), ``state.json`` the 
 """
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -191,12 +192,19 @@ class CheckpointStore:
             UserError: If it is not whole.
         """
         try:
-            state = json.loads((folder / STATE).read_text())
+            state = json.loads((folder / STATE).read_text(encoding='utf-8'))
             if sha256(folder / TENSORS) != state['sha256']:
                 raise ValueError('its digest differs')
             return Checkpoint(folder, load_file(folder / TENSORS), state)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
             raise UserError(f'The checkpoint {folder} is not whole ({e}).') from e
+
+    def newest_state(self) -> Dict[str, Any]:
+        """What the newest readable checkpoint tells beside its tensors, which are not read; nothing without one."""
+        for folder in self.newest_first():
+            with suppress(OSError, TypeError, ValueError):
+                return dict(json.loads((folder / STATE).read_text(encoding='utf-8')))
+        return {}
 
     def newest(self, tell: Any = print) -> Optional[Checkpoint]:
         """The newest whole checkpoint, None if there is none; each one that is passed over is told."""

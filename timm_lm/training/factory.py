@@ -4,12 +4,6 @@ import importlib
 import importlib.util
 import inspect
 import math
-import os
-import shlex
-import shutil
-import sys
-import sysconfig
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from pickle import PickleError
@@ -22,7 +16,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
-    DynamoBackend,
     InitProcessGroupKwargs,
     TorchDynamoPlugin,
 )
@@ -32,6 +25,7 @@ from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 
+from timm_lm.compiler import check_compiler
 from timm_lm.depth import grow
 from timm_lm.errors import UserError
 from timm_lm.hub import TimmModel, check_name, load_model, names_folder
@@ -156,54 +150,6 @@ def _on_cpu(args: argparse.Namespace) -> bool:
 def _has_accelerator() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available() or (
         hasattr(torch, 'accelerator') and torch.accelerator.is_available())
-
-
-def check_compiler(backend: str, mode: Optional[str], on_cpu: bool) -> None:
-    """Check the backend of torch.compile, its mode, and the compiler that its code for the CPU is in need of.
-
-    Raises:
-        UserError: If there is none of this name.
-    """
-    backends = [name for name in torch._dynamo.list_backends(exclude_tags=())
-                if name.upper() in DynamoBackend.__members__]  # those that Accelerate knows
-    if backend not in backends:
-        raise UserError(f"There is no backend '{backend}' of torch.compile; there are: {', '.join(backends)}.")
-    if backend != 'inductor':
-        return
-    modes = list(torch._inductor.list_mode_options())
-    if mode and mode not in modes:
-        raise UserError(f"There is no mode '{mode}' of torch.compile; there are: {', '.join(modes)}.")
-    if not on_cpu:
-        if torch.cuda.is_available():
-            _check_triton()
-        return
-    _check_cpp()
-
-
-def _check_cpp() -> None:
-    from torch._inductor import cpp_builder
-    usual = {'darwin': 'clang++', 'win32': 'cl'}.get(sys.platform, 'g++')
-    compiler = os.environ.get('CXX', usual)
-    if sys.platform != 'win32' and hasattr(cpp_builder, '_split_compiler_command'):  # of newer PyTorch
-        with suppress(ValueError):  # an open quote; there is no such program
-            compiler = next(iter(shlex.split(compiler)), '')
-    if not shutil.which(compiler):
-        raise UserError(f"--torchcompile needs a C++ compiler on the CPU and there is no '{compiler}'; install "
-                        f'{usual}, name another one by the variable CXX, or run eagerly with --no-torchcompile.')
-    if sys.platform == 'linux' and 'CPATH' not in os.environ:
-        headers = [sysconfig.get_path('include'), sysconfig.get_path('include', 'posix_prefix')]
-        if not any(Path(folder, 'Python.h').is_file() for folder in headers):
-            raise UserError(f'--torchcompile needs the headers of Python on the CPU and {headers[0]} has none; install '
-                            'them (python3-dev), or run eagerly with --no-torchcompile.')
-
-
-def _check_triton() -> None:
-    if importlib.util.find_spec('triton') is None:
-        raise UserError('--torchcompile needs the package triton on this GPU; install it, or run eagerly with '
-                        '--no-torchcompile.')
-    if not any(shutil.which(name) for name in (os.environ.get('CC', 'gcc'), 'gcc', 'clang', 'cl')):
-        raise UserError('--torchcompile needs a C compiler for this GPU and there is none; install gcc, or run eagerly '
-                        'with --no-torchcompile.')
 
 
 def create_model(args: argparse.Namespace) -> TimmModel:

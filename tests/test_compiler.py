@@ -1,0 +1,70 @@
+"""What compiling is in need of is told by name, before the first step."""
+import re
+import sys
+import sysconfig
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch._inductor import cpp_builder
+
+from timm_lm import compiler
+from timm_lm.compiler import check_compiler
+from timm_lm.errors import UserError
+
+
+def test_no_compiler_is_named(few_digits, tmp_path, fails, monkeypatch):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.delenv('CXX', raising=False)
+    line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--torchcompile', '--device', 'cpu',
+                 '--output', tmp_path / 'output')
+    assert 'needs a C++ compiler' in line and '--no-torchcompile' in line
+    line = fails('validate', 'lm_resnet20.best_c10', '--data-dir', few_digits, '--torchcompile')
+    assert 'needs a C++ compiler' in line
+
+
+def test_compiler_is_the_one_that_pytorch_takes(tmp_path, monkeypatch):
+    """That of CXX, else g++ alone under Linux; and the headers of Python."""
+    monkeypatch.setattr(sys, 'platform', 'linux')
+    monkeypatch.delenv('CPATH', raising=False)
+    headers = tmp_path / 'include'
+    headers.mkdir()
+    (headers / 'Python.h').write_text('')
+    monkeypatch.setattr(sysconfig, 'get_path', lambda name, scheme='': str(headers))
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.setenv('CXX', 'clang++')
+    for name in ('g++', 'clang++'):
+        (tmp_path / name).write_text('')
+        (tmp_path / name).chmod(0o755)
+        if name == 'g++':
+            with pytest.raises(UserError, match=re.escape("there is no 'clang++'; install g++, name another")):
+                check_compiler('inductor', None, on_cpu=True)
+    check_compiler('inductor', None, on_cpu=True)
+    monkeypatch.setenv('CXX', 'clang++ -stdlib=libc++')
+    splits = hasattr(cpp_builder, '_split_compiler_command')  # as newer PyTorch does
+    with nullcontext() if splits else pytest.raises(UserError, match='there is no'):
+        check_compiler('inductor', None, on_cpu=True)
+    for no_program in ('', "g++ 'a"):
+        monkeypatch.setenv('CXX', no_program)
+        with pytest.raises(UserError, match='there is no'):
+            check_compiler('inductor', None, on_cpu=True)
+    monkeypatch.delenv('CXX')
+    (tmp_path / 'g++').unlink()
+    with pytest.raises(UserError, match=re.escape("there is no 'g++'")):
+        check_compiler('inductor', None, on_cpu=True)
+    monkeypatch.setenv('CXX', 'clang++')
+    monkeypatch.setattr(sysconfig, 'get_path', lambda name, scheme='': str(headers if scheme else tmp_path))
+    check_compiler('inductor', None, on_cpu=True)
+    (headers / 'Python.h').unlink()
+    with pytest.raises(UserError, match=f'the headers of Python on the CPU and {tmp_path} has none'):
+        check_compiler('inductor', None, on_cpu=True)
+
+
+@pytest.mark.parametrize('missing, message', [
+    ('triton', '--torchcompile needs the package triton'), ('gcc', '--torchcompile needs a C compiler for this GPU')])
+def test_what_compiling_for_a_gpu_needs_is_told(monkeypatch, missing, message):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(compiler.importlib.util, 'find_spec', lambda name: None if missing == 'triton' else name)
+    monkeypatch.setattr(compiler.shutil, 'which', lambda name: None if missing == 'gcc' else name)
+    with pytest.raises(UserError, match=message):
+        check_compiler('inductor', None, on_cpu=False)
