@@ -10,7 +10,8 @@ import yaml
 
 from timm_lm.errors import UserError
 from timm_lm.hub import model_tags
-from timm_lm.results import COLUMNS, add_runs, read_frame, read_rows, read_run, write_report
+from timm_lm.results import COLUMNS, add_runs, read_rows, read_run
+from timm_lm.results_page import read_frame, write_report
 from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
 
@@ -50,20 +51,38 @@ def test_page_sets_runs_beside_published_figures(results, tmp_path):
     page = tmp_path / 'docs' / 'results.md'
     write_report(results, page)
     text = page.read_text()
-    lm, plain, other = (next(line for line in text.splitlines() if line.startswith(f'| `{name}`'))
+    summary, table = text.partition("## CIFAR-10, the paper's recipe")[::2]
+    lm, plain, other = (next(line for line in table.splitlines() if line.startswith(f'| `{name}`'))
                         for name in ('lm_resnet20', 'preact_resnet20', 'lm_resnet32'))
     assert '| 8.33 | 8.30 ± 0.10 (3 seeds) | -0.10 to 0.20 |' in lm
     assert '| 8.75 (resnet20) | 8.10 (one seed) |  |' in plain
     assert '| 7.10 ± 0.14 (2 runs of one seed) |' in text
     assert '`lm_resnet20` does not beat its plain twin: 8.30 against 8.10 %. ' in text
     # of 10,000 images: ((.083 * .917 + .081 * .919) / 10,000) ** 0.5
-    assert 'a standard error of up to 0.39 %,' in text
+    assert '0.20 points is 0.5 times the standard error' in text and '(up to 0.39 %);' in text
+    # all figures of a depth, whosever they are; a run of fewer epochs is not among them
+    assert ('| `lm_resnet20` | cifar10 | `paper_c10` | 8.30 ± 0.10 (3 seeds) | 8.10 (one seed) | 8.33 (lm_resnet20 '
+            'paper_c10), 8.75 (resnet20 paper_c10) | 7.40 (resnet20) | 6.51 (preact_resnet20), 5.97 (resnet20) |'
+            ) in summary
+    assert '| `lm_resnet32`' not in summary
+    assert 'Of the 6 LM runs here 0 end with a `k` below -1' in text and '6 have a `k` above 0' in text
     # a run of fewer epochs fills no row, the row keeps the command that does; the run is listed
     assert '| 7.18 |  |  | `timm-lm train -c lm_resnet32.paper_c10 --data-dir DIR` |' in other
     assert '| lm_resnet32-1-60 |' in text and 'stopped after epoch 12 of 160' in text
     for name in ('error_cifar10.png', 'k_by_depth.png'):
         assert f'({name})' in text and (page.parent / name).stat().st_size > 5000
     assert 'error_cifar100.png' not in text
+
+
+@pytest.mark.parametrize('error, verdict', [
+    ('8.11', 'does not beat'), ('8.10', 'does not beat'), ('8.00', 'is not told apart from'), ('7.00', 'beats')])
+def test_page_says_whether_a_network_beats_its_twin(results, tmp_path, error, verdict):
+    text = (results / 'cifar10.csv').read_text()
+    for own in ('8.40', '8.20', '8.30'):
+        text = text.replace(own, error)
+    (results / 'cifar10.csv').write_text(text)
+    write_report(results, tmp_path / 'results.md')
+    assert f'`lm_resnet20` {verdict} its plain twin' in (tmp_path / 'results.md').read_text()
 
 
 def test_page_of_this_project_is_that_of_its_record(tmp_path):

@@ -330,7 +330,8 @@ def _report(argv: List[str]) -> None:
     args = parser.parse_args(argv)
 
     from .networks import split_page, write_table
-    from .results import add_runs, read_frame, write_report
+    from .results import add_runs
+    from .results_page import read_frame, write_report
 
     read_frame(args.results)  # what is in the way is told before anything is written
     if args.readme:

@@ -1,18 +1,14 @@
-"""The record of runs: rows in CSV files, and the page of results that is made of them.
-
-A folder of results holds ``<dataset>.csv`` with a row for each run, ``published.csv`` with figures of others,
-``tables.yaml`` with the tables of the page, and ``remarks.md`` with what there is to say about them.
-"""
+"""The record of runs: a row for each in ``<dataset>.csv``, in a folder of results."""
 import csv
 import json
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Sequence, Union
 
 import yaml
 
 from .errors import UserError
-from .files import save_figure, write_text
+from .files import write_text
 from .precision import asked_precision
 
 # timm's columns of results, then ours: errors and parameters as timm counts them (%, millions).
@@ -24,13 +20,8 @@ COLUMNS = (
 # Options that differ between runs of one recipe: which network and seed, and how it is computed.
 _SAME_RECIPE = ('model', 'seed', 'device', 'validation_batch_size', 'torchcompile', 'torchcompile_mode', 'loader',
                 'amp', 'amp_dtype', 'channels_last')
-DATASETS = {'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100', 'ImageNet': 'imagenet-1k'}
-PLOTTED = ('cifar10', 'cifar100')
 
 Row = Dict[str, str]
-
-
-# Rows
 
 
 def read_run(folder: Union[str, Path]) -> Row:
@@ -169,204 +160,3 @@ def add_rows(rows: Sequence[Row], results: Path) -> List[Path]:
 
 def _quoted(value: str) -> str:
     return '"' + value.replace('"', '""') + '"' if set(value) & set(',"\n') else value
-
-
-# The page
-
-
-def read_frame(results: Path) -> Tuple[List[Dict[str, Any]], str]:
-    """The tables of the page and the remarks.
-
-    Raises:
-        UserError: If a file is missing or can not be read.
-    """
-    name = 'tables.yaml'
-    try:
-        tables = yaml.safe_load((results / name).read_text(encoding='utf-8'))
-        name = 'remarks.md'
-        return tables, (results / name).read_text(encoding='utf-8').strip()
-    except (OSError, ValueError, yaml.YAMLError) as e:
-        raise UserError(f'{results} has no readable {name}; run this in a checkout, or name its results with '
-                        '--results.') from e
-
-
-def write_report(results: Path, page: Path) -> None:
-    """Write the page of results and its pictures, from the files of a folder of results.
-
-    Raises:
-        UserError: If a file is missing or can not be read.
-    """
-    tables, remarks = read_frame(results)
-    published = read_rows(results / 'published.csv')
-    runs = {dataset: read_rows(results / f'{dataset}.csv') for dataset in DATASETS.values()}
-    others = [path.stem for path in sorted(results.glob('*.csv')) if path.stem not in ('published', *runs)]
-    runs |= {dataset: read_rows(results / f'{dataset}.csv') for dataset in others}
-    lines = ['# Results', '', '<!-- made by `timm-lm report`; change results/ and run it again -->', '', remarks, '']
-    for table in tables:
-        lines += _section(table, runs.get(table['dataset'], []), published)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    for dataset in PLOTTED:
-        if _plot_errors(runs[dataset], published, dataset, page.parent / f'error_{dataset}.png'):
-            lines += [f'![Error against parameters on {dataset}](error_{dataset}.png)', '']
-    if _plot_k([row for rows in runs.values() for row in rows], page.parent / 'k_by_depth.png'):
-        lines += ['## The learned k', '', '![k of each block by depth](k_by_depth.png)', '']
-    lines += _all_runs(runs)
-    write_text(page, '\n'.join(lines).rstrip() + '\n')
-
-
-def _section(table: Dict[str, Any], runs: List[Row], published: List[Row]) -> List[str]:
-    recipe = table['recipe']
-    sources = table['published']
-    header = ['network', 'parameters', *(f'{source}, %' for source in sources), 'ours, %', 'k', 'command']
-    rows = [header, ['---'] * len(header)]
-    verdicts = []
-    for plain, lm in table['pairs']:
-        pair = []
-        for name in filter(None, (plain, lm)):
-            found = finished(runs, name, recipe)
-            pair.append(found)
-            rows.append([
-                f'`{name}`', found[0]['param_count'] + ' M' if found else '',
-                *(_published(published, source, table['dataset'], name, recipe) for source in sources),
-                _spread(found), _k_range(found), f'`timm-lm train -c {name}.{recipe} --data-dir DIR`',
-            ])
-        if len(pair) == 2 and all(pair):
-            verdicts.append(_verdict(lm, *pair))
-    text = [f"## {table['title']}", '']
-    if table.get('text'):
-        text += [table['text'], '']
-    text += ['| ' + ' | '.join(row) + ' |' for row in rows] + ['']
-    return text + ([' '.join(verdicts), ''] if verdicts else [])
-
-
-def _verdict(lm: str, plain_runs: List[Row], lm_runs: List[Row]) -> str:
-    """Whether an LM network beats its twin, with the standard error of a difference of two such counts of errors."""
-    plain, own = _mean(plain_runs), _mean(lm_runs)
-    variance = (plain * (100 - plain) + own * (100 - own)) / int(lm_runs[0]['images'])  # all seeds see the same images
-    return (f"`{lm}` {'beats' if own < plain else 'does not beat'} its plain twin: {own:.2f} against {plain:.2f} %. "
-            f'The number of test images alone gives this difference a standard error of up to {variance ** 0.5:.2f} %, '
-            'seeds add theirs.')
-
-
-def finished(runs: List[Row], network: str, recipe: str) -> List[Row]:
-    """The runs of a network that ended by a recipe in its own number of epochs, the seeds in order."""
-    from .training.options import parse_options
-    epochs = parse_options(['-c', recipe]).epochs
-    found = [row for row in runs if row['model'].partition('.')[0] == network and row['recipe'] == recipe
-             and row['status'] == 'done' and row['top1_err'] and int(row['epochs']) == epochs]
-    return sorted(found, key=lambda row: int(row['seed']))
-
-
-def _mean(rows: List[Row]) -> float:
-    return statistics.mean(float(row['top1_err']) for row in rows)
-
-
-def _spread(rows: List[Row]) -> str:
-    """Mean and standard deviation over seeds, or the one figure that there is."""
-    if not rows:
-        return ''
-    errors = [float(row['top1_err']) for row in rows]
-    if len(errors) == 1:
-        return f'{errors[0]:.2f} (one seed)'
-    seeds = len({row['seed'] for row in rows})
-    runs = f'{len(rows)} runs of ' if len(rows) > seeds else ''
-    return (f'{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f} '
-            f"({runs}{'one seed' if seeds == 1 else f'{seeds} seeds'})")
-
-
-def _k_range(rows: List[Row]) -> str:
-    if not rows or not rows[0]['k_min']:
-        return ''
-    return f"{min(float(row['k_min']) for row in rows):.2f} to {max(float(row['k_max']) for row in rows):.2f}"
-
-
-def _published(rows: List[Row], source: str, dataset: str, network: str, recipe: str) -> str:
-    """A source's figure for a network; where it has only the post-activation one, that, by its name."""
-    def find(name: str) -> Optional[str]:
-        return next((row['top1_err'] for row in rows if row['source'] == source and row['dataset'] == dataset
-                     and row['network'] == name and row['recipe'] in ('', recipe)), None)
-
-    if find(network):
-        return find(network) or ''
-    other = network.replace('preact_', '').replace('resnetv2_', 'resnet')
-    return f'{find(other)} ({other})' if other != network and find(other) else ''
-
-
-def _all_runs(runs: Dict[str, List[Row]]) -> List[str]:
-    header = ['run', 'network', 'data', 'recipe', 'epochs', 'seed', 'error, %', 'seen in training, %', 'minutes',
-              'hardware', 'precision', 'status']
-    about = 'Poor and stopped runs too. Errors are counts on the saved file, in float32 on the CPU.'
-    lines = ['## All runs', '', about, '',
-             '| ' + ' | '.join(header) + ' |', '| ' + ' | '.join(['---'] * len(header)) + ' |']
-    shown = ('dataset', 'recipe', 'epochs', 'seed', 'top1_err', 'seen_top1_err', 'minutes', 'hardware', 'precision',
-             'status')
-    for row in (row for rows in runs.values() for row in rows):
-        cells = [row['run'], f"`{row['model'].partition('.')[0]}`", *(row[name] for name in shown)]
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return [*lines, '']
-
-
-# Pictures
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout='constrained')
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def parameter_count(network: str, num_classes: int) -> float:
-    """Millions of parameters of the plain network of the same depth; a ``k`` a block is none of them."""
-    import timm
-    name = 'preact_' + network.removeprefix('preact_').removeprefix('lm_')
-    model = timm.create_model(name, num_classes=num_classes, device='meta')
-    return sum(p.numel() for p in model.parameters()) / 1e6
-
-
-def _plot_errors(runs: List[Row], published: List[Row], dataset: str, path: Path) -> bool:
-    """Error against parameters: our LM and plain networks, and published ones."""
-    classes = 100 if dataset == 'cifar100' else 10
-    done = [row for row in runs if row['status'] == 'done' and row['top1_err'] and row['param_count']]
-    if not done:
-        return False
-    figure = _figure(7, 4.2)
-    axes = figure.subplots()
-    for source in dict.fromkeys(row['source'] for row in published):
-        rows = [row for row in published if row['source'] == source and row['dataset'] == dataset
-                and 'resnext' not in row['network']]
-        if rows:
-            axes.scatter([parameter_count(row['network'], classes) for row in rows],
-                         [float(row['top1_err']) for row in rows], marker='x', s=24, label=source)
-    for prefix, marker in (('lm_', 'o'), ('preact_', 's')):
-        rows = [row for row in done if row['model'].startswith(prefix)]
-        if rows:
-            axes.scatter([float(row['param_count']) for row in rows], [float(row['top1_err']) for row in rows],
-                         marker=marker, label='LM, ours' if prefix == 'lm_' else 'plain, ours')
-    axes.set(xlabel='parameters (millions)', ylabel='test error (%)', xscale='log')
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize='small')
-    save_figure(figure, path)
-    return True
-
-
-def _plot_k(rows: List[Row], path: Path) -> bool:
-    """The learned ``k`` of each block, from the first to the last of the network."""
-    rows = [row for row in rows if row['k'] and row['status'] == 'done']
-    if not rows:
-        return False
-    figure = _figure(7, 3.6 + 0.1 * len(rows))
-    axes = figure.subplots()
-    for row in rows:
-        k = [float(value) for value in row['k'].split()]
-        places = [i / max(1, len(k) - 1) for i in range(len(k))]
-        network, (recipe, changed, _) = row['model'].partition('.')[0], row['recipe'].partition(' with ')
-        axes.plot(places, k, marker='.', label=f"{network} {recipe}{' (changed)' if changed else ''}, "
-                                               f"{row['epochs']} epochs, seed {row['seed']}")
-    axes.axhline(0, color='black', linewidth=0.8)
-    axes.set(xlabel='depth (0: first block with a k, 1: last)', ylabel='k')
-    axes.grid(alpha=0.3)
-    figure.legend(fontsize='x-small', loc='outside lower center', ncols=2)
-    save_figure(figure, path)
-    return True

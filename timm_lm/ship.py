@@ -25,7 +25,8 @@ from .hub import (
 )
 from .models._weights import weights_dir
 from .networks import write_table
-from .results import Row, add_rows, check_rows, read_run, with_result, write_report
+from .results import Row, add_rows, check_rows, read_run, with_result
+from .results_page import write_report
 from .training.result import count_errors, mean_k, run_card
 
 HALF_FROM = 600_000  # parameters; from lm_resnet44 (0.66 million) on weights ship in half precision

@@ -1,0 +1,274 @@
+"""The page of results and its pictures, made of the record of runs.
+
+A folder of results holds, beside the runs, ``published.csv`` with figures of others, ``tables.yaml`` with the tables of
+the page, and ``remarks.md`` with what there is to say about them.
+"""
+import statistics
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional, Tuple
+
+import yaml
+
+from .errors import UserError
+from .files import save_figure, write_text
+from .results import Row, read_rows
+
+DATASETS = {'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100', 'ImageNet': 'imagenet-1k'}
+PLOTTED = ('cifar10', 'cifar100')
+SOURCES = ('paper', 'pytorch-cifar-models', 'pytorchcv')
+SUMMARY = ('The LM networks with a finished run by a recipe as it stands, beside their plain twins by the same recipe '
+           'and all figures of others of the same depth. A recipe that grows or teaches a network starts from the '
+           'weights that its table below names.')
+
+
+def read_frame(results: Path) -> Tuple[List[Dict[str, Any]], str]:
+    """The tables of the page and the remarks.
+
+    Raises:
+        UserError: If a file is missing or can not be read.
+    """
+    name = 'tables.yaml'
+    try:
+        tables = yaml.safe_load((results / name).read_text(encoding='utf-8'))
+        name = 'remarks.md'
+        return tables, (results / name).read_text(encoding='utf-8').strip()
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        raise UserError(f'{results} has no readable {name}; run this in a checkout, or name its results with '
+                        '--results.') from e
+
+
+def write_report(results: Path, page: Path) -> None:
+    """Write the page of results and its pictures, from the files of a folder of results.
+
+    Raises:
+        UserError: If a file is missing or can not be read.
+    """
+    tables, remarks = read_frame(results)
+    published = read_rows(results / 'published.csv')
+    runs = {dataset: read_rows(results / f'{dataset}.csv') for dataset in DATASETS.values()}
+    others = [path.stem for path in sorted(results.glob('*.csv')) if path.stem not in ('published', *runs)]
+    runs |= {dataset: read_rows(results / f'{dataset}.csv') for dataset in others}
+    lines = ['# Results', '', '<!-- made by `timm-lm report`; change results/ and run it again -->', '']
+    lines += [*_summary(tables, runs, published), '## Remarks', '', remarks, '']
+    for table in tables:
+        lines += _section(table, runs.get(table['dataset'], []), published)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    for dataset in PLOTTED:
+        if _plot_errors(runs[dataset], published, dataset, page.parent / f'error_{dataset}.png'):
+            lines += [f'![Error against parameters on {dataset}](error_{dataset}.png)', '']
+    all_rows = [row for rows in runs.values() for row in rows]
+    if _plot_k(all_rows, page.parent / 'k_by_depth.png'):
+        lines += ['## The learned k', '', _about_k(all_rows), '', '![k of each block by depth](k_by_depth.png)', '']
+    lines += _all_runs(runs)
+    write_text(page, '\n'.join(lines).rstrip() + '\n')
+
+
+def _summary(tables: List[Dict[str, Any]], runs: Dict[str, List[Row]], published: List[Row]) -> List[str]:
+    """A table of the LM networks that have a finished run, beside all figures there are of the same depth."""
+    lines = ['## What was reached', '', SUMMARY, '', *_table_head([
+        'network', 'data', 'recipe', 'ours, %', 'plain twin, %', *(f'{source}, %' for source in SOURCES)])]
+    for table in tables:
+        rows = runs.get(table['dataset'], [])
+        for plain, name in table['pairs']:
+            found = finished(rows, name, table['recipe'])
+            if found:
+                twin = _spread(finished(rows, plain, table['recipe']))
+                others = (_of_depth(published, source, table['dataset'], name) for source in SOURCES)
+                lines.append(_line([
+                    f'`{name}`', table['dataset'], f"`{table['recipe']}`", _spread(found), twin, *others]))
+    return [*lines, '']
+
+
+def _of_depth(published: List[Row], source: str, dataset: str, network: str) -> str:
+    """A source's figures for an LM network and for both plain ones of its depth, each with what it is of."""
+    plain = network.removeprefix('lm_')
+    names = [network, f'preact_{plain}', plain]
+    rows = [row for name in names for row in published
+            if (row['source'], row['dataset'], row['network']) == (source, dataset, name)]
+    return ', '.join(f"{row['top1_err']} ({' '.join(filter(None, (row['network'], row['recipe'])))})" for row in rows)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return '| ' + ' | '.join(cells) + ' |'
+
+
+def _table_head(header: List[str]) -> List[str]:
+    return [_line(header), _line(['---'] * len(header))]
+
+
+def _section(table: Dict[str, Any], runs: List[Row], published: List[Row]) -> List[str]:
+    recipe = table['recipe']
+    sources = table['published']
+    header = ['network', 'parameters', *(f'{source}, %' for source in sources), 'ours, %', 'k', 'command']
+    rows: List[List[str]] = []
+    verdicts = []
+    for plain, lm in table['pairs']:
+        pair = []
+        for name in filter(None, (plain, lm)):
+            found = finished(runs, name, recipe)
+            pair.append(found)
+            rows.append([
+                f'`{name}`', found[0]['param_count'] + ' M' if found else '',
+                *(_published(published, source, table['dataset'], name, recipe) for source in sources),
+                _spread(found), _k_range(found), f'`timm-lm train -c {name}.{recipe} --data-dir DIR`',
+            ])
+        if len(pair) == 2 and all(pair):
+            verdicts.append(_verdict(lm, *pair))
+    text = [f"## {table['title']}", '']
+    if table.get('text'):
+        text += [table['text'], '']
+    text += [*_table_head(header), *map(_line, rows), '']
+    return text + ([' '.join(verdicts), ''] if verdicts else [])
+
+
+def _verdict(lm: str, plain_runs: List[Row], lm_runs: List[Row]) -> str:
+    """How an LM network stands to its twin, with the standard error of a difference of two such counts of errors."""
+    plain, own = _mean(plain_runs), _mean(lm_runs)
+    variance = (plain * (100 - plain) + own * (100 - own)) / int(lm_runs[0]['images'])  # all seeds see the same images
+    points, error = own - plain, variance ** 0.5
+    verdict = 'beats' if points < -2 * error else 'is not told apart from' if points < 0 else 'does not beat'
+    return (f'`{lm}` {verdict} its plain twin: {own:.2f} against {plain:.2f} %. The difference of {abs(points):.2f} '
+            f'points is {abs(points) / error:.1f} times the standard error that the number of test images alone gives '
+            f'it (up to {error:.2f} %); seeds add theirs.')
+
+
+def finished(runs: List[Row], network: str, recipe: str) -> List[Row]:
+    """The runs of a network that ended by a recipe in its own number of epochs, the seeds in order."""
+    from .training.options import parse_options
+    epochs = parse_options(['-c', recipe]).epochs
+    found = [row for row in runs if row['model'].partition('.')[0] == network and row['recipe'] == recipe
+             and row['status'] == 'done' and row['top1_err'] and int(row['epochs']) == epochs]
+    return sorted(found, key=lambda row: int(row['seed']))
+
+
+def _mean(rows: List[Row]) -> float:
+    return statistics.mean(float(row['top1_err']) for row in rows)
+
+
+def _spread(rows: List[Row]) -> str:
+    """Mean and standard deviation over seeds, or the one figure that there is."""
+    if not rows:
+        return ''
+    errors = [float(row['top1_err']) for row in rows]
+    if len(errors) == 1:
+        return f'{errors[0]:.2f} (one seed)'
+    seeds = len({row['seed'] for row in rows})
+    runs = f'{len(rows)} runs of ' if len(rows) > seeds else ''
+    return (f'{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f} '
+            f"({runs}{'one seed' if seeds == 1 else f'{seeds} seeds'})")
+
+
+def _k_range(rows: List[Row]) -> str:
+    if not rows or not rows[0]['k_min']:
+        return ''
+    return f"{min(float(row['k_min']) for row in rows):.2f} to {max(float(row['k_max']) for row in rows):.2f}"
+
+
+def _published(rows: List[Row], source: str, dataset: str, network: str, recipe: str) -> str:
+    """A source's figure for a network, and that for the post-activation one by its name."""
+    def find(name: str) -> Optional[str]:
+        return next((row['top1_err'] for row in rows if row['source'] == source and row['dataset'] == dataset
+                     and row['network'] == name and row['recipe'] in ('', recipe)), None)
+
+    other = network.replace('preact_', '').replace('resnetv2_', 'resnet')
+    second = f'{find(other)} ({other})' if other != network and find(other) else ''
+    return ', '.join(filter(None, (find(network), second)))
+
+
+def _all_runs(runs: Dict[str, List[Row]]) -> List[str]:
+    header = ['run', 'network', 'data', 'recipe', 'epochs', 'seed', 'error, %', 'seen in training, %', 'minutes',
+              'hardware', 'precision', 'status']
+    about = ('Poor and stopped runs too. An error is a count on the saved file, in float32 on the CPU; the one seen in '
+             'training is that of the last epoch in the precision of the training.')
+    lines = ['## All runs', '', about, '', *_table_head(header)]
+    shown = ('dataset', 'recipe', 'epochs', 'seed', 'top1_err', 'seen_top1_err', 'minutes', 'hardware', 'precision',
+             'status')
+    for row in (row for rows in runs.values() for row in rows):
+        cells = [row['run'], f"`{row['model'].partition('.')[0]}`", *(row[name] for name in shown)]
+        lines.append(_line(cells))
+    return [*lines, '']
+
+
+def _about_k(rows: List[Row]) -> str:
+    """What the ODE picture asks of ``k``, and how many runs keep to it."""
+    found = [[float(value) for value in row['k'].split()] for row in _with_k(rows)]
+    below = sum(min(k) < -1 for k in found)
+    return (f'As a method for ODEs the two-step rule is zero-stable for |k| < 1 only. Of the {len(found)} LM runs here '
+            f'{below} end with a `k` below -1: such a network works all the same, but there the ODE picture does not '
+            f'hold. {sum(max(k) > 0 for k in found)} have a `k` above 0, though all start from [-0.1, 0].')
+
+
+def _with_k(rows: List[Row]) -> List[Row]:
+    return [row for row in rows if row['k'] and row['status'] == 'done']
+
+
+# Pictures
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout='constrained')
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def parameter_count(network: str, num_classes: int) -> float:
+    """Millions of parameters of the plain network of the same depth; a ``k`` a block is none of them."""
+    import timm
+    name = 'preact_' + network.removeprefix('preact_').removeprefix('lm_')
+    model = timm.create_model(name, num_classes=num_classes, device='meta')
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def _plot_errors(runs: List[Row], published: List[Row], dataset: str, path: Path) -> bool:
+    """Error against parameters: our LM and plain networks, and published ones."""
+    classes = 100 if dataset == 'cifar100' else 10
+    done = [row for row in runs if row['status'] == 'done' and row['top1_err'] and row['param_count']]
+    if not done:
+        return False
+    figure = _figure(7, 4.2)
+    axes = figure.subplots()
+    others: Dict[str, List[Row]] = {}
+    for row in published:
+        if row['dataset'] == dataset and 'resnext' not in row['network']:
+            kind = ', LM' if row['network'].startswith('lm_') else ', plain' if row['source'] == 'paper' else ''
+            others.setdefault(row['source'] + kind, []).append(row)
+    for label, rows in others.items():
+        axes.scatter([parameter_count(row['network'], classes) for row in rows],
+                     [float(row['top1_err']) for row in rows], marker='x', s=24, label=label)
+    for prefix, marker in (('lm_', 'o'), ('preact_', 's')):
+        rows = [row for row in done if row['model'].startswith(prefix)]
+        if rows:
+            axes.scatter([float(row['param_count']) for row in rows], [float(row['top1_err']) for row in rows],
+                         marker=marker, label='LM, ours' if prefix == 'lm_' else 'plain, ours')
+    axes.set(xlabel='parameters (millions)', ylabel='test error (%)', xscale='log')
+    ticks = [0.2, 0.3, 0.5, 1, 2, 3]
+    axes.set_xticks(ticks, labels=map(str, ticks))
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize='small')
+    save_figure(figure, path)
+    return True
+
+
+def _plot_k(rows: List[Row], path: Path) -> bool:
+    """The learned ``k`` of each block, from the first to the last of the network."""
+    rows = _with_k(rows)
+    if not rows:
+        return False
+    figure = _figure(7, 3.6 + 0.1 * len(rows))
+    axes = figure.subplots()
+    for number, row in enumerate(rows):
+        k = [float(value) for value in row['k'].split()]
+        places = [i / max(1, len(k) - 1) for i in range(len(k))]
+        network, (recipe, changed, _) = row['model'].partition('.')[0], row['recipe'].partition(' with ')
+        label = f"{network} {recipe}{' (changed)' if changed else ''}, {row['epochs']} epochs, seed {row['seed']}"
+        style = ('-', '--', ':')[number // 10 % 3]  # matplotlib has ten colours
+        axes.plot(places, k, style, color=f'C{number % 10}', marker='.', label=label)
+    axes.axhline(0, color='black', linewidth=0.8)
+    axes.set(xlabel='depth (0: first block with a k, 1: last)', ylabel='k')
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize='x-small', loc='outside lower center', ncols=2)
+    save_figure(figure, path)
+    return True
