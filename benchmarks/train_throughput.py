@@ -235,7 +235,7 @@ def write_bare_options(options: List[str], device: str, images: int, steps: int,
         num_classes=args.num_classes or (cfg.num_classes if cfg else 1000),
         steps=steps,
         epochs=epochs,
-        opt_kwargs=dict(fused=True) | args.opt_kwargs if can_fuse(args.opt) else args.opt_kwargs,
+        opt_kwargs=dict(fused=True) | args.opt_kwargs if can_fuse(args.opt, device) else args.opt_kwargs,
     )
     path.write_text(json.dumps(bare, default=str))
     return path

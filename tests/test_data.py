@@ -338,3 +338,23 @@ def test_copied_folder_is_read_alike(digits, tmp_path):
     shutil.copytree(digits, tmp_path / 'copy')
     again = load_images('test', dataset=f"hfds/{tmp_path / 'copy'}", input_size=(1, 8, 8))
     assert torch.equal(again.images, load_images('test', digits, input_size=(1, 8, 8)).images)
+
+
+def test_worker_that_is_no_copy_reads_parquet_itself(tmp_path, images):
+    for shard in range(2):
+        write_parquet(tmp_path / f'train-{shard:05}-of-00002.parquet', images)
+    opened = open_images('train', tmp_path)
+    assert len(opened) == 2 * len(images)
+    sent = pickle.dumps(opened)
+    assert len(sent) < 5_000 + 8 * len(opened)  # no images
+    received = pickle.loads(sent)
+    for index in (0, len(images) - 1, len(images), 2 * len(images) - 1):
+        assert np.array_equal(received[index][0], opened[index][0])
+        assert np.array_equal(received[index][0], images[index % len(images)])
+
+
+def test_folder_of_images_is_searched_for_parquet_once(classes, monkeypatch):
+    walks, walk = [], data_module.files_below
+    monkeypatch.setattr(data_module, 'files_below', lambda folder: walks.append(folder) or walk(folder))
+    load_images('train', classes)
+    assert len(walks) == 1

@@ -8,21 +8,26 @@ import re
 import shutil
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_lm.data import load_images
+from timm_lm.errors import UserError
 from timm_lm.hub import load_folder
 from timm_lm.loader import MemoryLoader
 from timm_lm.results import read_run
+from timm_lm.training import loop
 from timm_lm.training.evaluate import evaluate
-from timm_lm.training.factory import create_model, create_optimizer
+from timm_lm.training.factory import create_model, create_optimizer, share_batch_statistics
 from timm_lm.training.loop import Training
 from timm_lm.training.options import parse_options
+from timm_lm.training.report import LiveLine
 from timm_lm.training.train import train
 
 # float32 on the CPU; 256 images in batches of 64 are 4 updates an epoch
@@ -271,40 +276,45 @@ def test_rates_are_those_of_timm(run, options, epochs, different):
     assert len(rates(folder)) == epochs and len(set(rates(folder))) >= different
 
 
+def tell_at_validations(monkeypatch, metric, values):
+    """Have the validations find these values, by epoch."""
+    evaluate = Training.evaluate
+
+    def told(training, loader, epoch):
+        return evaluate(training, loader, epoch) | {metric: values[epoch]}
+
+    monkeypatch.setattr(Training, 'evaluate', told)
+
+
 @pytest.mark.filterwarnings('ignore:PlateauLRScheduler:FutureWarning')
-def test_plateau_lowers_the_rate_and_resumes(run, tmp_path):
+@pytest.mark.parametrize('metric, values, epoch', [
+    ('top1', [2., 3., 3., 3., 4., 4., 4., 5.], 3),  # soon out of patience
+    ('loss', [9., 8., 8., 8., 7., 7., 7., 6.], 4),  # just lowered
+])
+def test_plateau_lowers_the_rate_and_resumes(run, tmp_path, monkeypatch, metric, values, epoch):
+    """At the second epoch in a row that is no better than the best; gone on with after one of them."""
+    tell_at_validations(monkeypatch, metric, values)
     options = [*BY_EPOCH, '--sched', 'plateau', '--patience-epochs', 1, '--decay-rate', 0.5, '--epochs', 8,
-               '--batch-size', 128]
+               '--batch-size', 128, '--eval-metric', metric]
     folder, *_ = run('whole', *options)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode='max', patience=1, factor=0.5)
-    expected, waiting = [], []
-    for epoch, row in enumerate(summary(folder), 1):
-        expected.append(optimizer.param_groups[0]['lr'])
-        scheduler.step(row['eval_top1'])
-        waiting += [epoch] if scheduler.num_bad_epochs else []
-    assert rates(folder) == expected and expected[-1] < 0.1
-    for epoch in {waiting[0], expected.index(0.05)}:  # out of patience soon, and just lowered
-        resumed = cut(folder, 2 * epoch, tmp_path / f'from{epoch}')
-        _, out, _ = run(resumed.name, *options, '--resume', 'auto')
-        assert f'epoch {epoch + 1}, batch 1' in out
-        assert rates(resumed) == expected and equal(weights_of(resumed), weights_of(folder))
+    expected = [0.1] * 4 + [0.05] * 3 + [0.025]
+    assert rates(folder) == expected
+    resumed = cut(folder, 2 * epoch, tmp_path / 'resumed')
+    _, out, _ = run('resumed', *options, '--resume', 'auto')
+    assert f'epoch {epoch + 1}, batch 1' in out
+    assert rates(resumed) == expected and equal(weights_of(resumed), weights_of(folder))
 
 
-@pytest.mark.parametrize('metric, better', [('loss', min), ('top5', max)])
-def test_checkpoint_of_the_best_epoch_stays(run, metric, better):
-    """The rate rises until the network is worse than at the start."""
-    folder, out, _ = run(
-        'run', *BY_EPOCH, '--model', 'preact_resnet20', '--epochs', 4, '--warmup-epochs', 3, '--warmup-lr', 1e-3,
-        '--lr', 5, '--eval-metric', metric, '--checkpoint-hist', 1)
-    values = [row[f'eval_{metric}'] for row in summary(folder)]
-    epoch = values.index(better(values))
-    assert epoch < 3
-    best = f'step-{4 * (epoch + 1):09d}'
-    assert checkpoint_names(folder) == [best, 'step-000000016']
+@pytest.mark.parametrize('metric, values', [('loss', [2., 1., 1., 3.]), ('top5', [50., 70., 70., 60.])])
+def test_checkpoint_of_the_best_epoch_stays(run, monkeypatch, metric, values):
+    """Of two that are as good, the first."""
+    tell_at_validations(monkeypatch, metric, values)
+    folder, out, _ = run('run', '--epochs', 4, '--eval-metric', metric, '--checkpoint-hist', 1)
+    assert [row[f'eval_{metric}'] for row in summary(folder)] == values
+    assert checkpoint_names(folder) == ['step-000000008', 'step-000000016']
     line = next(line for line in out.splitlines() if line.startswith('best '))
-    assert line.startswith(f'best {metric} {values[epoch]:.4g} after epoch {epoch + 1} (`timm-lm weights ')
-    assert best in line
+    assert line.startswith(f'best {metric} {values[1]:.4g} after epoch 2 (`timm-lm weights ')
+    assert 'step-000000008' in line
     assert equal(weights_of(folder), checkpoint(folder, 16))
 
 
@@ -410,6 +420,7 @@ def test_resumed_states_have_the_layout_of_their_weights(run, tmp_path, monkeypa
     (['--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1', '--input-size', '1', '32', '32'],
      'vit_tiny_patch16_224 does not take images of 1x32x32 (Input height (32) doesn'),
     (['--class-map', 'map.txt'], '--class-map numbers the classes of folders of images; the Parquet files in'),
+    (['--aug-repeats', '2'], '--aug-repeats repeats images over processes and there is one'),
     (['--resume', 'a/run/checkpoints/step-1', '--experiment', 'other'], 'in the folder of the checkpoint, a/run, not'),
 ])
 def test_what_can_not_be_done_is_refused(few_digits, tmp_path, fails, options, message):
@@ -417,11 +428,27 @@ def test_what_can_not_be_done_is_refused(few_digits, tmp_path, fails, options, m
     assert not (tmp_path / 'runs').exists()
 
 
+def test_adaptive_clipping_of_sharded_weights_is_refused():
+    args = parse_options([*BASE, '--clip-grad', '1', '--clip-mode', 'agc'])
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, device=torch.device('cpu'))
+    with pytest.raises(UserError, match='--clip-mode agc can not clip sharded weights'):
+        Training(args, accelerator, create_model(args), range(4), {}, None, None)
+
+
+def test_shared_batch_statistics_on_the_cpu_are_refused():
+    args = parse_options([*BASE, '--sync-bn'])
+    model = create_model(args)
+    with pytest.raises(UserError, match='--sync-bn needs GPUs'):
+        share_batch_statistics(args, model, SimpleNamespace(num_processes=2, device=torch.device('cpu')))
+    alone = SimpleNamespace(num_processes=1, device=torch.device('cpu'))
+    assert share_batch_statistics(args, model, alone) is model
+
+
 def test_checkpoints_inside_an_epoch_come_at_updates(run):
-    """Every 3 batches of 8, at the first update from there on; an update is of 2 batches."""
+    """Every 3 updates, each of 2 batches of 8; and at the end."""
     folder, *_ = run('run', '--batch-size', 32, '--epochs', 1, '--grad-accum-steps', 2, '--recovery-interval', 3)
-    assert checkpoint_names(folder) == ['step-000000002', 'step-000000003', 'step-000000004']
-    assert [state(folder, updates)['progress']['batch'] for updates in (2, 3)] == [4, 6]
+    assert checkpoint_names(folder) == ['step-000000003', 'step-000000004']
+    assert [state(folder, updates)['progress']['batch'] for updates in (3, 4)] == [6, 0]
 
 
 def test_cuda_graphs_free_their_outputs_before_each_update_and_validation_batch(run, monkeypatch):
@@ -514,6 +541,42 @@ def test_lines_at_the_log_interval_and_tables(run):
         assert any(line.startswith('  eval') for line in more) == (epoch > 1)
 
 
+def test_rate_and_time_left(run, plain, tmp_path, monkeypatch):
+    """By a clock that only steps of 64 images and validations move, by half a second and three seconds."""
+    now, shown = 0., []
+    step, evaluate = Training.step, loop.evaluate
+
+    def half_a_second(*args):
+        nonlocal now
+        now += 0.5
+        step(*args)
+
+    def three_seconds(*args, **more):
+        nonlocal now
+        now += 3
+        return evaluate(*args, **more)
+
+    monkeypatch.setattr(loop, 'time', SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(Training, 'step', half_a_second)
+    monkeypatch.setattr(loop, 'evaluate', three_seconds)
+    monkeypatch.setattr(LiveLine, 'show', lambda live, *values: shown.append(values))
+
+    folder, *_ = run('run', '--epochs', 5, '--log-interval', 2, '--val-interval', 2)
+    assert [row['train']['images_per_second'] for row in metrics(folder)] == [128] * 5
+    assert [(epoch, step) for epoch, step, *_ in shown] == [(epoch, step) for epoch in range(5) for step in (2, 4)]
+    *_, images_per_second, left = zip(*shown)
+    assert set(images_per_second) == {128}
+    # of the validations, after epochs 2, 4 and 5, what they take is known from the first one on
+    assert left == (9, 8, 7, 6, 5 + 6, 4 + 6, 3 + 6, 2 + 6, 1 + 3, 3)
+
+    shown.clear()
+    resumed = cut(plain, 2, tmp_path / 'resumed')  # in the middle of an epoch
+    run('resumed', '--epochs', 2, '--log-interval', 1, '--resume', 'auto')
+    assert [row['train']['images_per_second'] for row in metrics(resumed)] == [128] * 2
+    assert [values[:2] + values[-2:] for values in shown] == [
+        (0, 3, 128, 2.5), (0, 4, 128, 2), *((1, step, 128, (4 - step) / 2 + 3) for step in (1, 2, 3, 4))]
+
+
 def test_one_line_on_a_terminal(run, monkeypatch):
     import fcntl
     import termios
@@ -580,9 +643,10 @@ def test_wandb_keeps_an_offline_run(run, tmp_path, monkeypatch):
     wandb.teardown()  # its process writes the rest
     (kwargs,) = asked
     assert (kwargs['project'], kwargs['tags'], kwargs['dir']) == ('digits', ['short', 'small'], str(folder))
+    assert kwargs['name'] == folder.name == 'run'
     (file,) = folder.glob('wandb/offline-run-*/run-*.wandb')
     content = file.read_bytes()
-    assert all(word in content for word in (b'eval/top1', b'train/loss', b'digits'))
+    assert all(word in content for word in (b'eval_top1', b'train_loss', b'epoch', b'digits'))
 
 
 @pytest.mark.parametrize('name', ['tensorboard', 'wandb'])

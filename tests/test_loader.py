@@ -356,7 +356,7 @@ def test_images_can_be_sent_to_a_worker(photos, tmp_path, kind):
     sent = pickle.loads(pickle.dumps(images))
     assert len(sent) == 10
     for index in range(10):
-        (image, label), (other, other_label) = images[index, 0], sent[index, 0]
+        (image, label), (other, other_label) = images[index, (0,)], sent[index, (0,)]
         assert np.array_equal(image, other) and label == other_label
 
 

@@ -32,11 +32,13 @@ def test_options_and_defaults_are_those_of_timm():
     additions = next(group for group in parser._action_groups if (group.title or '').startswith('Additions'))
     added = {action.dest for action in additions._group_actions}
     ours = {action.dest: action.default for action in parser._actions if action.dest not in {*added, 'help'}}
-    assert len(timms) > 170 and ours.keys() <= timms.keys() and not added & timms.keys()
+    newer = {name for name in REFUSED.keys() - timms.keys()}
+    assert len(timms) > 170 and ours.keys() - newer <= timms.keys() and not added & timms.keys()
     assert {'data'} == timms.keys() - ours.keys() - REFUSED.keys()  # timm's other name of --data-dir
     differing = {name for name in ours.keys() - REFUSED.keys()
                  if json.loads(json.dumps(ours[name])) != timms[name]}
-    assert differing == {'config', 'device', 'model'}
+    assert differing == {'config', 'decay_epochs', 'device', 'model'}
+    assert parse_options([]).decay_epochs == timms['decay_epochs'] == 90
     assert (timms['config'], ours['config']) == ('', None)
 
 
@@ -45,7 +47,7 @@ def test_booleans_can_be_taken_back():
     assert not args.amp and args.torchcompile is None and not args.channels_last
 
 
-@pytest.mark.parametrize('name', ['tta', 'start_epoch', 'split_bn', 'naflex_loader'])
+@pytest.mark.parametrize('name', ['tta', 'start_epoch', 'split_bn', 'naflex_loader', 'target_format'])
 def test_refused_options_tell_the_reason(name, tmp_path):
     with pytest.raises(UserError, match=f'--{name.replace("_", "-")} is refused: .'):
         parse_options([f'--{name.replace("_", "-")}', '1'])
@@ -90,7 +92,19 @@ def test_refused_options_tell_the_reason(name, tmp_path):
     (dict(bce_loss=True, smoothing=1), '--smoothing must be less than 1 with --bce-loss'),
     (dict(cutmix_minmax=[0.8, 0.2]), '--cutmix-minmax takes two increasing shares'),
     (dict(cutmix_minmax=[0.2, 1.5]), '--cutmix-minmax takes two increasing shares'),
-    (dict(lr_base_scale='squareroot'), "'lr_base_scale' .* can not be 'squareroot'"),
+    (dict(lr_base_scale='squareroot'), "'lr_base_scale' .* can not be 'squareroot'; it can be linear, sqrt"),
+    (dict(kd_distill_type='feature'), "'kd_distill_type' .* can not be 'feature'; it can be logit"),
+    (dict(data_dir=''), "'data_dir' .* can not be ''"),
+    (dict(lr_cycle_mul=0), '--lr-cycle-mul must be positive'),
+    (dict(decay_rate=-1), '--decay-rate must be positive'),
+    (dict(patience_epochs=-3), '--patience-epochs must not be negative'),
+    (dict(warmup_lr=-0.1), '--warmup-lr must not be negative'),
+    (dict(lr_cycle_limit=0), '--lr-cycle-limit must be at least 1'),
+    (dict(num_classes=0), '--num-classes must be at least 1'),
+    (dict(in_chans=0), '--in-chans must be at least 1'),
+    (dict(in_chans=1, input_size=[3, 32, 32]), '--in-chans 1 and the 3 channels of --input-size differ'),
+    (dict(val_split='', eval_metric='top5'), '--eval-metric top5 is that of the validation'),
+    (dict(log_wandb=True, wandb_resume_id='abc'), '--wandb-resume-id goes on with the log of a run; give --resume'),
     (dict(opt_betas=[0.9]), '--opt-betas takes at least two'),
     (dict(clip_mode='agc'), '--clip-mode does nothing without --clip-grad'),
     (dict(torchcompile_mode='max-autotune'), '--torchcompile-mode does nothing without --torchcompile'),
@@ -132,7 +146,7 @@ def test_defaults_of_refused_options_ask_for_nothing(tmp_path):
     assert parse_options(['-c', recipe(tmp_path, **asked)]).data_dir is None
     with pytest.raises(UserError, match="'worker_seeding' .* is refused"):
         parse_options(['-c', recipe(tmp_path, **asked | dict(worker_seeding='part'))])
-    with pytest.raises(UserError, match="'data' .* is unknown"):
+    with pytest.raises(UserError, match="'data' .* is timm's older name of data_dir"):
         parse_options(['-c', recipe(tmp_path, **asked | dict(data='folder'))])
 
 
@@ -186,3 +200,20 @@ def test_rate_without_lr_follows_the_images_of_an_update(words, lr):
     args = parse_options(['--batch-size', '32', '--grad-accum-steps', '3', *words])
     set_learning_rate(args, num_processes=2)
     assert args.lr == pytest.approx(lr)
+
+
+def test_unset_variable_is_no_folder():
+    with pytest.raises(UserError, match='--data-dir: it is empty, as an unset variable is; name a folder; see'):
+        parse_options(['--data-dir', ''])
+
+
+@pytest.mark.parametrize('sched, epochs', [('step', 90), ('cosine', 90), ('wsd', 0.2), ('rsqrt', 0.2)])
+def test_length_of_a_decay_is_that_of_its_schedule(sched, epochs, tmp_path):
+    assert parse_options(['-c', recipe(tmp_path, sched=sched, decay_epochs=None)]).decay_epochs == epochs
+    assert parse_options(['--sched', sched, '--decay-epochs', '7']).decay_epochs == 7
+
+
+@pytest.mark.parametrize('word', ['--local_rank', '--train-steps-per-epoch'])
+def test_other_names_of_refused_options_are_refused_too(word):
+    with pytest.raises(UserError, match=f'{word} is refused: .'):
+        parse_options([word, '3'])

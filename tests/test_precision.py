@@ -108,6 +108,17 @@ def test_gpu_without_bfloat16_trains_in_float32(monkeypatch):
     assert factory.settle_precision(args) == '' and args.amp
 
 
+@pytest.mark.parametrize('name', ['momentum', 'lookahead_momentum'])
+def test_fused_momentum_begins_by_zero(name):
+    model = torch.nn.Linear(2, 2)
+    optimizer = factory.create_optimizer(parse_options(['--opt', name]), model)
+    factory.begin_momentum(optimizer)
+    base = getattr(optimizer, '_base_optimizer', optimizer)
+    assert base.defaults['fused']
+    for parameter in model.parameters():
+        assert base.state[parameter]['momentum_buffer'].eq(0).all()
+
+
 @pytest.mark.parametrize('nesterov', [True, False])
 def test_momentum_of_fused_sgd_outlives_an_overflow_in_the_first_step(nesterov):
     """As float16 with a scaler has it. From zero all is as without an overflow; else the memory's garbage is taken."""

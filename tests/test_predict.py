@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from forked import Command
 from PIL import Image, features
 
 from timm_lm.cli import main
@@ -168,13 +169,6 @@ def test_export_that_fails_leaves_nothing(weights, tmp_path, fails, monkeypatch)
         assert f'{folder} is a folder; name a file with --output' in fails('export', weights, '--output', folder)
     import timm_lm.export as export
 
-    def full(*args):
-        raise RuntimeError('PytorchStreamWriter failed writing file data.pkl: file write failed')
-
-    with monkeypatch.context() as patch:
-        patch.setitem(export.FORMATS, 'torchscript', (full, '.pt'))
-        line = fails('export', weights, '--format', 'torchscript', '--output', tmp_path / 'model.pt')
-        assert 'can not be written as torchscript (PytorchStreamWriter failed writing' in line
     def not_for_scripts(self, *images):
         return images[0]
 
@@ -200,3 +194,33 @@ def test_export_of_this_folder_is_named_after_it(weights, tmp_path, command, mon
     monkeypatch.chdir(shutil.copytree(weights, tmp_path / 'tuned'))
     code, out, err = command('export', '.', '--format', 'torch-export')
     assert code == 0 and out.startswith('tuned.pt2: '), err
+
+
+@pytest.mark.parametrize('kind', ['onnx', 'torch-export', 'torchscript'])
+def test_export_onto_a_full_disk(kind, weights, tmp_path):
+    code, _, err = Command(
+        'export', weights, '--format', kind, '--output', tmp_path / 'model', file_limit=50_000).wait()
+    assert code == 2 and err.count('timm-lm: error: ') == 1 and 'Traceback' not in err, err
+    assert 'File too large' in err and not list(tmp_path.iterdir())
+
+
+def test_onnx_runtime_that_is_too_old_is_told(weights, tmp_path, fails, monkeypatch):
+    import onnxruntime
+
+    class InvalidGraph(Exception):
+        """As onnxruntime's own, which have no other base."""
+
+    def session(*args, **kwargs):
+        raise InvalidGraph('Unsupported model IR version: 99, max supported IR version: 10')
+
+    monkeypatch.setattr(onnxruntime, 'InferenceSession', session)
+    line = fails('export', weights, '--output', tmp_path / 'model.onnx')
+    assert 'onnxruntime can not read the file (Unsupported model IR version: 99' in line and 'install a newer' in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_network_for_other_channels_than_images_have(pictures):
+    model = timm.create_model('lm_resnet20', in_chans=4, layers=(1, 1, 1)).eval()
+    model.pretrained_cfg = model.pretrained_cfg | dict(input_size=(4, 32, 32), mean=(0.5,) * 4, std=(0.5,) * 4)
+    with pytest.raises(UserError, match='decoded to 1 or 3 channels, not 4'):
+        next(predict(model, [pictures]))

@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from timm_lm import cli
 from timm_lm.data import ImageSet, load_images
 from timm_lm.hub import load_folder, verify_folder
 from timm_lm.loader import MemoryLoader, normalize
@@ -386,3 +387,81 @@ def test_fine_tuning_of_a_folder_keeps_the_shape_of_its_network(weights, few_dig
     card = (tuned / 'README.md').read_text()
     assert '# lm_resnet20.demo_digits' in card
     assert f'1 epoch, starting from the weights of `{weights.parent.name}`, seed 42, ' in card
+
+
+@pytest.mark.parametrize('text', ['a: [', '', '- a'])
+def test_damaged_options_of_a_run_are_named(run_folder, few_digits, tmp_path, fails, text):
+    run = shutil.copytree(run_folder, tmp_path / 'run')
+    (run / 'args.yaml').write_text(text)
+    line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, *SMALL, '--output', tmp_path,
+                 '--experiment', 'run', '--resume', 'auto')
+    assert str(run / 'args.yaml') in line and 'restore the file' in line
+    assert (run / 'args.yaml').read_text() == text
+
+
+def test_checkpoint_that_is_not_there_and_run_that_is_done(run_folder, few_digits, tmp_path, fails, command):
+    run = shutil.copytree(run_folder, tmp_path / 'run')
+    options = ['train', '-c', 'demo_digits', '--data-dir', few_digits, *SMALL, '--output', tmp_path, '--experiment',
+               'run', '--resume']
+    missing = run / 'checkpoints' / 'step-1'
+    assert f'There is no checkpoint {missing}; give RUN/checkpoints/step-' in fails(*options, missing)
+    code, out, err = command(*options, 'auto')
+    assert code == 0, err
+    assert 'all epochs are done, the weights are written again' in out
+    before, after = (load_file(folder / 'weights' / 'model.safetensors') for folder in (run_folder, run))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--model-kwargs', 'num_classes=7'], '--model-kwargs has num_classes, which an option of its own is for'),
+    (['--model', 'levit_128s', '--input-size', '3', '224', '224', '--head-init-scale', '0.5', '--no-pretrained'],
+     'The head of levit_128s is no layer with a weight and a bias'),
+])
+def test_networks_that_can_not_be_made_so(few_digits, tmp_path, fails, options, message):
+    assert message in fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--output', tmp_path, *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_does_not_suffice_is_told(fails, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, 'list', lambda argv: torch.empty(10 ** 15))
+    line = fails('list')
+    assert 'The memory does not suffice' in line and 'use a smaller --batch-size' in line
+    monkeypatch.setitem(cli.COMMANDS, 'list', lambda argv: torch.empty(2) @ torch.empty(3))
+    with pytest.raises(RuntimeError, match='size'):
+        fails('list')
+
+
+@pytest.mark.parametrize('engine', ['deepspeed', 'megatron_lm'])
+def test_other_engines_of_accelerate_are_refused(few_digits, tmp_path, fails, monkeypatch, engine):
+    monkeypatch.setenv(f'ACCELERATE_USE_{engine.upper()}', 'true')
+    line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--output', tmp_path)
+    assert f"Accelerate's settings ask for {engine}" in line
+
+
+def test_settings_of_accelerate_do_not_compile(few_digits, tmp_path, command, monkeypatch):
+    """A run that is told to be eager is: no graph is made."""
+    monkeypatch.setenv('ACCELERATE_DYNAMO_BACKEND', 'EAGER')
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    code, out, err = command(
+        'train', '-c', 'demo_digits', '--data-dir', few_digits, '--model-kwargs', 'layers=(1,1,1)', '--epochs', 1,
+        '--warmup-epochs', 0, '--output', tmp_path)
+    assert code == 0 and 'eager' in out, err
+    assert not torch._dynamo.utils.counters['stats']
+
+
+def test_images_that_are_not_square_are_cropped_by_timm(few_digits, tmp_path, command):
+    """Whatever fits in memory: there a crop keeps the aspect, timm's does not."""
+    for size, place in (((1, 16, 16), 'in memory'), ((1, 16, 24), "timm's transforms in 0 worker processes")):
+        code, out, err = command(
+            'train', '-c', 'demo_digits', '--data-dir', few_digits, '--input-size', *size, '--workers', 0, '--dry-run')
+        assert code == 0 and place in out, err
+
+
+@pytest.mark.parametrize('character', '#?')
+def test_path_that_older_timm_cuts_is_refused_before_the_training(few_digits, tmp_path, command, character):
+    code, _, err = command(
+        'train', '-c', 'demo_digits', '--data-dir', few_digits, '--output', tmp_path, '--experiment', f'a{character}b',
+        '--dry-run')
+    cuts = timm.models.parse_model_name(f'local-dir:a{character}b')[1] == 'a'
+    assert code == (2 if cuts else 0) and ('cuts paths at # and ?' in err) == cuts

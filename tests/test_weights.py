@@ -1,4 +1,5 @@
 """Weights folders: what is saved comes back bit for bit, in timm and in transformers, and damage is named."""
+import errno
 import json
 import os
 import pickle
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -17,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from timm.models import generate_default_cfgs
 
 from timm_lm.errors import UserError
-from timm_lm.files import atomic_folder, sha256
+from timm_lm.files import atomic_folder, sha256, sync, write_text
 from timm_lm.hub import (
     CHECK_NAME,
     describe,
     load_folder,
     load_model,
+    names_folder,
     recorded_error,
     save_folder,
     verify_folder,
@@ -395,3 +398,62 @@ def test_hub_repo_loads_through_a_server(weights, tmp_path):
         env = dict(os.environ, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE='0', HF_HOME=str(tmp_path), HF_HUB_DISABLE_XET='1')
         result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert result.stdout == 'True\n', result.stderr
+
+
+@pytest.mark.parametrize('record', ['{', '[]', '{"lm_resnet20.best_c10": {"repo_id": "owner/name"}}'])
+def test_damaged_record_of_published_weights_does_not_stand_in_the_way(copied_package, record):
+    file, run = copied_package
+    (file.parents[1] / 'published.json').write_text(record)
+    result = run("""
+import timm, timm_lm
+timm.create_model('lm_resnet20.best_c10', pretrained=True)
+print('loaded')
+""")
+    assert result.stdout == 'loaded\n', result.stderr
+    assert result.stderr.count('published.json is damaged') == 1
+
+
+def test_folder_that_can_not_be_replaced_stays(weights, tmp_path, monkeypatch):
+    folder, replace = shutil.copytree(weights, tmp_path / 'weights'), os.replace
+
+    def not_into_place(source, target):
+        if target == folder and source.parent == tmp_path:
+            raise OSError('no')
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'replace', not_into_place)
+    with pytest.raises(OSError, match='no'), atomic_folder(folder) as new:
+        (new / 'model.safetensors').write_bytes(b'half')
+    verify_folder(folder)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_text_that_can_not_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / 'page.md').write_text('old')
+    write_text(tmp_path / 'page.md', 'new\n')
+    assert (tmp_path / 'page.md').read_bytes() == b'new\n'
+
+    def full(path):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr('timm_lm.files.sync', full)
+    with pytest.raises(OSError, match='No space'):
+        write_text(tmp_path / 'page.md', 'newer')
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['new\n']
+
+
+@pytest.mark.parametrize('code, is_told', [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_disks_that_do_not_sync_folders(tmp_path, monkeypatch, code, is_told):
+    def fsync(fd):
+        raise OSError(code, 'of the disk')
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    with pytest.raises(OSError, match='of the disk') if is_told else nullcontext():
+        sync(tmp_path)
+
+
+@pytest.mark.parametrize('name, is_folder', [
+    ('runs/w', True), ('local-dir:w', True), ('hf-hub:owner/name', False), ('hf_hub:owner/name', False),
+    ('lm_resnet20', False), ('C:/runs/w', True)])
+def test_names_of_folders(name, is_folder):
+    assert names_folder(name) == is_folder

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 EXIT_USER_ERROR = 2
 PATIENCE = 10  # seconds that other processes of a machine leave the first one to tell of an end
@@ -65,68 +65,27 @@ def _validate(argv: List[str]) -> None:
     add_data_options(parser)
     parser.set_defaults(val_split='test')
     parser.add_argument('-b', '--batch-size', type=int, default=COUNT_BATCH_SIZE, metavar='N',
-                        help='(default: %(default)s)')
+                        help='images of a batch (default: %(default)s)')
     parser.add_argument('-j', '--workers', type=int, default=4, metavar='N',
                         help='processes that read images, where they do not fit in memory (default: 4)')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast instead of float32')
     parser.add_argument('--channels-last', action='store_true', help='channels_last memory layout')
     parser.add_argument('--torchcompile', action='store_true', help='compile the network')
-    parser.add_argument('--device', metavar='NAME', default='cpu', help='(default: cpu)')
+    parser.add_argument('--device', metavar='NAME', default='cpu', help='where the network runs (default: cpu)')
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise UserError(f'--batch-size must be at least 1, not {args.batch_size}.')
     if args.workers < 0:
         raise UserError(f'--workers must be at least 0, not {args.workers}.')
 
-    import torch
-    from timm.data import create_transform, resolve_data_config
-    from tqdm import tqdm
+    from .validate import validate
 
-    from .allocator import keep_freed_memory
-    from .data import TooLarge, check_class_names, check_labels, load_images, open_images
-    from .hub import load_model
-    from .loader import BatchLoader, MemoryLoader, WorkerLoader
-    from .precision import no_bfloat16
-    from .training.evaluate import evaluate
-
-    device = _device(args.device)
-    if args.torchcompile:
-        from .compiler import check_compiler
-        check_compiler('inductor', None, device.type == 'cpu')
-    model = load_model(args.model)
-    config = resolve_data_config({}, model=model)
-    source: Dict[str, Any] = dict(
-        data_dir=args.data_dir, dataset=args.dataset, input_key=args.input_key, target_key=args.target_key,
-        class_map=args.class_map, download=args.dataset_download)
-    size = {name: config[name] for name in ('input_size', 'crop_pct', 'crop_mode', 'interpolation')}
-    common: Dict[str, Any] = dict(
-        batch_size=args.batch_size, mean=config['mean'], std=config['std'], device=device,
-        channels_last=args.channels_last)
-    loader: BatchLoader
-    try:
-        loader = MemoryLoader(load_images(args.val_split, progress=True, device=device, **size, **source), **common)
-    except TooLarge:
-        data = open_images(args.val_split, channels=config['input_size'][0], **source)
-        transform = create_transform(use_prefetcher=True, **size)
-        loader = WorkerLoader(data, transform=transform, workers=args.workers, **common)
-    check_labels(loader.data, model.num_classes)
-    remarks = [loader.data.remark, check_class_names(
-        loader.data, model.pretrained_cfg.get('label_names'), of=args.model)]
-    if args.amp and no_bfloat16(device.type):
-        args.amp = False
-        remarks.append(f'{no_bfloat16(device.type)}; validated in float32, as without --amp.')
-    for remark in filter(None, remarks):
+    result, remarks = validate(
+        args.model, args.val_split, _device(args.device), args.batch_size, args.workers, args.amp, args.channels_last,
+        args.torchcompile, data_dir=args.data_dir, dataset=args.dataset, input_key=args.input_key,
+        target_key=args.target_key, class_map=args.class_map, download=args.dataset_download)
+    for remark in remarks:
         print(f'timm-lm: note: {remark}', file=sys.stderr)
-    model = model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-    network = torch.compile(model, dynamic=False) if args.torchcompile else model
-    if device.type == 'cpu':
-        keep_freed_memory()
-
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.amp):
-            return network(images)
-
-    result = evaluate(forward, loader, progress=lambda batches: tqdm(batches, unit='batch', leave=False, disable=None))
     print(f"{args.model}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}, "
           f"{result['errors']} errors of {result['images']} images ({100 - result['top1']:.2f} %), "
           f"{result['images_per_second']:.0f} images/s")
@@ -270,7 +229,7 @@ def _predict(argv: List[str]) -> int:
     parser.add_argument('--model', metavar='NAME_OR_FOLDER', default='lm_resnet20', help='as in validate')
     parser.add_argument('--topk', type=int, default=3, metavar='N', help='classes of an image (default: 3)')
     parser.add_argument('--json', action='store_true', help='a line of JSON for each image')
-    parser.add_argument('--device', metavar='NAME', default='cpu', help='(default: cpu)')
+    parser.add_argument('--device', metavar='NAME', default='cpu', help='where the network runs (default: cpu)')
     args = parser.parse_args(argv)
     if args.topk < 1:
         raise UserError(f'--topk must be at least 1, not {args.topk}.')
@@ -301,8 +260,9 @@ def _export(argv: List[str]) -> None:
     parser = _parser('export', _export)
     parser.add_argument('model', metavar='MODEL_OR_FOLDER', help='as in validate')
     parser.add_argument('--format', choices=('onnx', 'torch-export', 'torchscript'), default='onnx',
-                        help='(default: onnx)')
-    parser.add_argument('--output', type=Path, metavar='FILE', help='(default: the model\'s name, in this folder)')
+                        help='form of the file (default: onnx)')
+    parser.add_argument('--output', type=Path, metavar='FILE',
+                        help='the file (default: the model\'s name, in this folder)')
     args = parser.parse_args(argv)
 
     from .export import FORMATS, export_model
@@ -323,9 +283,10 @@ def _report(argv: List[str]) -> None:
     """write the page of results, and add runs to them"""
     parser = _parser('report', _report)
     parser.add_argument('--add', nargs='+', default=[], metavar='RUN', help='folders of runs to add first')
-    parser.add_argument('--results', type=Path, default=Path('results'), metavar='DIR', help='(default: results)')
+    parser.add_argument('--results', type=Path, default=Path('results'), metavar='DIR',
+                        help='folder of the record (default: results)')
     parser.add_argument('--page', type=Path, default=Path('docs/results.md'), metavar='FILE',
-                        help='(default: docs/results.md)')
+                        help='the page of results (default: docs/results.md)')
     parser.add_argument('--readme', type=Path, metavar='FILE', help='renew the table of networks in this file too')
     args = parser.parse_args(argv)
 
@@ -348,7 +309,8 @@ def _report(argv: List[str]) -> None:
 def _demo(argv: List[str]) -> None:
     """train, save, reload and evaluate on scikit-learn's digits, in two minutes"""
     parser = _parser('demo', _demo)
-    parser.add_argument('--output', default='output/demo', metavar='DIR', help='(default: output/demo)')
+    parser.add_argument('--output', default='output/demo', metavar='DIR',
+                        help='folder of the demonstration (default: output/demo)')
     args = parser.parse_args(argv)
 
     from .demo import demo
@@ -368,12 +330,18 @@ COMMANDS: Dict[str, Callable[[List[str]], Optional[int]]] = {
 }
 
 
+def _is_out_of_memory(e: BaseException) -> bool:
+    """Whether an error is that of PyTorch, which is not imported here, or of Python when memory runs out."""
+    told = 'not enough memory', "can't allocate memory"
+    return isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError' or any(text in str(e) for text in told)
+
+
 def _device(name: str) -> Any:
     import torch
     try:
         torch.empty(1, device=name).item()
     except (AssertionError, RuntimeError) as e:
-        raise UserError(f'--device {name} can not be used ({str(e).splitlines()[0]}).') from e
+        raise UserError(f'--device {name} can not be used ({one_line(e)}).') from e
     return torch.device(name)
 
 
@@ -437,7 +405,8 @@ def _tell(line: str) -> None:
 
 def _usage() -> str:
     lines = [f'  {name:<10}{command.__doc__}' for name, command in COMMANDS.items()]
-    return '\n'.join(['usage: timm-lm COMMAND ...', '', 'commands:', *lines, '', '`timm-lm COMMAND --help` tells more'])
+    more = '`timm-lm COMMAND --help` tells more, `timm-lm --version` the version'
+    return '\n'.join(['usage: timm-lm COMMAND ...', '', 'commands:', *lines, '', more])
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -472,6 +441,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except BrokenPipeError:  # the reader of the output went away, as `head` does; what is left goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, RuntimeError) as e:
+        if not _is_out_of_memory(e):
+            raise
+        _tell(f'timm-lm: error: The memory does not suffice ({one_line(e)}); use a smaller --batch-size, or a smaller '
+              'network.')
+        return EXIT_USER_ERROR
     except OSError as e:
         _tell(f'timm-lm: error: {e}; check the path, the rights to it, the room there and the connection.')
         return EXIT_USER_ERROR

@@ -33,6 +33,9 @@ def check_compiler(backend: str, mode: Optional[str], on_cpu: bool) -> None:
     if not on_cpu:
         if torch.cuda.is_available():
             _check_triton()
+        elif torch.backends.mps.is_available() and torch.__version__ < '2.7':
+            raise UserError('--torchcompile needs PyTorch 2.7 or newer on this GPU; run eagerly with '
+                            '--no-torchcompile.')
         return
     _check_cpp()
 
@@ -55,6 +58,9 @@ def _check_cpp() -> None:
 
 
 def _check_triton() -> None:
+    if torch.version.cuda and torch.cuda.get_device_capability()[0] < 7:
+        raise UserError('--torchcompile needs a GPU of compute capability 7.0 or newer; run eagerly with '
+                        '--no-torchcompile.')
     if importlib.util.find_spec('triton') is None:
         raise UserError('--torchcompile needs the package triton on this GPU; install it, or run eagerly with '
                         '--no-torchcompile.')

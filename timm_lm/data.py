@@ -14,7 +14,7 @@ from timm.data import create_dataset, create_transform, get_img_extensions
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from .errors import UserError, some
+from .errors import UserError, one_line, some
 from .image_set import ImageSet, cache_path, read_cache, write_cache
 from .splits import (
     SPLIT_NAMES,
@@ -47,7 +47,12 @@ class TooLarge(UserError):
 # Decoding
 
 
-def _mode(channels: int) -> str:
+def image_mode(channels: int) -> str:
+    """Pillow's mode of images of so many channels.
+
+    Raises:
+        UserError: If they are neither 1 nor 3.
+    """
     if channels not in (1, 3):
         raise UserError(f'Images are decoded to 1 or 3 channels, not {channels}; change in_chans or input_size.')
     return 'RGB' if channels == 3 else 'L'
@@ -170,41 +175,53 @@ def _open_parquet(paths: List[Path], mode: str, input_key: Optional[str], target
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns, labels, class_names = [], [], None
+    names, columns, labels, class_names = [], [], [], None
     for path in paths:
         try:
             schema = pq.read_schema(path)
             image_column, label_column = _find_columns(schema, input_key, target_key, path)
             table = pq.read_table(path, columns=[image_column, label_column])
         except (pa.ArrowException, OSError) as e:
-            raise UserError(f'{path} is not a readable Parquet file ({str(e).splitlines()[0]}); copy it again.') from e
+            raise UserError(f'{path} is not a readable Parquet file ({one_line(e)}); copy it again.') from e
         class_names = class_names or _class_names(schema, label_column)
+        names.append(image_column)
         columns.append(table.column(image_column))
         column = table.column(label_column)
         if not pa.types.is_integer(column.type) or column.null_count:
             raise UserError(f"The column '{label_column}' of {path} is not one of class numbers; name another with "
                             '--target-key.')
         labels.append(column.to_numpy())
-    images = _ParquetImages(paths, columns)
-    if not images.ends[-1]:
+    images = _ParquetImages(paths, names, columns)
+    if not images.starts[-1]:
         raise UserError(f'{paths[0].parent} has no rows in the split; give a folder that has.')
     return EncodedImages(
         images.read, torch.from_numpy(np.concatenate(labels).astype(np.int64)), class_names, mode, images.place)
 
 
 class _ParquetImages:
-    """The images of some Parquet files, counted through; an object, as worker processes may be sent it."""
+    """The images of some Parquet files, counted through.
 
-    def __init__(self, paths: List[Path], columns: List[Any]):
+    Worker processes that do not begin as a copy of this one are sent no images; they read the files themselves.
+    """
+
+    def __init__(self, paths: List[Path], names: List[str], columns: List[Any]):
         self.paths = paths
-        self.columns = columns
-        self.ends = np.cumsum([len(column) for column in columns])
+        self.names = names  # of the columns
+        self.columns: Optional[List[Any]] = columns
+        self.starts = np.cumsum([0, *map(len, columns)])
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, 'columns': None}
 
     def _locate(self, index: int) -> Tuple[int, int]:
-        file = int(np.searchsorted(self.ends, index, side='right'))
-        return file, index - int(self.ends[file] - len(self.columns[file]))
+        file = int(np.searchsorted(self.starts, index, side='right')) - 1
+        return file, index - int(self.starts[file])
 
     def read(self, index: int) -> Image.Image:
+        if self.columns is None:
+            import pyarrow.parquet as pq
+            self.columns = [
+                pq.read_table(path, columns=[name]).column(name) for path, name in zip(self.paths, self.names)]
         file, row = self._locate(index)
         cell = self.columns[file][row].as_py()
         return Image.open(io.BytesIO((cell.get('bytes') if isinstance(cell, dict) else cell) or b''))
@@ -218,10 +235,10 @@ def _open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map:
                   input_key: Optional[str], target_key: Optional[str]) -> EncodedImages:
     """A data set of timm's factory that can be read by index."""
     root = None if data_dir is None else str(data_dir)
-    is_folder = is_image_folder(data_dir, dataset)
+    is_folder = not dataset and data_dir is not None and Path(data_dir).is_dir()  # of images, as it has no Parquet
     if split_of_part(split) != split and not dataset.startswith('hfds/'):  # the test split to timm's torch/
         raise UserError(f"'{split}' is a part of a split, which only Parquet has; name a whole one.")
-    if is_class_folder(data_dir, dataset):
+    if is_folder or _is_torch_folder(data_dir, dataset):
         check_split_folder(str(data_dir), split)
     if dataset.lower() in _TRAIN_OR_TEST and split not in sum(SPLIT_NAMES, ()):
         raise UserError(f"{dataset} has no split '{split}'; there are train and test.")
@@ -244,7 +261,7 @@ def _open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map:
         len(images)
     except (AssertionError, EOFError, ImportError, KeyError, NotImplementedError, OSError, PickleError, RuntimeError,
             TypeError, ValueError) as e:
-        reason = ' '.join(str(e).replace('download=True', '--dataset-download').split())
+        reason = one_line(e, 1000).replace('download=True', '--dataset-download')
         raise UserError(
             f"timm could not open the split '{split}' of the data set '{dataset or root}' ({reason}).") from e
     numbers = getattr(getattr(images, 'reader', images), 'class_to_idx', None) or {}
@@ -363,7 +380,7 @@ def load_images(
         TooLarge: If the split takes more than 4 GiB decoded, or than a quarter of the memory of host or device.
     """
     decode = _Decoder(input_size, crop_pct, interpolation, crop_mode)
-    mode = _mode(input_size[0])
+    mode = image_mode(input_size[0])
     whole = split_of_part(split)
     folder = _parquet_folder(data_dir, dataset, whole)
     if folder is None:
@@ -408,7 +425,7 @@ def open_images(
     Raises:
         UserError: If the data is missing, has no such split, or can not be read.
     """
-    mode = _mode(channels)
+    mode = image_mode(channels)
     whole = split_of_part(split)
     folder = _parquet_folder(data_dir, dataset, whole)
     if folder is None:
@@ -485,7 +502,7 @@ def _parquet_folder(data_dir: Optional[Union[str, Path]], dataset: str, split: s
 
 
 def is_image_folder(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
-    """Whether the options name a folder of images in folders by class."""
+    """Whether the options name a folder of images in folders by class; all of it is searched for Parquet."""
     if data_dir is None or dataset or not Path(data_dir).is_dir():
         return False
     return any(Path(data_dir).iterdir()) and not any(path.suffix == '.parquet' for path in files_below(data_dir))
@@ -493,8 +510,11 @@ def is_image_folder(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
 
 def is_class_folder(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
     """Whether timm looks for a folder of the split in the data folder, and takes all of it where there is none."""
-    in_torch = dataset.lower() in _TORCH_FOLDERS and data_dir is not None and Path(data_dir).is_dir()
-    return in_torch or is_image_folder(data_dir, dataset)
+    return _is_torch_folder(data_dir, dataset) or is_image_folder(data_dir, dataset)
+
+
+def _is_torch_folder(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
+    return dataset.lower() in _TORCH_FOLDERS and data_dir is not None and Path(data_dir).is_dir()
 
 
 def check_labels(data: Union[ImageSet, EncodedImages], num_classes: int) -> None:

@@ -1,4 +1,4 @@
-"""The one error of this package that a user can mend: bad input, told in one line, with few of many names."""
+"""The error of this package: bad input, told in one line."""
 from typing import Sequence
 
 
@@ -7,6 +7,12 @@ class UserError(RuntimeError):
 
     The command line prints it and exits with code 2.
     """
+
+
+def one_line(what: object, limit: int = 200) -> str:
+    """A message, such as an error, on one line of about so many characters; its kind if it has none."""
+    text = ' '.join(str(what).split()) or type(what).__name__
+    return text if len(text) <= limit else f'{text[:limit]}...'
 
 
 def some(names: Sequence[str]) -> str:

@@ -1,4 +1,5 @@
 """The networks as files of other tools: ONNX, torch.export and TorchScript, each checked against the network."""
+import io
 import os
 import tempfile
 import warnings
@@ -8,7 +9,7 @@ from typing import Any, Callable, Dict, Tuple
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .hub import TimmModel
 
 TOLERANCE = 1e-4  # of the largest logit: other kernels add in another order
@@ -33,19 +34,26 @@ def _to_onnx(model: TimmModel, images: torch.Tensor, path: Path) -> Run:
     else:  # the newer exporter of torch 2.5 fails where the batch is dynamic
         axes = dict(images={0: 'batch'}, logits={0: 'batch'})
         torch.onnx.export(model, (images,), str(path), dynamo=False, dynamic_axes=axes, **names)
-    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    except Exception as e:  # of its own kinds, which have no base but this
+        raise UserError(f'onnxruntime can not read the file ({one_line(e)}); install a newer one.') from e
     return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
 def _to_program(model: TimmModel, images: torch.Tensor, path: Path) -> Run:
-    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=_batch()), path)
+    buffer = io.BytesIO()  # PyTorch ends the process when a disk is full
+    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=_batch()), buffer)
+    path.write_bytes(buffer.getvalue())
     return torch.export.load(path).module()
 
 
 def _to_script(model: TimmModel, images: torch.Tensor, path: Path) -> Run:
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.torch.jit', FutureWarning)  # deprecated, and still asked for
-        torch.jit.save(torch.jit.script(model), path)
+        buffer = io.BytesIO()  # as above
+        torch.jit.save(torch.jit.script(model), buffer)
+        path.write_bytes(buffer.getvalue())
         return torch.jit.load(path)
 
 
@@ -62,10 +70,8 @@ def _write(model: TimmModel, images: torch.Tensor, path: Path, kind: str) -> Run
         return FORMATS[kind][0](model, images, path)
     except UserError:
         raise
-    except (RuntimeError, torch.jit.frontend.FrontendError) as e:  # PyTorch tells by the former of a full disk too
-        reason = ' '.join(str(e).split())[:200] or type(e).__name__
-        raise UserError(f'The network can not be written as {kind} ({reason}); try another --format, or an --output '
-                        'with more room.') from e
+    except (RuntimeError, torch.jit.frontend.FrontendError) as e:
+        raise UserError(f'The network can not be written as {kind} ({one_line(e)}); try another --format.') from e
 
 
 @torch.no_grad()
@@ -105,9 +111,10 @@ def export_model(model: TimmModel, kind: str, path: Path) -> float:
                     raise UserError(f'The exported file computes something else (difference {found.item():.1e} of the '
                                     'largest logit); nothing was written. Try another --format.')
                 difference = max(difference, found.item())
-            os.replace(temporary, path)
-            for data in Path(folder).iterdir():  # weights beside an ONNX file that is too large for one
+            beside = [data for data in Path(folder).iterdir() if data != temporary]
+            for data in beside:  # weights of an ONNX file that is too large for one
                 os.replace(data, path.parent / data.name)
+            os.replace(temporary, path)
     except OSError as e:
         raise UserError(f'{path} can not be written ({e}); choose another --output.') from e
     return difference

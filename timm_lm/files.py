@@ -1,15 +1,18 @@
 """Files that are whole or not there: written beside their place and renamed; digests; and writing that fails."""
+import errno
 import hashlib
 import os
 import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Union
+from typing import Any, Iterator, List, Union
 
 from safetensors import SafetensorError
 
 from .errors import UserError
+
+_OLD = '.old.'  # in the name of the folder that holds one which is being replaced
 
 
 def sha256(path: Path) -> str:
@@ -29,6 +32,9 @@ def sync(path: Path) -> None:
         return
     try:
         os.fsync(fd)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # of network disks that do not know this for folders
+            raise
     finally:
         os.close(fd)
 
@@ -37,7 +43,7 @@ def _put_in_place(new: Path, folder: Path) -> None:
     if not folder.exists():
         os.replace(new, folder)
         return
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.old.'))
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}{_OLD}'))
     os.replace(folder, aside / folder.name)
     try:
         os.replace(new, folder)
@@ -51,9 +57,12 @@ def _put_in_place(new: Path, folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file beside its place, and rename it."""
     temporary = path.with_name(f'.{path.name}.new')
-    temporary.write_text(text, encoding='utf-8')
-    sync(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding='utf-8', newline='\n')
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -64,6 +73,17 @@ def save_figure(figure: Any, path: Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replaced(parent: Path, prefix: str) -> List[Path]:
+    """Folders that a killed process was replacing: set aside, with none in their place.
+
+    Args:
+        parent: Where the folders lay.
+        prefix: Of their names.
+    """
+    aside = parent.glob(f'.{prefix}*{_OLD}*/{prefix}*')
+    return [path for path in aside if not (parent / path.name).exists()]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ features, pre_logits, output), with the SHA-256 of the weights in its metadata.
 """
 import difflib
 import json
-import os
+import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 
@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from yaml import YAMLError
 
-from .errors import UserError
-from .files import atomic_folder, sha256
+from .errors import UserError, one_line
+from .files import atomic_folder, sha256, write_text
 from .models._weights import DIGESTS_NAME, WEIGHTS_NAME, check_shipped, read_digests, weights_dir
 
 TimmModel = Any  # a torch.nn.Module with the attributes that timm gives it
@@ -275,7 +275,7 @@ def load_folder(folder: Union[str, Path], **kwargs: Any) -> TimmModel:
     try:
         model = timm.create_model(f'local-dir:{folder}', pretrained=False, **kwargs)
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f'The config of {folder} does not fit the network {architecture} ({_reason(e)}).') from e
+        raise UserError(f'The config of {folder} does not fit the network {architecture} ({one_line(e)}).') from e
     if not kwargs:
         _compare_header(weights, model, architecture)
     _compare_digest(folder)
@@ -283,7 +283,7 @@ def load_folder(folder: Union[str, Path], **kwargs: Any) -> TimmModel:
         return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
     except (OSError, RuntimeError, SafetensorError) as e:
         raise UserError(f"The weights of {folder} do not fit the network {architecture} with these options "
-                        f"({' '.join(str(e).split())[:200]}).") from e
+                        f"({one_line(e)}).") from e
 
 
 def _recorded_digest(folder: Path) -> Optional[str]:
@@ -344,9 +344,7 @@ def write_digests(folder: Optional[Path] = None) -> Dict[str, str]:
     folder = weights_dir() if folder is None else folder
     digests = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.glob(f'*/{WEIGHTS_NAME}'))}
     if digests != read_digests(folder):
-        temporary = folder / f'.{DIGESTS_NAME}'
-        temporary.write_text(''.join(f'{digest}  {path}\n' for path, digest in digests.items()))
-        os.replace(temporary, folder / DIGESTS_NAME)
+        write_text(folder / DIGESTS_NAME, ''.join(f'{digest}  {path}\n' for path, digest in digests.items()))
     return digests
 
 
@@ -384,7 +382,8 @@ def names_folder(source: str) -> bool:
 
     A folder that has the name of a network but no weights, such as that of a run, does not stand in the network's way.
     """
-    if source.startswith('local-dir:') or os.sep in source and ':' not in source:
+    scheme = re.match('[a-z][a-z_-]+:', source)  # more than the letter of a drive
+    if source.startswith('local-dir:') or not scheme and len(Path(source).parts) > 1:
         return True
     folder = Path(source)
     if folder.is_file() and not timm.is_model(source):
@@ -420,8 +419,4 @@ def load_model(source: str, pretrained: bool = True, **kwargs: Any) -> TimmModel
     except KeyError as e:
         raise UserError(f'{source} could not be loaded (its config has no {e}); give a repo of a timm model.') from e
     except _NOT_LOADED as e:
-        raise UserError(f'{source} could not be loaded ({_reason(e)}).') from e
-
-
-def _reason(e: BaseException) -> str:
-    return str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(f'{source} could not be loaded ({one_line(e)}).') from e

@@ -255,8 +255,8 @@ class WorkerLoader(BatchLoader):
 
     def read(self, order: torch.Tensor, start: int) -> Iterator[Batch]:
         self.plan.batches = [
-            [(index, _seed(self.seed, self.epoch, self.rank, first + i)) for i, index in enumerate(indices.tolist())]
-            or [(0, 0)]  # no image is left for this process; the first one stands in, without a label
+            [(index, (self.seed, self.epoch, self.rank, first + i)) for i, index in enumerate(indices.tolist())]
+            or [(0, (0,))]  # no image is left for this process; the first one stands in, without a label
             for first, indices in self._slices(order, start)
         ]
         empty = [len(indices) == 0 for _, indices in self._slices(order, start)]
@@ -290,13 +290,16 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
     threading.Thread(target=obey_the_parent, daemon=True).start()
 
 
-class _Plan(Sampler[List[Tuple[int, int]]]):
-    """The (index, seed) of the images of each batch of a pass."""
+Planned = Tuple[int, Tuple[int, ...]]  # index of an image, and the numbers that its seed is made of
+
+
+class _Plan(Sampler[List[Planned]]):
+    """The images of each batch of a pass."""
 
     def __init__(self) -> None:
-        self.batches: Sequence[List[Tuple[int, int]]] = ()
+        self.batches: Sequence[List[Planned]] = ()
 
-    def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
+    def __iter__(self) -> Iterator[List[Planned]]:
         return iter(self.batches)
 
     def __len__(self) -> int:
@@ -304,7 +307,7 @@ class _Plan(Sampler[List[Tuple[int, int]]]):
 
 
 class _Seeded(Dataset):
-    """Images by (index, seed), so that augmentation does not depend on which process reads what."""
+    """Images with a seed for each, so that augmentation does not depend on which process reads what."""
 
     def __init__(self, data: EncodedImages, transform: Callable[[Any], Any]):
         self.data = copy.copy(data)
@@ -313,9 +316,9 @@ class _Seeded(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, item: Tuple[int, int]) -> Tuple[Any, int]:
-        index, seed = item
-        with _global_streams(seed):
+    def __getitem__(self, item: Planned) -> Tuple[Any, int]:
+        index, numbers = item
+        with _global_streams(_seed(*numbers)):
             return self.data[index]
 
 

@@ -8,8 +8,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.data.readers.img_extensions import get_img_extensions
 
-from .data import UNREADABLE_IMAGE, convert_image
-from .errors import UserError
+from .data import UNREADABLE_IMAGE, convert_image, image_mode
+from .errors import UserError, one_line
 from .hub import TimmModel
 from .splits import files_below
 
@@ -70,10 +70,13 @@ def predict(model: TimmModel, paths: Sequence[Union[str, Path]], topk: int = 5,
 
     Yields:
         A prediction for each file; one that is not readable has an error, and the others go on.
+
+    Raises:
+        UserError: If the network is neither for colour nor for grey images.
     """
     config = resolve_data_config({}, model=model)
     transform: Any = create_transform(**config)
-    mode = 'RGB' if config['input_size'][0] == 3 else 'L'
+    mode = image_mode(config['input_size'][0])
     names = model.pretrained_cfg.get('label_names') or ()
     if len(names) != model.num_classes:  # none, or those of the head that this one took the place of
         names = [str(i) for i in range(model.num_classes)]
@@ -86,7 +89,7 @@ def predict(model: TimmModel, paths: Sequence[Union[str, Path]], topk: int = 5,
                 with Image.open(path) as image:
                     images[path] = transform(convert_image(image, mode))
             except UNREADABLE_IMAGE as e:
-                errors[path] = ' '.join(str(e).split()) or type(e).__name__
+                errors[path] = one_line(e)
         probabilities: Dict[str, torch.Tensor] = {}
         if images:
             batch = torch.stack(list(images.values())).to(device)

@@ -1,6 +1,7 @@
 """Weights folders to the Hub and back: checked, published in one commit, and verified where they are published."""
 import errno
 import hashlib
+import importlib
 import json
 import re
 import sys
@@ -21,11 +22,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import _http, disable_progress_bars, validate_repo_id
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from yaml import YAMLError
 
 from . import __version__
-from .errors import UserError
+from .errors import UserError, one_line
 from .files import write_text
 from .hub import CARD_NAME, CARD_TEMPLATE, CHECK_NAME, CONFIG_NAME, HUB_ERRORS, recorded_error, verify_folder
 from .models._weights import PUBLISHED_NAME, WEIGHTS_NAME, weights_dir
@@ -112,7 +113,7 @@ def _check_repo_id(repo_id: str) -> None:
         if repo_id.count('/') != 1:
             raise HFValidationError('it needs an owner and a name')
     except HFValidationError as e:
-        raise UserError(f"'{repo_id}' can not name a repo ({_one_line(e)}); give OWNER/NAME.") from e
+        raise UserError(f"'{repo_id}' can not name a repo ({one_line(e)}); give OWNER/NAME.") from e
 
 
 def _read_card(folder: Path) -> str:
@@ -125,7 +126,7 @@ def _read_card(folder: Path) -> str:
     except FileNotFoundError:
         raise UserError(f'{folder} has no {CARD_NAME}; weights are published with their card, restore it.') from None
     except (OSError, ValueError, TypeError, KeyError, YAMLError) as e:
-        raise UserError(f'The front matter of {path} is not readable ({_one_line(e)}); mend it.') from e
+        raise UserError(f'The front matter of {path} is not readable ({one_line(e)}); mend it.') from e
     missing = [key for key in CARD_KEYS if not written.get(key)]
     if missing:
         raise UserError(f"The front matter of {path} does not tell {', '.join(missing)}; add that.")
@@ -279,7 +280,7 @@ def _record(folder: Path, repo_id: str, revision: str) -> bool:
         published[folder.resolve().name] = record
         write_text(path, json.dumps(dict(sorted(published.items())), indent=2) + '\n')
     except (OSError, ValueError) as e:
-        raise NotRecorded(f'{repo_id} is published, but {path} can not be written ({_one_line(e)}); mend that and '
+        raise NotRecorded(f'{repo_id} is published, but {path} can not be written ({one_line(e)}); mend that and '
                         f'{AGAIN}.') from e
     return True
 
@@ -326,8 +327,10 @@ def _set_up_client() -> None:
     if not sys.stderr.isatty():
         disable_progress_bars()
     modern = hasattr(huggingface_hub, 'set_client_factory')
-    make: Any = getattr(_http, 'default_client_factory' if modern else '_default_backend_factory', None)
-    if make is None:  # it is not public
+    try:
+        http = importlib.import_module('huggingface_hub.utils._http')
+        make: Any = getattr(http, 'default_client_factory' if modern else '_default_backend_factory')
+    except (AttributeError, ImportError):  # it is not public
         return
 
     def factory() -> Any:
@@ -365,13 +368,13 @@ def _explain(error: BaseException, repo_id: str, again: str, writes: bool) -> st
     if answered is None:
         failures = [e for e in chain if isinstance(e, (OSError, *HfHubHTTPError.__bases__))]
         if not failures:
-            return f'{endpoint} did not answer like a Hub ({_one_line(error)}); check the network, and {again}.'
+            return f'{endpoint} did not answer like a Hub ({one_line(error)}); check the network, and {again}.'
         deepest = next((e for e in reversed(failures) if isinstance(e, OSError)), failures[-1])
         if getattr(deepest, 'errno', None) == errno.ENOSPC:
-            return f'The disk is full ({_one_line(deepest)}); make room, and {again}.'
-        return f'The connection to {endpoint} failed ({_one_line(deepest)}); check the network, and {again}.'
+            return f'The disk is full ({one_line(deepest)}); make room, and {again}.'
+        return f'The connection to {endpoint} failed ({one_line(deepest)}); check the network, and {again}.'
     status = getattr(answered, 'response').status_code  # noqa: B009
-    message = _one_line(getattr(answered, 'server_message', None) or answered)
+    message = one_line(getattr(answered, 'server_message', None) or answered)
     if isinstance(answered, GatedRepoError):
         return f'{endpoint} gives access to {repo_id} on request only; ask for it on its page, and {again}.'
     if isinstance(answered, RepositoryNotFoundError):
@@ -389,8 +392,3 @@ def _explain(error: BaseException, repo_id: str, again: str, writes: bool) -> st
     if status == 429 or status >= 500:
         return f'{endpoint} is not working as it should ({status}: {message}); wait a while, and {again}.'
     return f'{endpoint} refused {repo_id} ({status}: {message}); mend it, and {again}.'
-
-
-def _one_line(what: object) -> str:
-    text = ' '.join(str(what).split()) or type(what).__name__
-    return text if len(text) <= 200 else f'{text[:200]}...'

@@ -8,7 +8,7 @@ from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 from PIL import Image
 from timm.data import get_img_extensions
 
-from .errors import UserError, some
+from .errors import UserError, one_line, some
 
 # train-00000-of-00005, also with the digest that older uploads have, or train
 _SHARD = re.compile(r'(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+)(?:-[0-9a-f]{16})?)?$')
@@ -124,7 +124,7 @@ def download_parquet(repo_id: str, split: str) -> Path:
             return folder
         names = _splits_of_repo(repo_id)
     except HUB_ERRORS as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        reason = one_line(e)
         raise UserError(f'The data set {repo_id} could not be downloaded from the Hub ({reason}); give a folder of its '
                         'Parquet files with --data-dir.') from e
     if not names:

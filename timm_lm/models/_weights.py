@@ -1,10 +1,11 @@
 """Where pretrained weights come from: shipped with the package, published on the Hub, or nowhere."""
 import json
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-from timm_lm.errors import UserError
+from timm_lm.errors import UserError, one_line
 from timm_lm.files import sha256
 
 WEIGHTS_NAME = 'model.safetensors'
@@ -40,8 +41,15 @@ def read_digests(folder: Path) -> Dict[str, str]:
 
 @cache
 def _published(folder: Path) -> Dict[str, Dict[str, str]]:
+    """The record of weights on the Hub. A damaged one is told and passed over: importing this package reads it."""
     path = folder / PUBLISHED_NAME
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        record = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+        return {name: dict(repo_id=where['repo_id'], revision=where['revision']) for name, where in record.items()}
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
+        warnings.warn(f'The record of published weights in {path} is damaged ({one_line(e)}) and not used; {_REMEDY}.',
+                      stacklevel=2)
+        return {}
 
 
 def weight_source(name: str, cfg: Dict[str, Any]) -> Dict[str, Any]:

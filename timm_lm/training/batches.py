@@ -8,12 +8,12 @@ from timm.data import create_transform, resolve_data_config
 
 from timm_lm.augment import BatchMixup
 from timm_lm.data import EncodedImages, ImageSet, TooLarge, is_class_folder, load_images, open_images
-from timm_lm.errors import UserError
+from timm_lm.errors import UserError, one_line
 from timm_lm.hub import TimmModel
 from timm_lm.loader import Augmentation, BatchLoader, MemoryLoader, WorkerLoader
 from timm_lm.splits import check_split_folder
 
-from .options import mixes, not_in_memory
+from .option_rules import mixes, not_in_memory
 
 
 def resolve_input_config(args: argparse.Namespace, model: TimmModel) -> Dict[str, Any]:
@@ -52,8 +52,7 @@ def check_input(model: TimmModel, data_config: Dict[str, Any], name: str) -> Non
     try:
         model.eval()(torch.zeros(1, *size))
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as e:
-        reason = ' '.join(str(e).split())[:200] or type(e).__name__
-        raise UserError(f"{name} does not take images of {'x'.join(map(str, size))} ({reason}); give another "
+        raise UserError(f"{name} does not take images of {'x'.join(map(str, size))} ({one_line(e)}); give another "
                         '--input-size, or what it needs for this one by --model-kwargs.') from e
 
 
@@ -88,7 +87,9 @@ def load_split(
         class_map=args.class_map,
         download=args.dataset_download,
     )
-    if kind == 'memory' or kind == 'auto' and not (is_training and not_in_memory(args)):
+    _, height, width = data_config['input_size']
+    one_by_one = is_training and (not_in_memory(args) or height != width and not args.no_aug)  # timm's crops are square
+    if kind == 'memory' or kind == 'auto' and not one_by_one:
         try:
             return load_images(
                 split,

@@ -4,6 +4,7 @@ A checkpoint is a folder ``step-<updates>``: ``state.safetensors`` holds every t
 averaged weights, sums of the running epoch, random states), ``state.json`` the rest with the digest of the former.
 """
 import json
+import os
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from timm_lm.errors import UserError
-from timm_lm.files import atomic_folder, sha256
+from timm_lm.files import atomic_folder, replaced, sha256
 
 TENSORS, STATE = 'state.safetensors', 'state.json'
 PREFIX = 'step-'
@@ -92,7 +93,14 @@ def random_states() -> Dict[str, torch.Tensor]:
     states = {'cpu': torch.get_rng_state()}
     if torch.cuda.is_initialized():  # by a training on a GPU; others do not need one
         states['cuda'] = torch.cuda.get_rng_state()
+    for name in ('mps', 'xpu'):
+        if _has_device(name):
+            states[name] = getattr(torch, name).get_rng_state()
     return states
+
+
+def _has_device(name: str) -> bool:
+    return getattr(torch.backends if name == 'mps' else torch, name).is_available()
 
 
 class CheckpointStore:
@@ -113,8 +121,9 @@ class CheckpointStore:
         return f'{PREFIX}{updates:09d}'
 
     def newest_first(self) -> List[Path]:
-        """Folders of the checkpoints, whole or not."""
-        return sorted(self.folder.glob(f'{PREFIX}*'), reverse=True)
+        """Folders of the checkpoints, whole or not, and of those that a killed process was replacing."""
+        found = (*self.folder.glob(f'{PREFIX}*'), *replaced(self.folder, PREFIX))
+        return sorted(found, key=lambda path: path.name, reverse=True)
 
     def save(
             self,
@@ -164,7 +173,9 @@ class CheckpointStore:
         return folder
 
     def remove_unfinished(self) -> None:
-        """Remove what a killed process left of checkpoints that it was writing."""
+        """Remove what a killed process left of checkpoints that it was writing; one that it was replacing stays."""
+        for folder in replaced(self.folder, PREFIX):
+            os.replace(folder, self.folder / folder.name)
         for folder in self.folder.glob(f'.{PREFIX}*'):
             shutil.rmtree(folder)
 
@@ -189,8 +200,10 @@ class CheckpointStore:
         """Read one checkpoint.
 
         Raises:
-            UserError: If it is not whole.
+            UserError: If it is not there or not whole.
         """
+        if not folder.is_dir():
+            raise UserError(f'There is no checkpoint {folder}; give RUN/checkpoints/step-..., or --resume auto.')
         try:
             state = json.loads((folder / STATE).read_text(encoding='utf-8'))
             if sha256(folder / TENSORS) != state['sha256']:
@@ -223,3 +236,6 @@ def restore_random_states(checkpoint: Checkpoint, rank: int) -> None:
         torch.set_rng_state(states['cpu'])
     if 'cuda' in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states['cuda'])
+    for name in ('mps', 'xpu'):
+        if name in states and _has_device(name):
+            getattr(torch, name).set_rng_state(states[name])

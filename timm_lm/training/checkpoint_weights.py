@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any, Dict
 
 import timm
-import yaml
 
-from timm_lm.errors import UserError
+from timm_lm.errors import UserError, one_line
 from timm_lm.files import writing
 from timm_lm.hub import TimmModel, save_folder
 
@@ -15,6 +14,7 @@ from .factory import import_modules
 from .options import parse_options
 from .report import MAKE_ROOM
 from .result import run_card, tell
+from .run_folder import read_args
 
 
 def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:
@@ -35,11 +35,10 @@ def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:
             or is there already.
     """
     checkpoint = checkpoint.absolute()
-    try:
-        stored = yaml.safe_load((checkpoint.parent.parent / 'args.yaml').read_text(encoding='utf-8'))
-        args = argparse.Namespace(**(vars(parse_options([])) | stored))
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as e:
-        raise UserError(f'{checkpoint} is not a checkpoint of a run; give RUN/checkpoints/step-....') from e
+    run = checkpoint.parent.parent
+    if not (run / 'args.yaml').is_file():
+        raise UserError(f'{checkpoint} is not a checkpoint of a run; give RUN/checkpoints/step-....')
+    args = argparse.Namespace(**(vars(parse_options([])) | read_args(run)))
     if output.exists():
         raise UserError(f'{output} is there already; name another folder with --output.')
     found = CheckpointStore(checkpoint.parent).read(checkpoint)
@@ -64,8 +63,7 @@ def _network(facts: Dict[str, Any], checkpoint: Checkpoint, folder: Path) -> Tim
         model = timm.create_model(cfg['architecture'], **sizes | facts['model_args'])
         model.load_state_dict(checkpoint.group('average') or checkpoint.group('model'))
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
-        reason = ' '.join(str(e).split())[:200] or type(e).__name__
         raise UserError(f"The network {cfg['architecture']} of {folder} can not be made again by its name and "
-                        f'arguments ({reason}); go on with its run by --resume, which ends with weights.') from e
+                        f'arguments ({one_line(e)}); go on with its run by --resume, which ends with weights.') from e
     model.pretrained_cfg = cfg
     return model

@@ -1,4 +1,4 @@
-"""Evaluation of a network on a decoded split."""
+"""Evaluation of a network on a split."""
 import time
 from typing import Any, Callable, Dict, Optional
 
@@ -10,6 +10,8 @@ from timm_lm.loader import IGNORE_LABEL, BatchLoader
 
 def sum_dtype(device: torch.device) -> torch.dtype:
     """Precision of sums over a split: float64 where the device has it."""
+    if device.type == 'xpu' and not torch.xpu.get_device_properties(device).has_fp64:
+        return torch.float32
     return torch.float32 if device.type == 'mps' else torch.float64
 
 

@@ -4,10 +4,11 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 from datetime import timedelta
 from pathlib import Path
 from pickle import PickleError
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List
 
 import timm
 import torch
@@ -15,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
-    DistributedType,
     InitProcessGroupKwargs,
     TorchDynamoPlugin,
 )
@@ -23,11 +23,10 @@ from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm
 from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs, param_groups_weight_decay
-from timm.utils import ModelEmaV3
 
 from timm_lm.compiler import check_compiler
 from timm_lm.depth import grow
-from timm_lm.errors import UserError
+from timm_lm.errors import UserError, one_line
 from timm_lm.hub import TimmModel, check_name, load_model, names_folder
 from timm_lm.precision import no_bfloat16
 
@@ -89,11 +88,15 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         UserError: If compilation is asked for and there is no compiler, or a tracker is not installed.
     """
     on_cpu = _on_cpu(args)
-    plugin = None
+    for name in ('deepspeed', 'megatron_lm'):
+        if os.environ.get(f'ACCELERATE_USE_{name.upper()}', 'false') == 'true':
+            raise UserError(f"Accelerate's settings ask for {name}, which this engine does not know; take DDP or FSDP.")
+    plugin = TorchDynamoPlugin(backend='no')  # else one of Accelerate's own settings is taken
     if args.torchcompile:
         check_compiler(args.torchcompile, args.torchcompile_mode, on_cpu)
         plugin = TorchDynamoPlugin(backend=args.torchcompile, mode=args.torchcompile_mode or 'default', dynamic=False)
-    AcceleratorState._reset_state()  # of an earlier training in this process, maybe in another precision
+    # of an earlier training in this process, maybe in another precision or on another device
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else 'no'
     # Accelerate joins processes on the CPU only if told that it is the CPU
     trackers = _trackers(args)
@@ -115,10 +118,14 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         # Small networks gain nothing from graphs that are cut where gradients are sent, and older PyTorch loses sight
         # of the weights in them: CUDA graphs are recorded anew at each step, and gradients may be wrong.
         torch._dynamo.config.optimize_ddp = False
-    plugin = getattr(accelerator.state, 'fsdp_plugin', None)
-    if plugin is not None:  # each process makes the whole network; Accelerate would fail to send running statistics
-        plugin.cpu_ram_efficient_loading = False
-    if args.device not in (None, 'cpu') and not _is_named(accelerator.device, args.device):
+    fsdp = getattr(accelerator.state, 'fsdp_plugin', None)
+    if fsdp is not None:  # each process makes the whole network; Accelerate would fail to send running statistics
+        fsdp.cpu_ram_efficient_loading = False
+        fsdp.mixed_precision_policy = None  # lower precision is that of autocast, as without FSDP
+        if getattr(fsdp, 'fsdp_version', 1) == 1 and not fsdp.use_orig_params:
+            raise UserError('FSDP of version 1 hides the parameters from the optimizer; take --fsdp_version 2, or '
+                            '--fsdp_use_orig_params true.')
+    if args.device is not None and not _is_named(accelerator.device, args.device):
         raise UserError(f'--device {args.device} is not what Accelerate chose ({accelerator.device}); leave it out, or '
                         'choose devices by `accelerate launch`.')
     if accelerator.device.type == 'cuda':  # as timm's script
@@ -131,7 +138,7 @@ def _is_named(device: torch.device, name: str) -> bool:
     try:
         named = torch.device(name)
     except RuntimeError as e:
-        raise UserError(f'--device {name} is no device of PyTorch ({str(e).splitlines()[0]}).') from e
+        raise UserError(f'--device {name} is no device of PyTorch ({one_line(e)}).') from e
     return named.type == device.type and named.index in (None, device.index or 0)
 
 
@@ -169,6 +176,8 @@ def create_model(args: argparse.Namespace) -> TimmModel:
         drop_block_rate=args.drop_block,
         global_pool=args.gp,
     )
+    for name in kwargs.keys() & args.model_kwargs.keys():
+        raise UserError(f'--model-kwargs has {name}, which an option of its own is for; use that.')
     kwargs = {name: value for name, value in kwargs.items() if value is not None} | args.model_kwargs
     for name in ('pretrained_path', 'initial_checkpoint'):
         path = getattr(args, name)
@@ -184,14 +193,13 @@ def create_model(args: argparse.Namespace) -> TimmModel:
     except UserError:
         raise
     except (*_UNREADABLE, AssertionError) as e:
-        reason = ' '.join(str(e).split())[:300] or type(e).__name__
-        raise UserError(f'{args.model} can not be made with these options ({reason}).') from e
+        raise UserError(f'{args.model} can not be made with these options ({one_line(e, 300)}).') from e
     if args.initial_checkpoint:
         try:
             load_checkpoint(model, args.initial_checkpoint, weights_only=True)
         except _UNREADABLE as e:
-            reason = ' '.join(str(e).split())[:200] or type(e).__name__
-            raise UserError(f'--initial-checkpoint {args.initial_checkpoint} could not be loaded ({reason}).') from e
+            raise UserError(f'--initial-checkpoint {args.initial_checkpoint} could not be loaded ({one_line(e)}).'
+                            ) from e
     if args.grow_from:
         try:
             shallow = load_model(args.grow_from)
@@ -205,7 +213,12 @@ def create_model(args: argparse.Namespace) -> TimmModel:
 
 @torch.no_grad()
 def _init_head(args: argparse.Namespace, model: TimmModel) -> None:
+    if args.head_init_scale is None and args.head_init_bias is None:
+        return
     head = model.get_classifier()
+    if any(getattr(head, name, None) is None for name in ('weight', 'bias')):
+        raise UserError(f'The head of {args.model} is no layer with a weight and a bias; leave --head-init-scale and '
+                        '--head-init-bias out.')
     if args.head_init_scale is not None:
         head.weight.mul_(args.head_init_scale)
         head.bias.mul_(args.head_init_scale)
@@ -235,19 +248,6 @@ def _create(name: str, kwargs: Dict[str, Any]) -> TimmModel:
     return timm.create_model(name, **kwargs)
 
 
-def create_average(args: argparse.Namespace, model: TimmModel, accelerator: Accelerator) -> Optional[ModelEmaV3]:
-    """The moving average of the weights on their device, if the options ask for one.
-
-    Raises:
-        UserError: With sharded weights.
-    """
-    if not args.model_ema:
-        return None
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise UserError('--model-ema can not average sharded weights; leave it out, or train without FSDP.')
-    return ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-
-
 def set_learning_rate(args: argparse.Namespace, num_processes: int) -> None:
     """timm's rule: without --lr, the base rate scaled by the size of an update, by its root for adaptive optimizers."""
     if args.lr is not None:
@@ -257,11 +257,11 @@ def set_learning_rate(args: argparse.Namespace, num_processes: int) -> None:
     args.lr = args.lr_base * (math.sqrt(ratio) if scale == 'sqrt' else ratio)
 
 
-def can_fuse(name: str) -> bool:
-    """Whether an optimizer of timm's factory is one of PyTorch's that updates all weights by one kernel."""
-    if torch.backends.mps.is_available():
+def can_fuse(name: str, device_type: str = 'cpu') -> bool:
+    """Whether an optimizer of timm's factory is one of PyTorch's that updates all weights of a device by one kernel."""
+    if device_type == 'mps':
         return False
-    if name == 'adagrad' and _has_accelerator():  # older PyTorch has its kernel for the CPU alone
+    if name == 'adagrad' and device_type != 'cpu':  # older PyTorch has its kernel for the CPU alone
         return False
     return 'fused' in inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
 
@@ -278,6 +278,7 @@ def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
     If float16 overflows in that step, as it often does, the fused kernel leaves the momentum that it was to begin as
     the memory was. From zero the first step is the same.
     """
+    optimizer = getattr(optimizer, '_base_optimizer', optimizer)  # within timm's Lookahead
     if type(optimizer) is not torch.optim.SGD:
         return
     for group in optimizer.param_groups:
@@ -303,9 +304,10 @@ def create_optimizer(args: argparse.Namespace, model: TimmModel, sharded: bool =
     if twice:
         raise UserError(f"--opt-kwargs can not give {', '.join(twice)}, for which there are options of their own.")
     kwargs |= args.opt_kwargs
+    device = next(model.parameters()).device
     in_float16 = args.amp and args.amp_dtype == 'float16'  # where fused SGD begins by zero, see begin_momentum
     can_begin = not (in_float16 and kwargs.get('dampening'))
-    if not kwargs.keys() & {'fused', 'foreach'} and not sharded and can_begin and can_fuse(name):
+    if not kwargs.keys() & {'fused', 'foreach'} and not sharded and can_begin and can_fuse(name, device.type):
         kwargs['fused'] = True
     if not kwargs.get('filter_bias_and_bn', True) and args.layer_decay is None and not _TIMM_SPARES:
         exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else set()

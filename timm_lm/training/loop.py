@@ -14,6 +14,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import dispatch_clip_grad, distribute_bn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_state_dict,
@@ -24,9 +25,10 @@ from timm_lm.hub import TimmModel
 from timm_lm.layers import TwoStep
 from timm_lm.loader import BatchLoader
 
+from .average import create_average
 from .checkpoint import Checkpoint, CheckpointStore, Progress, random_states, restore_random_states
 from .evaluate import evaluate, sum_dtype
-from .factory import begin_momentum, create_average, create_optimizer
+from .factory import begin_momentum, create_optimizer
 from .losses import create_loss
 from .report import LiveLine
 from .signals import Interrupted, StopSignals
@@ -83,7 +85,7 @@ class Training:
         except (AssertionError, ImportError, KeyError, TypeError, ValueError) as e:
             raise UserError(f'The optimizer {args.opt} can not be made with these options ({e or type(e).__name__}).'
                             ) from e
-        if accelerator.scaler is not None:
+        if accelerator.scaler is not None and not self.sharded:  # PyTorch's sharded SGD is not fused
             begin_momentum(self.plain_optimizer)
         try:
             self.scheduler, self.num_epochs = create_scheduler_v2(
@@ -99,7 +101,9 @@ class Training:
             if value > last:
                 raise UserError(f'--{name}-epoch {value} comes after the end, the run has {self.num_epochs} epochs; '
                                 'change one of them.')
-        self.network, self.optimizer = accelerator.prepare(model, self.plain_optimizer)
+        self.network, prepared = accelerator.prepare(model, self.plain_optimizer)
+        # Accelerate's wrapper takes longer than a fused step of a small network, and is for the scaler
+        self.optimizer = self.plain_optimizer if accelerator.scaler is None else prepared
         self.uses_cuda_graphs = bool(args.torchcompile) and accelerator.device.type == 'cuda'
         # of the running epoch, on the device: summed loss, correct images; of the first batch whose loss is not finite,
         # its number from 1 and its learning rate
@@ -141,9 +145,8 @@ class Training:
             return {}
         if not self.sharded:
             return {name: k.tolist() for name, k in self.model.k_values().items()}
-        suffix = '.step.k'
-        return {name[:-len(suffix)]: tensor.tolist() for name, tensor in self._whole_states()[0].items()
-                if name.endswith(suffix)}
+        suffix, whole = '.step.k', get_model_state_dict(self.network, options=_WHOLE)
+        return {name[:-len(suffix)]: tensor.tolist() for name, tensor in whole.items() if name.endswith(suffix)}
 
     def save(self, progress: Progress) -> Path:
         """Write a checkpoint from the main process; the others give their parts."""
@@ -295,8 +298,8 @@ class Training:
             is_update = done % args.grad_accum_steps == 0 or done == steps
             self.step(images, targets, epoch, step, is_update)
             self.live.advance(epoch, done)
-            is_read = done % args.log_interval == 0
-            if is_read:
+            updates = -(-done // args.grad_accum_steps)
+            if is_update and updates % args.log_interval == 0:
                 signal_number = self.agree(epoch)
                 seconds = (time.perf_counter() - start) / (done - first_batch)
                 left = seconds * (steps - done + (self.num_epochs - epoch - 1) * steps)
@@ -378,11 +381,10 @@ class Training:
 
     def _save_or_stop(self, progress: Progress, signal_number: int) -> None:
         """In the middle of an epoch, after an update: save at the interval, save and stop after a signal."""
-        interval = self.args.recovery_interval
-        before = progress.batch - self.args.grad_accum_steps  # the update before this one
+        interval, updates = self.args.recovery_interval, progress.batch // self.args.grad_accum_steps
         if signal_number:
             self._save_and_stop(progress, signal_number)
-        if interval and progress.batch // interval > before // interval:
+        if interval and updates % interval == 0:
             self.save(progress)
 
     def _save_and_stop(self, progress: Progress, signal_number: int) -> NoReturn:

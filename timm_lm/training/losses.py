@@ -12,7 +12,7 @@ from timm_lm.errors import UserError
 from timm_lm.hub import TimmModel, load_model
 
 from .batches import check_input
-from .options import mixes
+from .option_rules import mixes
 
 
 def create_criterion(args: argparse.Namespace) -> nn.Module:

@@ -5,14 +5,14 @@ Names, meanings and defaults are those of timm's ``train.py``; our own additions
 import argparse
 import ast
 import difflib
-import math
 from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, NoReturn, Optional, Sequence, Tuple, Type
 
 import yaml
 
-from timm_lm.errors import UserError
+from timm_lm.errors import UserError, one_line
 
+from .option_rules import check_options, option_name
 from .recipes import find_recipe
 
 COUNT_BATCH_SIZE = 50  # of counts in float32 on the CPU: fast, and small beside the memory of a training
@@ -38,7 +38,8 @@ REFUSED: Dict[str, str] = {
                      'naflex_patchify_channels_first'], _STATIC),
     'dataset_trust_remote_code': 'code of a data set is never run',
     'drop_connect': 'timm calls it --drop-path now',
-    'fast_norm': 'it needs a package of its own',
+    'amp_impl': "mixed precision is PyTorch's own",
+    'fast_norm': 'norms are computed in the precision that autocast has for them',
     'input_img_mode': 'the channels of the images follow --in-chans and --input-size',
     'model_dtype': 'weights are float32; lower precision is --amp',
     'model_ema_force_cpu': 'the average stays on the device of the training, where it is validated',
@@ -48,11 +49,22 @@ REFUSED: Dict[str, str] = {
     'tta': 'each image is validated once',
     'use_multi_epochs_loader': 'worker processes stay from epoch to epoch anyway',
     'worker_seeding': 'each image has a seed of its own, whatever worker reads it',
+    # of timm 1.0.30 and later
+    **dict.fromkeys(['loss', 'loss_class_weight', 'loss_pos_weight', 'loss_weight_power', 'class_stats'],
+                    'losses are cross entropy and --bce-loss here'),
+    **dict.fromkeys(['multilabel_threshold', 'target_format', 'task'], 'each image has one label here'),
+    **dict.fromkeys(['lr_decay_fn', 'lr_stable_timescale'], 'schedules have the options of timm 1.0.26 here'),
+    'save_epochs': 'the newest checkpoints stay, by --checkpoint-hist',
+    'stop_epoch': 'a run ends with its schedule; change --epochs',
+    'pretrained_cfg_overlay': 'give --pretrained-path, --mean and the like instead',
 }
+
+# Other names that timm's script has for them.
+_OTHER_NAMES = {'local_rank': '--local_rank', 'train_batches_per_epoch': '--train-steps-per-epoch'}
 
 # What timm's script writes for some of them if nothing was asked for.
 _TIMM_DEFAULTS: Dict[str, Any] = {
-    'kd_token_distill_type': 'soft', 'naflex_loss_scale': 'linear', 'naflex_max_seq_len': 576,
+    'amp_impl': 'native', 'kd_token_distill_type': 'soft', 'naflex_loss_scale': 'linear', 'naflex_max_seq_len': 576,
     'naflex_train_seq_lens': [128, 256, 576, 784, 1024], 'train_size_random_mix': 0.1,
     'train_size_schedule': 'constant', 'train_size_schedule_spread': 0.65, 'variable_batch_loss_scale': 'none',
     'worker_seeding': 'all',
@@ -81,6 +93,12 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def _named(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError('it is empty, as an unset variable is; name a folder')
+    return text
 
 
 class _KeyValues(argparse.Action):
@@ -122,7 +140,8 @@ class Parser(argparse.ArgumentParser):
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Options that say which images are read, and how; training and validation share them."""
     group = parser.add_argument_group('Data')
-    group.add_argument('--data-dir', metavar='DIR', help='folder of the data: Parquet in the Hub\'s layout, or images')
+    group.add_argument('--data-dir', type=_named, metavar='DIR',
+                       help='folder of the data: Parquet in the Hub\'s layout, or images')
     group.add_argument('--dataset', metavar='NAME', default='',
                        help='timm\'s type and name, such as hfds/uoft-cs/cifar10 (default: what the folder holds)')
     group.add_argument('--val-split', metavar='NAME', default='validation', help='split that is validated on')
@@ -161,7 +180,7 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--crop-pct', type=float, metavar='X', help='share of the image that the centre crop keeps')
     group.add_argument('--mean', type=float, nargs='+', metavar='X', help='mean of each channel, pixels in [0, 1]')
     group.add_argument('--std', type=float, nargs='+', metavar='X', help='standard deviation of each channel')
-    group.add_argument('--interpolation', default='', metavar='NAME', help='of resizing')
+    group.add_argument('--interpolation', default='', metavar='NAME', help='how images are resized')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_KeyValues, metavar='NAME=VALUE',
                        help='further keywords of the model')
     group.add_argument('--drop', type=float, default=0., metavar='P', help='dropout rate')
@@ -173,14 +192,16 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('Batches and precision')
     group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images of a batch of a process')
-    group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N', help='(default: batch size)')
+    group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N',
+                       help='images of a batch of validation (default: batch size)')
     group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='batches of an update')
     group.add_argument('--channels-last', action=flag, default=False, help='channels_last memory layout')
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile')
     group.add_argument('--no-torchcompile', dest='torchcompile', action='store_const', const=None, help='run eagerly')
     group.add_argument('--torchcompile-mode', metavar='MODE', help='mode of torch.compile')
     group.add_argument('--amp', action=flag, default=False, help='mixed precision')
-    group.add_argument('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='its lower precision')
+    group.add_argument('--amp-dtype', default='float16', choices=('float16', 'bfloat16'),
+                       help='lower precision of --amp')
     group.add_argument('--device', metavar='NAME', help='cpu, or what Accelerate finds (default)')
     group.add_argument('--no-ddp-bb', action='store_true', default=False,
                        help='each process keeps its own running statistics during an epoch')
@@ -196,9 +217,11 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--momentum', type=float, default=0.9, metavar='X', help='momentum')
     group.add_argument('--weight-decay', type=float, default=2e-5, metavar='X', help='weight decay')
     group.add_argument('--clip-grad', type=float, metavar='X', help='clip gradients')
-    group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='how')
+    group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'),
+                       help='how gradients are clipped')
     group.add_argument('--layer-decay', type=float, metavar='X', help='layer-wise decay of the learning rate')
-    group.add_argument('--layer-decay-min-scale', type=float, default=0., metavar='X', help='its smallest factor')
+    group.add_argument('--layer-decay-min-scale', type=float, default=0., metavar='X',
+                       help='smallest factor of --layer-decay')
     group.add_argument('--layer-decay-no-opt-scale', type=float, metavar='X', help='freeze layers below this factor')
     group.add_argument('--opt-kwargs', nargs='*', default={}, action=_KeyValues, metavar='NAME=VALUE',
                        help='further keywords of the optimizer')
@@ -214,7 +237,7 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
                        help='how the rate follows the batch (default: sqrt for adaptive optimizers, else linear)')
     group.add_argument('--lr-noise', type=float, nargs='+', metavar='X', help='noise on and off, shares of the run')
     group.add_argument('--lr-noise-pct', type=float, default=0.67, metavar='X', help='limit of the noise')
-    group.add_argument('--lr-noise-std', type=float, default=1.0, metavar='X', help='its standard deviation')
+    group.add_argument('--lr-noise-std', type=float, default=1.0, metavar='X', help='standard deviation of the noise')
     group.add_argument('--lr-cycle-mul', type=float, default=1.0, metavar='X', help='growth of cycles')
     group.add_argument('--lr-cycle-decay', type=float, default=0.5, metavar='X', help='decay of cycles')
     group.add_argument('--lr-cycle-limit', type=int, default=1, metavar='N', help='number of cycles')
@@ -225,13 +248,16 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--min-lr', type=float, default=0., metavar='X', help='smallest rate')
     group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N',
                        help='epochs of multistep, each acting one epoch early')
-    group.add_argument('--decay-epochs', type=float, default=90, metavar='N', help='interval of step')
+    group.add_argument('--decay-epochs', type=float, metavar='N',
+                       help='interval of step (default: 90); length of the decay of wsd and rsqrt, below 1 a share of '
+                            'the run (default: 0.2)')
     group.add_argument('--decay-rate', '--dr', type=float, default=0.1, metavar='X', help='factor of a drop')
     group.add_argument('--patience-epochs', type=int, default=10, metavar='N', help='patience of plateau')
     group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help='epochs at the smallest rate')
 
     group = parser.add_argument_group('Augmentation')
-    group.add_argument('--no-aug', action='store_true', default=False, help='no augmentation at all')
+    group.add_argument('--no-aug', action='store_true', default=False,
+                       help='no crops, flips, colours and erasing; mixing stays')
     group.add_argument('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'), help='timm\'s kind of random crop')
     group.add_argument('--scale', type=float, nargs=2, default=[0.08, 1.0], metavar='X',
                        help='areas of random resized crops')
@@ -240,23 +266,26 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--hflip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip')
     group.add_argument('--vflip', type=float, default=0., metavar='P', help='probability of a vertical flip')
     group.add_argument('--color-jitter', type=float, default=0.4, metavar='X', help='strength of colour jitter')
-    group.add_argument('--color-jitter-prob', type=float, metavar='P', help='its probability')
+    group.add_argument('--color-jitter-prob', type=float, metavar='P', help='probability of colour jitter')
     group.add_argument('--grayscale-prob', type=float, metavar='P', help='probability of a grey image')
     group.add_argument('--gaussian-blur-prob', type=float, metavar='P', help='probability of a blurred image')
     group.add_argument('--aa', metavar='POLICY', help='AutoAugment or RandAugment, as timm spells policies')
     group.add_argument('--aug-repeats', type=float, default=0, metavar='N',
                        help='times that an image occurs in a global batch (several processes)')
     group.add_argument('--reprob', type=float, default=0., metavar='P', help='probability of random erasing')
-    group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='what it leaves')
+    group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'),
+                       help='what fills an erased box')
     group.add_argument('--recount', type=int, default=1, metavar='N', help='most boxes of an image')
     group.add_argument('--mixup', type=float, default=0., metavar='ALPHA', help='mixup')
     group.add_argument('--cutmix', type=float, default=0., metavar='ALPHA', help='cutmix')
     group.add_argument('--cutmix-minmax', type=float, nargs=2, metavar='X', help='cutmix by ratio, without alpha')
     group.add_argument('--mixup-prob', type=float, default=1., metavar='P', help='probability of mixing')
-    group.add_argument('--mixup-switch-prob', type=float, default=0.5, metavar='P', help='that of cutmix among both')
+    group.add_argument('--mixup-switch-prob', type=float, default=0.5, metavar='P',
+                       help='probability of cutmix where both are on')
     group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a draw')
     group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixing from this epoch on')
-    group.add_argument('--train-interpolation', default='random', metavar='NAME', help='of random resized crops')
+    group.add_argument('--train-interpolation', default='random', metavar='NAME',
+                       help='how random resized crops are resized')
 
     group = parser.add_argument_group('Loss')
     group.add_argument('--smoothing', type=float, default=0.1, metavar='X', help='label smoothing')
@@ -280,12 +309,12 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group = parser.add_argument_group('Run')
     group.add_argument('--seed', type=int, default=42, metavar='N', help='random seed')
     group.add_argument('--log-interval', type=int, default=50, metavar='N',
-                       help='batches between two readings of the loss')
+                       help='updates between two readings of the loss')
     group.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs between two validations')
     group.add_argument('--resume', default='', metavar='WHAT',
                        help='auto: the newest whole checkpoint of the run, or start it; or the folder of a checkpoint')
     group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
-                       help='batches between two checkpoints inside an epoch, beside those after each (default: none)')
+                       help='updates between two checkpoints inside an epoch, beside those after each (default: none)')
     group.add_argument('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
     group.add_argument('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'),
                        help='what tells the best epoch')
@@ -310,12 +339,9 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--dry-run', action='store_true', default=False, help='show what would be done, and end')
 
     for name, reason in REFUSED.items():
-        parser.add_argument(_option(name), nargs='*', dest=name, action=_refuse(name, reason), help=argparse.SUPPRESS)
+        names = filter(None, (option_name(name), _OTHER_NAMES.get(name)))
+        parser.add_argument(*names, nargs='*', dest=name, action=_refuse(name, reason), help=argparse.SUPPRESS)
     return parser
-
-
-def _option(name: str) -> str:
-    return '--' + name.replace('_', '-')
 
 
 def _refuse(name: str, reason: str) -> Type[argparse.Action]:
@@ -339,7 +365,7 @@ def _read_recipe(path: Path, actions: Dict[str, argparse.Action]) -> Dict[str, A
     try:
         values = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
-        raise UserError(f'The recipe {path} is not readable YAML ({str(e).splitlines()[0]}).') from e
+        raise UserError(f'The recipe {path} is not readable YAML ({one_line(e)}).') from e
     if not isinstance(values, dict):
         raise UserError(f'The recipe {path} must hold "option: value" lines.')
     asked = {str(name): value for name, value in values.items()
@@ -352,10 +378,12 @@ def _read_recipe(path: Path, actions: Dict[str, argparse.Action]) -> Dict[str, A
 def _recipe_value(path: Path, name: str, value: Any, actions: Dict[str, argparse.Action]) -> Any:
     if name in REFUSED:
         raise UserError(f"The option '{name}' in {path} is refused: {REFUSED[name]}.")
+    if name == 'data':
+        raise UserError(f"The option 'data' in {path} is timm's older name of data_dir; name it so.")
     if name not in actions:
         near = difflib.get_close_matches(name, actions, n=1)
-        hint = f'; did you mean {near[0]}?' if near else ''
-        raise UserError(f"The option '{name}' in {path} is unknown{hint}")
+        hint = f'did you mean {near[0]}?' if near else 'see `timm-lm train --help`.'
+        raise UserError(f"The option '{name}' in {path} is unknown; {hint}")
     action = actions[name]
     if value is None:
         if action.default is not None:
@@ -377,8 +405,9 @@ def _recipe_value(path: Path, name: str, value: Any, actions: Dict[str, argparse
                 raise ValueError
             return [_convert(action, item) for item in items]
         return _convert(action, value)
-    except (TypeError, ValueError):
-        raise UserError(f"The option '{name}' in {path} can not be '{value}'.") from None
+    except (argparse.ArgumentTypeError, TypeError, ValueError):
+        choices = f"; it can be {', '.join(map(str, filter(None, action.choices)))}" if action.choices else ''
+        raise UserError(f"The option '{name}' in {path} can not be '{value}'{choices}.") from None
 
 
 def _convert(action: argparse.Action, value: Any) -> Any:
@@ -422,12 +451,16 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0], options, n=1)
-        hint = f'; did you mean {near[0]}?' if near else f'; see `{prog} --help`'
+        hint = f'did you mean {near[0]}?' if near else f'see `{prog} --help`.'
         if not unknown[0].startswith('-'):
-            hint = '; name the data with --data-dir'
-        raise UserError(f"Unknown argument '{unknown[0]}'{hint}")
+            hint = 'name the data with --data-dir.'
+        raise UserError(f"Unknown argument '{unknown[0]}'; {hint}")
     for name in REFUSED:
         delattr(args, name)
+    if args.decay_epochs is None:  # as timm has it for its schedules
+        args.decay_epochs = 0.2 if args.sched in ('rsqrt', 'wsd') else 90.
+    if args.no_aug:
+        args.hflip, args.vflip, args.pad_crop, args.reprob = 0., 0., 0, 0.
     check_options(args)
     _check_leaders(vars(args), given, defaults)
     for leaders in _ONLY_WITH:
@@ -454,99 +487,5 @@ def _check_leaders(values: Dict[str, Any], before: Dict[str, Any], defaults: Dic
             continue
         for name in followers:
             if values[name] not in (before[name], defaults[name]):
-                needed = ' or '.join(map(_option, leaders))
-                raise UserError(f'{_option(name)} does nothing without {needed}; give both, or leave it out.')
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """Find impossible values before anything is done.
-
-    Raises:
-        UserError: At the first one.
-    """
-    for name, value in vars(args).items():
-        if any(isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value])):
-            raise UserError(f'{_option(name)} must be a finite number, not {value}.')
-    for name in ('img_size', 'input_size', 'crop_pct', 'std', 'lr', 'lr_base', 'lr_base_size', 'lr_noise_pct',
-                 'decay_epochs', 'clip_grad', 'layer_decay', 'kd_temperature'):
-        value = getattr(args, name)
-        if value is not None and min(value if isinstance(value, list) else [value]) <= 0:
-            raise UserError(f'{_option(name)} must be positive, not {value}.')
-    if args.seed >= 2 ** 32:
-        raise UserError(f'--seed must be less than 2**32, not {args.seed}.')
-    if args.opt_betas is not None and len(args.opt_betas) < 2:
-        raise UserError(f'--opt-betas takes at least two numbers, not {args.opt_betas}.')
-    for name in ('epochs', 'batch_size', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist'):
-        if getattr(args, name) < 1:
-            raise UserError(f'{_option(name)} must be at least 1, not {getattr(args, name)}.')
-    for name in ('pad_crop', 'recovery_interval', 'seed', 'weight_decay', 'warmup_epochs', 'min_lr', 'momentum',
-                 'mixup', 'cutmix', 'mixup_off_epoch', 'workers', 'aug_repeats', 'cooldown_epochs'):
-        if getattr(args, name) < 0:
-            raise UserError(f'{_option(name)} must not be negative, it is {getattr(args, name)}.')
-    if not 0 <= (args.drop_path or 0.) < 1:
-        raise UserError(f'--drop-path must be at least 0 and less than 1, not {args.drop_path}.')
-    if args.validation_batch_size is not None and args.validation_batch_size < 1:
-        raise UserError(f'--validation-batch-size must be at least 1, not {args.validation_batch_size}.')
-    for name in ('hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'smoothing', 'drop', 'model_ema_decay'):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f'{_option(name)} must be between 0 and 1, not {getattr(args, name)}.')
-    if args.bce_loss and args.smoothing == 1:
-        raise UserError('--smoothing must be less than 1 with --bce-loss.')
-    if args.cutmix_minmax is not None and not 0 <= args.cutmix_minmax[0] < args.cutmix_minmax[1] <= 1:
-        raise UserError(f'--cutmix-minmax takes two increasing shares of a side, not {args.cutmix_minmax}.')
-    for name in ('scale', 'ratio'):
-        value = getattr(args, name)
-        if value and not (len(value) == 2 and 0 < value[0] <= value[1]):
-            raise UserError(f'{_option(name)} takes two positive numbers, the smaller one first, not {value}.')
-    for name in ('layer_decay', 'lr_noise'):
-        if args.sched == 'none' and getattr(args, name):
-            raise UserError(f'{_option(name)} is done by the schedule; take another one than --sched none, in newer '
-                            'timm constant.')
-    if args.sched == 'plateau' and not args.val_split:
-        raise UserError('--sched plateau lowers the rate by the validation; give --val-split, or another schedule.')
-    if args.sched == 'multistep' and args.decay_milestones:
-        milestones = args.decay_milestones
-        if sorted(set(milestones)) != list(milestones):
-            raise UserError(f'--decay-milestones must increase, they are {milestones}.')
-        if milestones[-1] > args.epochs:
-            raise UserError(f'The schedule is longer than the run: --decay-milestones {milestones} with --epochs '
-                            f'{args.epochs}; change one of them.')
-    if args.warmup_epochs >= args.epochs and args.sched != 'none' and not args.warmup_prefix:
-        raise UserError(f'--warmup-epochs {args.warmup_epochs} leave nothing of --epochs {args.epochs}.')
-    if args.recount < 1:
-        raise UserError(f'--recount must be at least 1, not {args.recount}.')
-    if mixes(args) and args.batch_size % 2:
-        raise UserError(f'Mixup and cutmix mix pairs: --batch-size must be even, not {args.batch_size}.')
-    if args.two_step_epoch < 0:
-        raise UserError(f'--two-step-epoch must not be negative, it is {args.two_step_epoch}.')
-    starts = [name for name in ('pretrained', 'initial_checkpoint', 'grow_from') if getattr(args, name)]
-    if args.grow_from and len(starts) > 1:
-        raise UserError(f"{' and '.join(map(_option, starts))} both give the first weights; leave one out.")
-    if args.no_aug:
-        args.hflip, args.vflip, args.pad_crop, args.reprob = 0., 0., 0, 0.
-    if args.loader == 'memory' and not_in_memory(args):
-        raise UserError(f"--loader memory can not do {', '.join(not_in_memory(args))}; use --loader timm, or set them "
-                        'to off.')
-
-
-def mixes(args: argparse.Namespace) -> bool:
-    """Whether the options ask for mixup or cutmix."""
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
-def not_in_memory(args: argparse.Namespace) -> List[str]:
-    """The augmentation asked for that can be done image by image only, not on batches in memory."""
-    if args.no_aug:
-        return []
-    off = dict(
-        scale=[1.0, 1.0],
-        ratio=[1.0, 1.0],
-        train_crop_mode=None,
-        color_jitter=0.0,
-        grayscale_prob=0.0,
-        gaussian_blur_prob=0.0,
-        aa=None,
-        train_interpolation=args.interpolation,
-    )
-    asked = {name: getattr(args, name) for name in off}
-    return [f'{_option(name)} {value}' for name, value in asked.items() if value and value != off[name]]
+                needed = ' or '.join(map(option_name, leaders))
+                raise UserError(f'{option_name(name)} does nothing without {needed}; give both, or leave it out.')

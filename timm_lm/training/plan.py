@@ -10,7 +10,7 @@ from timm_lm.data import EncodedImages, ImageSet
 from timm_lm.hub import TimmModel
 from timm_lm.loader import BatchLoader, MemoryLoader
 
-from .options import not_in_memory
+from .option_rules import not_in_memory
 
 WIDTH, HEIGHT = 72, 8  # characters of the picture
 PRECISIONS = {'no': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16'}  # by Accelerate's names

@@ -181,8 +181,10 @@ def _dataset(args: Mapping[str, Any], folder: Optional[str]) -> Tuple[str, str]:
 
 
 def _hardware(device: torch.device) -> str:
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
+    if device.type in ('cuda', 'xpu'):
+        return getattr(torch, device.type).get_device_name(device)
+    if device.type != 'cpu':
+        return {'mps': 'Apple GPU'}.get(device.type, device.type)
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
         name = next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))

@@ -4,12 +4,12 @@ import errno
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Callable, Iterator, Optional
+from typing import IO, Any, Callable, Dict, Iterator, Optional
 
 import yaml
-from timm.models import safe_model_name
+from timm.models import parse_model_name, safe_model_name
 
-from timm_lm.errors import UserError
+from timm_lm.errors import UserError, one_line
 from timm_lm.files import write_text
 from timm_lm.hub import TimmModel
 
@@ -49,7 +49,11 @@ def run_folder(args: argparse.Namespace, model: TimmModel) -> Path:
         raise UserError('--resume auto looks in the folder of a run; name it with --experiment.')
     size = model.pretrained_cfg['input_size'][-1]
     name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}-{size}'
-    return Path(args.output or 'output/train') / name
+    folder = Path(args.output or 'output/train') / name
+    if {*'#?'} & {*str(folder)} and parse_model_name(f'local-dir:{folder}')[1] != str(folder):
+        raise UserError(f'This timm can not load weights from {folder}, as it cuts paths at # and ?; choose another '
+                        '--output and --experiment.')
+    return folder
 
 
 def find_checkpoint(args: argparse.Namespace, folder: Path, store: CheckpointStore,
@@ -72,8 +76,26 @@ def find_checkpoint(args: argparse.Namespace, folder: Path, store: CheckpointSto
     return store.newest(tell)
 
 
+def read_args(folder: Path) -> Dict[str, Any]:
+    """The options that a run was started with, from its ``args.yaml``.
+
+    Raises:
+        UserError: If it has no such file, or a damaged one.
+    """
+    path = folder / 'args.yaml'
+    try:
+        args = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        raise UserError(f'The options of the run in {path} can not be read ({one_line(e)}); restore the file, or start '
+                        'another run with another --experiment.') from e
+    if not isinstance(args, dict):
+        raise UserError(f'{path} holds no options of a run; restore the file, or start another run with another '
+                        '--experiment.')
+    return args
+
+
 def _compare_options(args: argparse.Namespace, folder: Path) -> None:
-    before = yaml.safe_load((folder / 'args.yaml').read_text())
+    before = read_args(folder)
     now = yaml.safe_load(yaml.safe_dump(vars(args)))
     differing = [name for name in now if name not in FREE_OPTIONS and now[name] != before.get(name, now[name])]
     if differing:

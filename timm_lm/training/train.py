@@ -159,7 +159,9 @@ def _run(
             (folder / RESULT_NAME).unlink(missing_ok=True)  # of a later end
         if checkpoint is not None:
             place = f'batch {progress.batch + 1}' if progress.batch < len(training.loader) else 'validation'
-            print(f'Going on from {checkpoint.folder}: epoch {progress.epoch + 1}, {place}', flush=True)
+            where = (f'epoch {progress.epoch + 1}, {place}' if progress.epoch < training.num_epochs else
+                     'all epochs are done, the weights are written again')
+            print(f'Going on from {checkpoint.folder}: {where}', flush=True)
         if args.resume:
             store.remove_unfinished()
             for aside in store.set_aside_after(checkpoint):
@@ -185,7 +187,8 @@ def _run(
             if is_main:
                 log.append(epoch, metrics, evaluation, lr, k)
                 tqdm.write(epoch_table(epoch, training.num_epochs, metrics, evaluation, lr))
-            accelerator.log(_tracked(metrics, evaluation, lr), step=epoch)
+            for tracker in accelerator.trackers:
+                tracker.log(_tracked(epoch, metrics, evaluation, lr, tracker.name), step=epoch)
             saved = training.save(Progress(epoch + 1))
             training.stop_after_epoch(Progress(epoch + 1), saved)
 
@@ -229,14 +232,18 @@ def _first_of_machine_first(accelerator: Any) -> Iterator[None]:
 def _start_trackers(args: argparse.Namespace, accelerator: Any, folder: Path) -> None:
     if not accelerator.log_with:
         return
-    wandb = dict(name=args.experiment or None, tags=args.wandb_tags, dir=str(folder))
+    wandb = dict(name=folder.name, tags=args.wandb_tags, dir=str(folder))
     if args.wandb_resume_id:
         wandb.update(id=args.wandb_resume_id, resume='must')
-    options = {name: str(value) for name, value in vars(args).items()}
+    plain = bool, int, float, str
+    options = {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()}
     accelerator.init_trackers(args.wandb_project or 'timm-lm', config=options, init_kwargs=dict(wandb=wandb))
 
 
-def _tracked(train: Dict[str, float], evaluation: Optional[Dict[str, float]], lr: float) -> Dict[str, float]:
-    """Metrics of an epoch under the names of timm's summary."""
+def _tracked(epoch: int, train: Dict[str, float], evaluation: Optional[Dict[str, float]], lr: float,
+             tracker: str) -> Dict[str, float]:
+    """Metrics of an epoch: to Weights & Biases under timm's names, to TensorBoard in groups."""
+    separator = '/' if tracker == 'tensorboard' else '_'
     named = {'train': train, 'eval': evaluation or {}}
-    return {'lr': lr} | {f'{split}/{name}': value for split, values in named.items() for name, value in values.items()}
+    values = {f'{split}{separator}{name}': value for split, found in named.items() for name, value in found.items()}
+    return {'epoch': epoch, 'lr': lr} | values

@@ -1,0 +1,47 @@
+"""The moving average of the weights."""
+import argparse
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from timm.utils import ModelEmaV3
+
+from timm_lm.errors import UserError
+from timm_lm.hub import TimmModel
+
+
+class AveragedWeights(ModelEmaV3):
+    """timm's average of a network whose tensors stay where they are: both state dicts are made once.
+
+    Made at each update, as timm does, they take longer than the update of a small network.
+    """
+
+    _pairs: Optional[Tuple[List[torch.Tensor], List[torch.Tensor]]] = None  # of the average, and of the network
+    _whole_numbers: Sequence[Tuple[torch.Tensor, torch.Tensor]] = ()
+
+    def apply_update_(self, model: torch.nn.Module, decay: float) -> None:
+        if self._pairs is None:
+            pairs = list(zip(self.module.state_dict().values(), model.state_dict().values()))
+            averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+            self._pairs = [own for own, _ in averaged], [theirs for _, theirs in averaged]
+            self._whole_numbers = [pair for pair in pairs if not pair[0].is_floating_point()]
+        if any(tensor.dtype != torch.float32 for tensor in self._pairs[0]):
+            super().apply_update_(model, decay)  # which rounds low precision in its own way
+            return
+        torch._foreach_lerp_(*self._pairs, weight=1. - decay)
+        for own, theirs in self._whole_numbers:
+            own.copy_(theirs)
+
+
+def create_average(args: argparse.Namespace, model: TimmModel, accelerator: Accelerator) -> Optional[ModelEmaV3]:
+    """The moving average of the weights on their device, if the options ask for one.
+
+    Raises:
+        UserError: With sharded weights.
+    """
+    if not args.model_ema:
+        return None
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError('--model-ema can not average sharded weights; leave it out, or train without FSDP.')
+    return AveragedWeights(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)

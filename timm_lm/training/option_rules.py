@@ -1,0 +1,122 @@
+"""Which values the options of a training can have, alone and beside each other."""
+import argparse
+import math
+from typing import Any, Dict, List
+
+from timm_lm.errors import UserError
+
+_POSITIVE = (
+    'img_size', 'input_size', 'crop_pct', 'std', 'lr', 'lr_base', 'lr_base_size', 'lr_noise_pct', 'lr_cycle_mul',
+    'lr_k_decay', 'decay_epochs', 'decay_rate', 'clip_grad', 'layer_decay', 'kd_temperature')
+_AT_LEAST_1 = (
+    'epochs', 'batch_size', 'validation_batch_size', 'grad_accum_steps', 'log_interval', 'val_interval',
+    'checkpoint_hist', 'num_classes', 'in_chans', 'recount', 'lr_cycle_limit')
+_NOT_NEGATIVE = (
+    'pad_crop', 'recovery_interval', 'seed', 'weight_decay', 'warmup_epochs', 'warmup_lr', 'min_lr', 'momentum',
+    'mixup', 'cutmix', 'mixup_off_epoch', 'workers', 'aug_repeats', 'cooldown_epochs', 'patience_epochs',
+    'lr_cycle_decay', 'two_step_epoch')
+_SHARES = ('hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'smoothing', 'drop', 'model_ema_decay')
+
+
+def option_name(name: str) -> str:
+    """An option as the command line spells it."""
+    return '--' + name.replace('_', '-')
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Find impossible values before anything is done.
+
+    Raises:
+        UserError: At the first one.
+    """
+    _check_ranges(args)
+    _check_schedule(args)
+    _check_pairs(args)
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    values: Dict[str, List[Any]] = {  # one or several, none if it was left out
+        name: value if isinstance(value, list) else [value] for name, value in vars(args).items() if value is not None}
+
+    def check(names: Any, possible: Any, must: str) -> None:
+        for name in names:
+            if not all(map(possible, values.get(name, []))):
+                raise UserError(f'{option_name(name)} {must} {getattr(args, name)}.')
+
+    check(values, lambda x: not isinstance(x, float) or math.isfinite(x), 'must be a finite number, not')
+    check(_POSITIVE, lambda x: x > 0, 'must be positive, not')
+    check(_AT_LEAST_1, lambda x: x >= 1, 'must be at least 1, not')
+    check(_NOT_NEGATIVE, lambda x: x >= 0, 'must not be negative, it is')
+    check(_SHARES, lambda x: 0 <= x <= 1, 'must be between 0 and 1, not')
+    check(['drop_path'], lambda x: 0 <= x < 1, 'must be at least 0 and less than 1, not')
+    check(['seed'], lambda x: x < 2 ** 32, 'must be less than 2**32, not')
+    if args.opt_betas is not None and len(args.opt_betas) < 2:
+        raise UserError(f'--opt-betas takes at least two numbers, not {args.opt_betas}.')
+    if args.cutmix_minmax is not None and not 0 <= args.cutmix_minmax[0] < args.cutmix_minmax[1] <= 1:
+        raise UserError(f'--cutmix-minmax takes two increasing shares of a side, not {args.cutmix_minmax}.')
+    for name in ('scale', 'ratio'):
+        value = getattr(args, name)
+        if value and not (len(value) == 2 and 0 < value[0] <= value[1]):
+            raise UserError(f'{option_name(name)} takes two positive numbers, the smaller one first, not {value}.')
+
+
+def _check_schedule(args: argparse.Namespace) -> None:
+    for name in ('layer_decay', 'lr_noise'):
+        if args.sched == 'none' and getattr(args, name):
+            raise UserError(f'{option_name(name)} is done by the schedule; take another one than --sched none, in '
+                            'newer timm constant.')
+    if args.sched == 'multistep' and args.decay_milestones:
+        milestones = args.decay_milestones
+        if sorted(set(milestones)) != list(milestones):
+            raise UserError(f'--decay-milestones must increase, they are {milestones}.')
+        if milestones[-1] > args.epochs:
+            raise UserError(f'The schedule is longer than the run: --decay-milestones {milestones} with --epochs '
+                            f'{args.epochs}; change one of them.')
+    if args.warmup_epochs >= args.epochs and args.sched != 'none' and not args.warmup_prefix:
+        raise UserError(f'--warmup-epochs {args.warmup_epochs} leave nothing of --epochs {args.epochs}.')
+
+
+def _check_pairs(args: argparse.Namespace) -> None:
+    if not args.val_split and args.sched == 'plateau':
+        raise UserError('--sched plateau lowers the rate by the validation; give --val-split, or another schedule.')
+    if not args.val_split and args.eval_metric != 'top1':
+        raise UserError(f'--eval-metric {args.eval_metric} is that of the validation; give --val-split, or leave it '
+                        'out.')
+    if args.in_chans is not None and args.input_size is not None and args.in_chans != args.input_size[0]:
+        raise UserError(f'--in-chans {args.in_chans} and the {args.input_size[0]} channels of --input-size differ; '
+                        'leave one out.')
+    if args.wandb_resume_id and not args.resume:
+        raise UserError('--wandb-resume-id goes on with the log of a run; give --resume too.')
+    if args.bce_loss and args.smoothing == 1:
+        raise UserError('--smoothing must be less than 1 with --bce-loss.')
+    if mixes(args) and args.batch_size % 2:
+        raise UserError(f'Mixup and cutmix mix pairs: --batch-size must be even, not {args.batch_size}.')
+    starts = [name for name in ('pretrained', 'initial_checkpoint', 'grow_from') if getattr(args, name)]
+    if args.grow_from and len(starts) > 1:
+        raise UserError(f"{' and '.join(map(option_name, starts))} both give the first weights; leave one out.")
+    if args.loader == 'memory' and not_in_memory(args):
+        raise UserError(f"--loader memory can not do {', '.join(not_in_memory(args))}; use --loader timm, or set them "
+                        'to off.')
+
+
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether the options ask for mixup or cutmix."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def not_in_memory(args: argparse.Namespace) -> List[str]:
+    """The augmentation asked for that can be done image by image only, not on batches in memory."""
+    if args.no_aug:
+        return []
+    off = dict(
+        scale=[1.0, 1.0],
+        ratio=[1.0, 1.0],
+        train_crop_mode=None,
+        color_jitter=0.0,
+        grayscale_prob=0.0,
+        gaussian_blur_prob=0.0,
+        aa=None,
+        train_interpolation=args.interpolation,
+    )
+    asked = {name: getattr(args, name) for name in off}
+    return [f'{option_name(name)} {value}' for name, value in asked.items() if value and value != off[name]]

@@ -1,0 +1,88 @@
+"""Counting the errors of a network on a split of any data set that timm reads."""
+from typing import Any, Dict, List, Tuple
+
+import torch
+from timm.data import create_transform, resolve_data_config
+from tqdm import tqdm
+
+from .allocator import keep_freed_memory
+from .compiler import check_compiler
+from .data import TooLarge, check_class_names, check_labels, load_images, open_images
+from .hub import TimmModel, load_model
+from .loader import BatchLoader, MemoryLoader, WorkerLoader
+from .precision import no_bfloat16
+from .training import evaluate
+
+
+def validate(
+        name: str,
+        split: str,
+        device: torch.device,
+        batch_size: int,
+        workers: int = 4,
+        amp: bool = False,
+        channels_last: bool = False,
+        torchcompile: bool = False,
+        **source: Any,
+) -> Tuple[Dict[str, float], List[str]]:
+    """Count the errors of a network.
+
+    Args:
+        name: A model name with or without tag, a weights folder, or ``hf-hub:OWNER/NAME``.
+        split: The split to count on.
+        device: Where the network runs.
+        batch_size: Images of a batch.
+        workers: Processes that read images, where these do not fit in memory.
+        amp: Autocast to bfloat16, where the device has instructions for it; else all is in float32, on a GPU too.
+        channels_last: Use this memory layout.
+        torchcompile: Compile the network.
+        **source: Where the split is, as in ``load_images``.
+
+    Returns:
+        What ``evaluate`` returns (``top1`` and ``top5`` in %, ``loss``, ``errors``, ``images``,
+        ``images_per_second``), and what the user should know of data and precision.
+
+    Raises:
+        UserError: If network or split can not be loaded, or do not fit together.
+    """
+    if torchcompile:
+        check_compiler('inductor', None, device.type == 'cpu')
+    model = load_model(name)
+    loader = _create_loader(model, split, source, workers, batch_size=batch_size, device=device,
+                            channels_last=channels_last)
+    check_labels(loader.data, model.num_classes)
+    remarks = [loader.data.remark, check_class_names(loader.data, model.pretrained_cfg.get('label_names'), of=name)]
+    if amp and no_bfloat16(device.type):
+        amp = False
+        remarks.append(f'{no_bfloat16(device.type)}; validated in float32, as without --amp.')
+    model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    network = torch.compile(model, dynamic=False) if torchcompile else model
+    if device.type == 'cpu':
+        keep_freed_memory()
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+            return network(images)
+
+    allow_tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = amp and allow_tf32  # convolutions of a GPU would round float32 by it
+    try:
+        result = evaluate.evaluate(
+            forward, loader, progress=lambda batches: tqdm(batches, unit='batch', leave=False, disable=None))
+    finally:
+        torch.backends.cudnn.allow_tf32 = allow_tf32
+    return result, [remark for remark in remarks if remark]
+
+
+def _create_loader(model: TimmModel, split: str, source: Dict[str, Any], workers: int, **common: Any) -> BatchLoader:
+    """Batches of a split in memory, or by worker processes where it does not fit."""
+    config = resolve_data_config({}, model=model)
+    common.update(mean=config['mean'], std=config['std'])
+    size = {name: config[name] for name in ('input_size', 'crop_pct', 'crop_mode', 'interpolation')}
+    try:
+        return MemoryLoader(load_images(split, progress=True, device=common['device'], **size, **source), **common)
+    except TooLarge:
+        data = open_images(split, channels=config['input_size'][0], **source)
+        transform: Any = create_transform(use_prefetcher=True, **size)
+        pin_memory = common['device'].type == 'cuda'  # else a copy waits for the device
+        return WorkerLoader(data, transform=transform, workers=workers, pin_memory=pin_memory, **common)
