@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import timm_lm
 from timm_lm.depth import repeated_blocks
 from timm_lm.errors import UserError
+from timm_lm.training.places import start_word
 
 SMALL = dict(layers=(2, 2, 2))
 
@@ -198,10 +199,19 @@ def test_training_starts_from_the_grown_weights(few_digits, weights, tmp_path, c
 
 @pytest.mark.parametrize('options, message', [
     (['--grow-from', 'lm_resnet21'], "--grow-from lm_resnet21 can not start lm_resnet20: There is no model"),
-    (['--grow-from', 'lm_resnet20.best_c10', '--in-chans', 3, *DEEP, '--pretrained'],
+    (['--grow-from', 'lm_resnet20.best_c10', '--input-size', 3, 16, 16, *DEEP, '--pretrained'],
      '--pretrained and --grow-from both give the first weights'),
     (['--grow-from', 'lm_resnet20.best_c10'], 'differ in more than depth'),
 ])
 def test_bad_starts_are_told(few_digits, tmp_path, fails, options, message):
     assert message in fails('train', *FEW, '--data-dir', few_digits, '--output', tmp_path, *options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('model, start, word', [
+    ('lm_resnet56', 'lm_resnet32.best_c10', 'grown from'),
+    ('lm_resnet20', 'lm_resnet20.best_c100', 'starting from'),
+    ('lm_resnet20', 'preact_resnet20.best_c10', 'starting from'), ('lm_resnet56', '/runs/shallow/weights', 'grown from'),
+    ('local-dir:/runs/a', '/runs/b', 'grown from')])
+def test_word_for_a_start(model, start, word):
+    assert start_word(model, start) == word

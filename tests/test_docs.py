@@ -88,7 +88,7 @@ def blocks(text):
     return found
 
 
-README = blocks((ROOT / 'README.md').read_text())
+README = [block for block in blocks((ROOT / 'README.md').read_text()) if block.language != 'bibtex']
 
 
 @pytest.fixture(scope='module')

@@ -43,19 +43,21 @@ def repeated_blocks(shallow: int, deep: int) -> List[int]:
 def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
     """Give a deep network the weights of a shallow one of the same kind and width.
 
-    Before any training the deep network computes roughly what the shallow one does. A head of another number of classes
-    is left as it was made. A plain network becomes a two-step one with ``k = 0``, which at the same depth computes the
-    same.
+    The deep network is a start for training and not a copy: until it is trained its error is higher, the more so the
+    more often blocks are repeated. A head of another number of classes is left as it was made. A plain network becomes
+    a two-step one with ``k = 0``, which at the same depth computes the same.
 
     Args:
         shallow: A trained network.
-        deep: The network to start, two-step if the shallow one is.
+        deep: The network to start, two-step if the shallow one is. It is changed in place.
 
     Returns:
         The deep network.
 
     Raises:
         UserError: If one of them is no network of this package, or they differ in more than depth.
+
+    Source: Chang et al., ICLR 2018, https://arxiv.org/abs/1710.10348; what becomes of ``k`` is ours.
     """
     for model in (shallow, deep):
         if not isinstance(model, LMResNet):

@@ -17,6 +17,12 @@ def last_name(source: str) -> str:
     return path.parent.name if path.name == 'weights' else path.name  # that of the run
 
 
+def start_word(model: str, grow_from: str) -> str:
+    """What a network does from other weights: it starts where the names tell the same depth, else it is grown."""
+    depths = [re.findall(r'\d+', last_name(name).partition('.')[0])[:1] for name in (model, grow_from)]
+    return 'starting from' if depths[0] == depths[1] != [] else 'grown from'
+
+
 def folder_name(path: str) -> str:
     """The last name of a path, also of ``.`` and ``..`` as long as one is where they were given."""
     name = Path(path).name

@@ -11,6 +11,7 @@ from timm_lm.hub import TimmModel
 from timm_lm.loader import BatchLoader, MemoryLoader
 
 from .option_rules import not_in_memory
+from .places import start_word
 
 WIDTH, HEIGHT = 72, 8  # characters of the picture
 PRECISIONS = {'no': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16'}  # by Accelerate's names
@@ -75,7 +76,7 @@ def describe_run(
     size = 'x'.join(map(str, model.pretrained_cfg['input_size']))
     lines: Dict[str, str] = {
         'network': f'{args.model}: {parameters:,} parameters, {model.num_classes} classes, images {size}'
-                   + (f', grown from {args.grow_from}' if args.grow_from else '')
+                   + (f', {start_word(args.model, args.grow_from)} {args.grow_from}' if args.grow_from else '')
                    + (f', distilled from {args.kd_model_name}' if args.kd_model_name else ''),
         'data': f'{len(train_loader.data):,} images to train on ({_place(args, train_loader)})'
                 + (f', {len(eval_loader.data):,} to validate on' if eval_loader else ', none to validate on'),

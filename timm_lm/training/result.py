@@ -19,7 +19,7 @@ from timm_lm.precision import asked_precision
 
 from .evaluate import evaluate
 from .options import COUNT_BATCH_SIZE
-from .places import folder_name, last_name
+from .places import folder_name, last_name, start_word
 
 # What of a network's config tells where its weights come from.
 _SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'origin_url')
@@ -138,9 +138,10 @@ def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel,
 def _start(args: Mapping[str, Any]) -> str:
     """What weights a run began with and learned from, '' for new ones; of a place on disk the last name alone."""
     source = args['initial_checkpoint'] or args['pretrained'] and (args['pretrained_path'] or args['model'])
-    said = {'grown from': args.get('grow_from'), 'starting from': source,
-            'distilled from': args.get('kd_model_name')}
-    return ', '.join(f'{how} the weights of `{last_name(name)}`' for how, name in said.items() if name)
+    grown = args.get('grow_from') or ''
+    said = ((start_word(args['model'], grown), grown), ('starting from', source),
+            ('distilled from', args.get('kd_model_name')))
+    return ', '.join(f'{how} the weights of `{last_name(name)}`' for how, name in said if name)
 
 
 def count_errors(weights: Path, split: str, **source: Any) -> Dict[str, float]:
