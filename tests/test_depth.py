@@ -211,7 +211,8 @@ def test_bad_starts_are_told(few_digits, tmp_path, fails, options, message):
 @pytest.mark.parametrize('model, start, word', [
     ('lm_resnet56', 'lm_resnet32.best_c10', 'grown from'),
     ('lm_resnet20', 'lm_resnet20.best_c100', 'starting from'),
-    ('lm_resnet20', 'preact_resnet20.best_c10', 'starting from'), ('lm_resnet56', '/runs/shallow/weights', 'grown from'),
+    ('lm_resnet20', 'preact_resnet20.best_c10', 'starting from'),
+    ('lm_resnet56', '/runs/shallow/weights', 'grown from'),
     ('local-dir:/runs/a', '/runs/b', 'grown from')])
 def test_word_for_a_start(model, start, word):
     assert start_word(model, start) == word

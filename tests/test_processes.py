@@ -295,6 +295,12 @@ def test_run_folder_that_one_process_does_not_see_is_told(driven, output):
     assert not (output / 'other_disk').exists()
 
 
+def test_disk_of_the_main_process_that_is_full_ends_all(driven, output):
+    for facts in driven.facts:
+        assert facts['full'][0] == 2 and 'could not be written (No space left on device)' in facts['full'][1]
+    assert checkpoints(output / 'full') == ['step-000000008']
+
+
 # Ends
 
 

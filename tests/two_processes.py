@@ -22,6 +22,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, set_seed
 
 from timm_lm import cli
+from timm_lm.errors import UserError
 from timm_lm.loader import IGNORE_LABEL, BatchLoader
 from timm_lm.training import loop
 from timm_lm.training.batches import create_loader, load_split, resolve_input_config
@@ -188,6 +189,24 @@ def apart(data, output, rank):
     return [code, told.getvalue()]
 
 
+def on_a_full_disk(data, output):
+    """Train where the main process can write no checkpoint after the first; returns what each process is told."""
+    save, patience = CheckpointStore.save, cli.PATIENCE
+
+    def full(self, updates, *rest):
+        if updates > 8:
+            raise UserError('The checkpoint could not be written (No space left on device).')
+        return save(self, updates, *rest)
+
+    CheckpointStore.save, cli.PATIENCE = full, 0
+    try:
+        with redirect_stderr(io.StringIO()) as told:
+            code = cli.main(train_command(data, output, 'full', *LONG))
+    finally:
+        CheckpointStore.save, cli.PATIENCE = save, patience
+    return [code, told.getvalue()]
+
+
 def poison_one_process():
     """Make the third batch of the second epoch of process 1 unusable."""
     batches = BatchLoader.batches
@@ -238,6 +257,7 @@ def main(data, output, port):
         train('own', '-c', str(recipe), '--epochs', '1', '--batch-size', '32', '--no-ddp-bb', '--model-ema',
               '--model-ema-decay', '0.5')
     facts['apart'] = apart(data, output, rank)
+    facts['full'] = on_a_full_disk(data, output)
     facts['written'] = [path for path in written if str(output) in path]
     (output / f'facts{rank}.json').write_text(json.dumps(facts))
 

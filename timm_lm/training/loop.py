@@ -30,6 +30,7 @@ from .checkpoint import Checkpoint, CheckpointStore, Progress, random_states, re
 from .evaluate import evaluate, sum_dtype
 from .factory import begin_momentum, create_optimizer
 from .losses import create_loss
+from .processes import on_main
 from .report import LiveLine
 from .signals import Interrupted, StopSignals
 
@@ -156,8 +157,6 @@ class Training:
         states = gather_object(own) if self.accelerator.num_processes > 1 else own
         sums = self._reduced_sums()
         model, optimizer = self._whole_states()
-        if not self.accelerator.is_main_process:
-            return self.store.folder
         tensors = dict(model=model, epoch=dict(sums=sums))
         if self.average:
             tensors['average'] = self.average.module.state_dict()
@@ -175,7 +174,9 @@ class Training:
         )
         updates = progress.epoch * self.updates_per_epoch + -(-progress.batch // self.args.grad_accum_steps)
         also_keep = self.best['checkpoint'] if self.best else None
-        return self.store.save(updates, progress, tensors, optimizer, states, rest, also_keep)
+        folder = on_main(self.accelerator, lambda: self.store.save(
+            updates, progress, tensors, optimizer, states, rest, also_keep))
+        return folder or self.store.folder
 
     def resume(self, checkpoint: Checkpoint) -> Progress:
         """Go back to a checkpoint.

@@ -5,10 +5,10 @@ The loop is an ordinary one on Accelerate, which owns device, precision and proc
 import argparse
 import copy
 import shlex
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Optional
 
 import torch
 from accelerate.utils import DistributedType, gather_object, set_seed
@@ -34,6 +34,7 @@ from .factory import (
 from .loop import Training
 from .places import command_line
 from .plan import describe_data, describe_run, describe_schedule
+from .processes import first_of_machine_first, on_main
 from .report import MAKE_ROOM, RunLog, epoch_table
 from .result import (
     RESULT_NAME,
@@ -85,7 +86,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     # Data
     data_config = resolve_input_config(args, model)
     check_input(model, data_config, args.model)
-    with _first_of_machine_first(accelerator):
+    with first_of_machine_first(accelerator):
         load = partial(load_split, args, data_config=data_config, show=is_main, device=accelerator.device)
         # images are read as before where a run goes on, whatever fits on this machine
         kind = checkpoint.state.get('loader') if checkpoint else None
@@ -133,7 +134,9 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
 
     progress = training.resume(checkpoint) if checkpoint else Progress()  # refused before anything is changed
     accelerator.wait_for_everyone()
-    with own_run_folder(folder, args, resumed=checkpoint is not None) if is_main else nullcontext():
+    with ExitStack() as stack:
+        on_main(accelerator, lambda: stack.enter_context(
+            own_run_folder(folder, args, resumed=checkpoint is not None)))
         _run(args, accelerator, training, eval_loader, folder, checkpoint, progress, finished)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -184,8 +187,8 @@ def _run(
                 release_freed_memory()
             training.end_epoch(epoch, evaluation)
             k = training.k_values()
+            on_main(accelerator, partial(log.append, epoch, metrics, evaluation, lr, k))
             if is_main:
-                log.append(epoch, metrics, evaluation, lr, k)
                 tqdm.write(epoch_table(epoch, training.num_epochs, metrics, evaluation, lr))
             for tracker in accelerator.trackers:
                 tracker.log(_tracked(epoch, metrics, evaluation, lr, tracker.name), step=epoch)
@@ -215,18 +218,6 @@ def _compare_checkpoints(accelerator: Any, checkpoint: Optional[Checkpoint], fol
     if accelerator.num_processes > 1 and len(set(gather_object([checkpoint and checkpoint.state['sha256']]))) > 1:
         raise UserError(f'The processes do not find the same checkpoint in {folder}; the folder of a run must lie on a '
                         'disk that all machines see.')
-
-
-@contextmanager
-def _first_of_machine_first(accelerator: Any) -> Iterator[None]:
-    """As ``local_main_process_first``, but the others are let go too if the first one fails, to fail likewise."""
-    if not accelerator.is_local_main_process:
-        accelerator.wait_for_everyone()
-    try:
-        yield
-    finally:
-        if accelerator.is_local_main_process:
-            accelerator.wait_for_everyone()
 
 
 def _start_trackers(args: argparse.Namespace, accelerator: Any, folder: Path) -> None:

@@ -1,0 +1,47 @@
+"""What the processes of a training do for each other, beside the steps."""
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, Optional, TypeVar
+
+from accelerate.utils import broadcast_object_list
+
+from timm_lm.errors import UserError
+
+Result = TypeVar('Result')
+
+
+def on_main(accelerator: Any, work: Callable[[], Result]) -> Optional[Result]:
+    """Do something in the main process alone; if it fails there, all processes fail alike.
+
+    Else the others would wait for the main process where they next meet.
+
+    Returns:
+        What it returns, None in the other processes.
+
+    Raises:
+        UserError: That of the main process.
+    """
+    result, error = None, None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except UserError as e:
+            error = e
+    if accelerator.num_processes > 1:
+        (told,) = broadcast_object_list([None if error is None else str(error)])
+        if told and error is None:
+            raise UserError(told)
+    if error is not None:
+        raise error
+    return result
+
+
+@contextmanager
+def first_of_machine_first(accelerator: Any) -> Iterator[None]:
+    """As ``local_main_process_first``, but the others are let go too if the first one fails, to fail likewise."""
+    if not accelerator.is_local_main_process:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if accelerator.is_local_main_process:
+            accelerator.wait_for_everyone()
