@@ -18,7 +18,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors.torch import save_file
 
 import timm_lm
-from timm_lm.hub import CARD_NAME, CHECK_NAME, render_card, save_folder, write_digests
+from timm_lm.card import CARD_NAME, render_card
+from timm_lm.hub import CHECK_NAME, save_folder, write_digests
 from timm_lm.models._weights import weights_dir
 from timm_lm.publish import FILES, published_card
 

@@ -18,19 +18,12 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from timm.models import generate_default_cfgs
 
+from timm_lm.card import recorded_error
 from timm_lm.errors import UserError
 from timm_lm.files import atomic_folder, sha256, sync, write_text
-from timm_lm.hub import (
-    CHECK_NAME,
-    describe,
-    load_folder,
-    load_model,
-    names_folder,
-    recorded_error,
-    save_folder,
-    verify_folder,
-)
+from timm_lm.hub import CHECK_NAME, describe, load_folder, save_folder, verify_folder
 from timm_lm.models import _weights
+from timm_lm.names import load_model, names_folder
 
 
 @pytest.fixture

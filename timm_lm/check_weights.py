@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 from typing import Optional, Sequence
 
+from .card import recorded_error
 from .errors import UserError
-from .hub import recorded_error, verify_folder
+from .hub import verify_folder
 from .models._weights import read_digests, weights_dir
 
 # Id of a data set on the Hub, as cards name it, to its folder.

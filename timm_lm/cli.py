@@ -102,7 +102,7 @@ def _list(argv: List[str]) -> None:
 
     import timm
 
-    from .hub import model_tags, our_models
+    from .names import model_tags, our_models
 
     rows = []
     for name in fnmatch.filter(our_models(), args.filter):
@@ -121,8 +121,9 @@ def _info(argv: List[str]) -> None:
     parser.add_argument('model', metavar='MODEL_OR_FOLDER', help='as in validate')
     args = parser.parse_args(argv)
 
-    from .hub import check_name, load_model, model_tags, names_folder, recorded_error
+    from .card import recorded_error
     from .models._weights import weights_dir
+    from .names import check_name, load_model, model_tags, names_folder
     from .networks import count_macs
 
     source = args.model.removeprefix('local-dir:')
@@ -236,7 +237,7 @@ def _predict(argv: List[str]) -> int:
 
     import json
 
-    from .hub import load_model
+    from .names import load_model
     from .predict import find_images, predict
 
     paths = find_images(args.images, sys.stdin)
@@ -266,7 +267,7 @@ def _export(argv: List[str]) -> None:
     args = parser.parse_args(argv)
 
     from .export import FORMATS, export_model
-    from .hub import load_model, names_folder
+    from .names import load_model, names_folder
 
     model = load_model(args.model, **(dict(scriptable=True) if args.format == 'torchscript' else {}))
     ending = FORMATS[args.format][1]
@@ -359,7 +360,7 @@ def _source(name: str) -> str:
 def _facts(full_name: str) -> List[str]:
     import timm
 
-    from .hub import recorded_error
+    from .card import recorded_error
     from .models._weights import weights_dir
     from .networks import network_size
 

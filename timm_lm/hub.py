@@ -1,24 +1,21 @@
-"""Weights folders in the layout of a Hub repo: written whole, checked anywhere, described by a card.
+"""Weights folders in the layout of a Hub repo: written whole, and checked anywhere.
 
 A folder holds ``model.safetensors``, ``config.json`` (timm's, also read by transformers), ``README.md`` (the card) and
 ``test/rand_tensors.safetensors``: one random batch and what the network computes from it, under timm's names (input,
 features, pre_logits, output), with the SHA-256 of the weights in its metadata.
 """
-import difflib
 import json
-import re
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Type, Union
 
 import timm
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
-from yaml import YAMLError
 
+from .card import CARD_NAME
 from .errors import UserError, one_line
 from .files import atomic_folder, sha256, write_text
 from .models._weights import DIGESTS_NAME, WEIGHTS_NAME, check_shipped, read_digests, weights_dir
@@ -26,15 +23,12 @@ from .models._weights import DIGESTS_NAME, WEIGHTS_NAME, check_shipped, read_dig
 TimmModel = Any  # a torch.nn.Module with the attributes that timm gives it
 
 CONFIG_NAME = 'config.json'
-CARD_NAME = 'README.md'
-CARD_TEMPLATE = Path(__file__).with_name('MODEL_CARD.md')
 CHECK_NAME = 'test/rand_tensors.safetensors'
 CHECK_BATCH = 2
 CHECK_TOLERANCE = 1e-4  # of the largest value: float32 convolutions differ that much from one machine to another
 # What a download or an upload may raise. Requests up to huggingface_hub 0.x, httpx from 1.0: the base of what either
 # raises is the base of the Hub's own error too.
 HUB_ERRORS: Tuple[Type[BaseException], ...] = (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)
-_NOT_LOADED: Tuple[Type[BaseException], ...] = (*HUB_ERRORS, AssertionError, TypeError, SafetensorError)
 
 
 # Writing
@@ -143,69 +137,15 @@ def save_folder(
     return Path(folder)
 
 
-# The card
-
-
-def render_card(
-        name: str,
-        dataset: str,
-        dataset_name: str,
-        split: str,
-        error: Optional[float],
-        error_count: Optional[int] = None,
-        num_images: Optional[int] = None,
-        license: str = 'apache-2.0',
-        **fields: Any,
-) -> str:
-    """Fill the card's template.
-
-    Args:
-        name: Model name with tag.
-        dataset: Id of the data set on the Hub.
-        dataset_name: Its name for people.
-        split: The split that was evaluated.
-        error: Top-1 error on it in %, none if None.
-        error_count: Its wrong images.
-        num_images: Its images.
-        license: Of the weights, by the Hub's identifier.
-        **fields: The other fields of the template.
-    """
-    results = None
-    if error is not None:
-        common: Dict[str, Any] = dict(
-            task_type='image-classification', task_name='Image Classification',
-            dataset_type=dataset or dataset_name, dataset_name=dataset_name, dataset_split=split)
-        results = [
-            EvalResult(metric_type='accuracy', metric_name='Top-1 accuracy (%)',
-                       metric_value=round(100 - error, 2), **common),
-            EvalResult(metric_type='error', metric_name='Top-1 error (%)', metric_value=round(error, 2), **common),
-        ]
-    data = ModelCardData(
-        library_name='timm', license=license, pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'timm-lm', 'transformers'],
-        datasets=[dataset] if dataset else None, metrics=['accuracy'], model_name=name, eval_results=results)
-    return str(ModelCard.from_template(
-        data, template_path=str(CARD_TEMPLATE), name=name, architecture=name.partition('.')[0],
-        dataset=dataset, dataset_name=dataset_name, split=split, error=error, error_count=error_count,
-        num_images=num_images, **fields))
-
-
-def recorded_error(folder: Union[str, Path]) -> Optional[float]:
-    """The top-1 error in % that a folder's card records for the split it names, None if it records none."""
-    path = Path(folder) / CARD_NAME
-    if not path.is_file():
-        return None
-    try:
-        results = ModelCard.load(path).data.eval_results or []
-        return next((float(r.metric_value) for r in results if r.metric_type == 'error'), None)
-    except (OSError, TypeError, ValueError, YAMLError):
-        return None  # a card that is not readable records nothing
-
-
 # Reading
 
 
-def _read_config(folder: Path) -> Dict[str, Any]:
+def read_config(folder: Path) -> Dict[str, Any]:
+    """The config of a weights folder, of a network that timm knows.
+
+    Raises:
+        UserError: If it is missing or damaged, or timm knows no such network.
+    """
     path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
@@ -239,15 +179,6 @@ def _compare_header(weights: Path, model: TimmModel, architecture: str) -> None:
             f'differ, the first is {differing[0]}; put the right file or config there.')
 
 
-def saved_model_args(source: str) -> Dict[str, Any]:
-    """Keywords that the network of a weights folder or a repo was made with; none for other names of a network."""
-    if source.startswith('hf-hub:'):
-        *_, model_args = timm.models.load_model_config_from_hf(source.removeprefix('hf-hub:'))
-        return dict(model_args or {})
-    folder = Path(source.removeprefix('local-dir:'))
-    return dict(_read_config(folder).get('model_args', {})) if names_folder(source) and folder.is_dir() else {}
-
-
 def load_folder(folder: Union[str, Path], **kwargs: Any) -> TimmModel:
     """Load the network of a weights folder, after checks that name what is wrong.
 
@@ -268,7 +199,7 @@ def load_folder(folder: Union[str, Path], **kwargs: Any) -> TimmModel:
     if not folder.is_dir():
         raise UserError(f'The weights folder {folder} does not exist; give a folder with {WEIGHTS_NAME} and '
                         f'{CONFIG_NAME}.')
-    architecture = _read_config(folder)['architecture']
+    architecture = read_config(folder)['architecture']
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
         raise UserError(f'{folder} has no {WEIGHTS_NAME}; other formats are not read, convert them to safetensors.')
@@ -346,77 +277,3 @@ def write_digests(folder: Optional[Path] = None) -> Dict[str, str]:
     if digests != read_digests(folder):
         write_text(folder / DIGESTS_NAME, ''.join(f'{digest}  {path}\n' for path, digest in digests.items()))
     return digests
-
-
-# Any way to name a network
-
-
-def our_models() -> List[str]:
-    """Names of the networks of this package."""
-    return timm.list_models(module='lm_resnet')
-
-
-def check_name(name: str) -> None:
-    """Check a name of timm's registry, with or without a tag.
-
-    Raises:
-        UserError: If the network or the tag is unknown.
-    """
-    architecture, _, tag = name.partition('.')
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=1)
-        hint = f' Did you mean {near[0]}?' if near else ''
-        raise UserError(f"There is no model '{architecture}'.{hint} `timm-lm list` shows the names.")
-    tags = model_tags(architecture)
-    if tag and tag not in tags:
-        raise UserError(f"{architecture} has no tag '{tag}'; its tags are: {', '.join(tags) or 'none'}.")
-
-
-def model_tags(architecture: str) -> List[str]:
-    """Tags of a network, the default first."""
-    return [name.partition('.')[2] for name in timm.models.get_arch_pretrained_cfgs(architecture) if '.' in name]
-
-
-def names_folder(source: str) -> bool:
-    """Whether the name of a network is that of a weights folder, or of a file, which is none.
-
-    A folder that has the name of a network but no weights, such as that of a run, does not stand in the network's way.
-    """
-    scheme = re.match('[a-z][a-z_-]+:', source)  # more than the letter of a drive
-    if source.startswith('local-dir:') or not scheme and len(Path(source).parts) > 1:
-        return True
-    folder = Path(source)
-    if folder.is_file() and not timm.is_model(source):
-        return True
-    return folder.is_dir() and ((folder / CONFIG_NAME).is_file() or not timm.is_model(source.partition('.')[0]))
-
-
-def load_model(source: str, pretrained: bool = True, **kwargs: Any) -> TimmModel:
-    """Load a network by any of its names.
-
-    Args:
-        source: A weights folder, ``hf-hub:OWNER/NAME``, or a name of timm's registry with or without a tag.
-        pretrained: Load the weights; only a name of the registry can do without.
-        **kwargs: Further keywords of ``timm.create_model``.
-
-    Raises:
-        UserError: If there is no such network, or no weights of it.
-    """
-    if names_folder(source):
-        return load_folder(source.removeprefix('local-dir:'), **kwargs)
-    if not source.startswith('hf-hub:'):
-        check_name(source)
-        cfg = timm.get_pretrained_cfg(source)
-        if pretrained and not (cfg and cfg.has_weights):
-            architecture = source.partition('.')[0]
-            others = timm.list_pretrained(f'{architecture}.*')
-            hint = f"these tags have: {', '.join(others)}" if others else 'train it, or give a weights folder'
-            raise UserError(f'There are no weights of {source}; {hint}.')
-    try:
-        return timm.create_model(source, pretrained=pretrained, **kwargs).eval()
-    except UserError:
-        raise
-    except KeyError as e:
-        raise UserError(f'{source} could not be loaded (its config has no {e}); give a repo of a timm model.') from e
-    except _NOT_LOADED as e:
-        raise UserError(f'{source} could not be loaded ({one_line(e)}).') from e

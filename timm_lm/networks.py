@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .card import recorded_error
 from .errors import UserError
 from .files import write_text
-from .hub import TimmModel, model_tags, our_models, recorded_error
+from .hub import TimmModel
 from .models._weights import weights_dir
+from .names import model_tags, our_models
 from .results import Row, read_rows
 
 _START = '<!-- networks: made by `timm-lm report --readme README.md` -->'

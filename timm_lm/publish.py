@@ -26,9 +26,10 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from yaml import YAMLError
 
 from . import __version__
+from .card import CARD_NAME, CARD_TEMPLATE, recorded_error
 from .errors import UserError, one_line
 from .files import write_text
-from .hub import CARD_NAME, CARD_TEMPLATE, CHECK_NAME, CONFIG_NAME, HUB_ERRORS, recorded_error, verify_folder
+from .hub import CHECK_NAME, CONFIG_NAME, HUB_ERRORS, verify_folder
 from .models._weights import PUBLISHED_NAME, WEIGHTS_NAME, weights_dir
 
 FILES = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, CHECK_NAME)  # what is published; nothing else ever is

@@ -11,19 +11,12 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
+from .card import CARD_NAME
 from .errors import UserError
 from .files import atomic_folder, write_text
-from .hub import (
-    CARD_NAME,
-    check_name,
-    load_folder,
-    our_models,
-    save_folder,
-    saved_model_args,
-    verify_folder,
-    write_digests,
-)
+from .hub import load_folder, save_folder, verify_folder, write_digests
 from .models._weights import weights_dir
+from .names import check_name, our_models, saved_model_args
 from .networks import write_table
 from .results import Row, add_rows, check_rows, read_run, with_result
 from .results_page import write_report

@@ -27,7 +27,8 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwarg
 from timm_lm.compiler import check_compiler
 from timm_lm.depth import grow
 from timm_lm.errors import UserError, one_line
-from timm_lm.hub import TimmModel, check_name, load_model, names_folder
+from timm_lm.hub import TimmModel
+from timm_lm.names import check_name, load_model, names_folder
 from timm_lm.precision import no_bfloat16
 
 from .options import turn_off

@@ -9,7 +9,8 @@ from timm.loss import BinaryCrossEntropy
 from torch import nn
 
 from timm_lm.errors import UserError
-from timm_lm.hub import TimmModel, load_model
+from timm_lm.hub import TimmModel
+from timm_lm.names import load_model
 
 from .batches import check_input
 from .option_rules import mixes

@@ -11,10 +11,12 @@ from timm.data import resolve_data_config
 from tqdm import tqdm
 
 import timm_lm
+from timm_lm.card import CARD_NAME, render_card
 from timm_lm.data import load_images
 from timm_lm.files import write_text
-from timm_lm.hub import CARD_NAME, TimmModel, describe, load_folder, render_card, save_folder, saved_model_args
+from timm_lm.hub import TimmModel, describe, load_folder, save_folder
 from timm_lm.loader import BatchLoader, MemoryLoader
+from timm_lm.names import saved_model_args
 from timm_lm.precision import asked_precision
 
 from .evaluate import evaluate

@@ -1,0 +1,65 @@
+"""The card of a weights folder: made of its template, and read for the error it records."""
+from pathlib import Path
+from typing import Any, Dict, Optional, Union
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
+
+CARD_NAME = 'README.md'
+CARD_TEMPLATE = Path(__file__).with_name('MODEL_CARD.md')
+
+
+def render_card(
+        name: str,
+        dataset: str,
+        dataset_name: str,
+        split: str,
+        error: Optional[float],
+        error_count: Optional[int] = None,
+        num_images: Optional[int] = None,
+        license: str = 'apache-2.0',
+        **fields: Any,
+) -> str:
+    """Fill the card's template.
+
+    Args:
+        name: Model name with tag.
+        dataset: Id of the data set on the Hub.
+        dataset_name: Its name for people.
+        split: The split that was evaluated.
+        error: Top-1 error on it in %, none if None.
+        error_count: Its wrong images.
+        num_images: Its images.
+        license: Of the weights, by the Hub's identifier.
+        **fields: The other fields of the template.
+    """
+    results = None
+    if error is not None:
+        common: Dict[str, Any] = dict(
+            task_type='image-classification', task_name='Image Classification',
+            dataset_type=dataset or dataset_name, dataset_name=dataset_name, dataset_split=split)
+        results = [
+            EvalResult(metric_type='accuracy', metric_name='Top-1 accuracy (%)',
+                       metric_value=round(100 - error, 2), **common),
+            EvalResult(metric_type='error', metric_name='Top-1 error (%)', metric_value=round(error, 2), **common),
+        ]
+    data = ModelCardData(
+        library_name='timm', license=license, pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'timm-lm', 'transformers'],
+        datasets=[dataset] if dataset else None, metrics=['accuracy'], model_name=name, eval_results=results)
+    return str(ModelCard.from_template(
+        data, template_path=str(CARD_TEMPLATE), name=name, architecture=name.partition('.')[0],
+        dataset=dataset, dataset_name=dataset_name, split=split, error=error, error_count=error_count,
+        num_images=num_images, **fields))
+
+
+def recorded_error(folder: Union[str, Path]) -> Optional[float]:
+    """The top-1 error in % that a folder's card records for the split it names, None if it records none."""
+    path = Path(folder) / CARD_NAME
+    if not path.is_file():
+        return None
+    try:
+        results = ModelCard.load(path).data.eval_results or []
+        return next((float(r.metric_value) for r in results if r.metric_type == 'error'), None)
+    except (OSError, TypeError, ValueError, YAMLError):
+        return None  # a card that is not readable records nothing

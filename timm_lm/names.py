@@ -1,0 +1,99 @@
+"""All ways to name a network: timm's registry with or without a tag, weights folders, repos of the Hub."""
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Tuple, Type
+
+import timm
+from safetensors import SafetensorError
+
+from .errors import UserError, one_line
+from .hub import CONFIG_NAME, HUB_ERRORS, TimmModel, load_folder, read_config
+
+_NOT_LOADED: Tuple[Type[BaseException], ...] = (*HUB_ERRORS, AssertionError, TypeError, SafetensorError)
+
+
+def our_models() -> List[str]:
+    """Names of the networks of this package."""
+    return timm.list_models(module='lm_resnet')
+
+
+def check_name(name: str) -> None:
+    """Check a name of timm's registry, with or without a tag.
+
+    Raises:
+        UserError: If the network or the tag is unknown.
+    """
+    architecture, _, tag = name.partition('.')
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=1)
+        hint = f' Did you mean {near[0]}?' if near else ''
+        raise UserError(f"There is no model '{architecture}'.{hint} `timm-lm list` shows the names.")
+    tags = model_tags(architecture)
+    if tag and tag not in tags:
+        raise UserError(f"{architecture} has no tag '{tag}'; its tags are: {', '.join(tags) or 'none'}.")
+
+
+def model_tags(architecture: str) -> List[str]:
+    """Tags of a network, the default first."""
+    return [name.partition('.')[2] for name in timm.models.get_arch_pretrained_cfgs(architecture) if '.' in name]
+
+
+def names_folder(source: str) -> bool:
+    """Whether the name of a network is that of a weights folder, or of a file, which is none.
+
+    A folder that has the name of a network but no weights, such as that of a run, does not stand in the network's way.
+    """
+    scheme = re.match('[a-z][a-z_-]+:', source)  # more than the letter of a drive
+    if source.startswith('local-dir:') or not scheme and len(Path(source).parts) > 1:
+        return True
+    folder = Path(source)
+    if folder.is_file() and not timm.is_model(source):
+        return True
+    return folder.is_dir() and ((folder / CONFIG_NAME).is_file() or not timm.is_model(source.partition('.')[0]))
+
+
+def load_model(source: str, pretrained: bool = True, **kwargs: Any) -> TimmModel:
+    """Load a network by any of its names.
+
+    Args:
+        source: A weights folder, ``hf-hub:OWNER/NAME``, or a name of timm's registry with or without a tag.
+        pretrained: Load the weights; only a name of the registry can do without.
+        **kwargs: Further keywords of ``timm.create_model``.
+
+    Returns:
+        The network, in evaluation mode.
+
+    Raises:
+        UserError: If there is no such network, or no weights of it.
+    """
+    if names_folder(source):
+        return load_folder(source.removeprefix('local-dir:'), **kwargs)
+    if not source.startswith('hf-hub:'):
+        check_name(source)
+        cfg = timm.get_pretrained_cfg(source)
+        if pretrained and not (cfg and cfg.has_weights):
+            architecture = source.partition('.')[0]
+            others = timm.list_pretrained(f'{architecture}.*')
+            hint = f"these tags have: {', '.join(others)}" if others else 'train it, or give a weights folder'
+            raise UserError(f'There are no weights of {source}; {hint}.')
+    try:
+        return timm.create_model(source, pretrained=pretrained, **kwargs).eval()
+    except UserError:
+        raise
+    except KeyError as e:
+        raise UserError(f'{source} could not be loaded (its config has no {e}); give a repo of a timm model.') from e
+    except _NOT_LOADED as e:
+        raise UserError(f'{source} could not be loaded ({one_line(e)}).') from e
+
+
+def saved_model_args(source: str) -> Dict[str, Any]:
+    """Keywords that the network of a weights folder or a repo was made with; none for other names of a network.
+
+    Those of a repo are asked of the Hub, or its cache.
+    """
+    if source.startswith('hf-hub:'):
+        *_, model_args = timm.models.load_model_config_from_hf(source.removeprefix('hf-hub:'))
+        return dict(model_args or {})
+    folder = Path(source.removeprefix('local-dir:'))
+    return dict(read_config(folder).get('model_args', {})) if names_folder(source) and folder.is_dir() else {}
