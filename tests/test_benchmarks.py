@@ -1,5 +1,6 @@
 """The benchmarks run and write their figures; the bytes kept for backward, which no clock tells, are as promised."""
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import timm
 import torch
 from forked import Command
 
+from timm_lm.errors import UserError
 from timm_lm.training.recipes import find_recipe
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / 'benchmarks'
@@ -80,3 +82,38 @@ def test_inference(tmp_path):
     assert [row['network'] for row in result['rows']] == [
         'resnetv2_18', 'lm_resnet18', 'lm_resnet18, optimize()', 'resnetv2_18, channels_last']
     assert result['rows'][0]['of resnetv2_18'] == '1.000' and result['machine']['cores'] > 0
+
+
+def test_both_engines_and_the_bare_loop_are_measured(few_digits, tmp_path, monkeypatch):
+    """One short training of each; timm's script by the lines that it prints."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import train_throughput as throughput
+
+    options = ['-c', 'demo_digits', '--no-torchcompile', '--no-amp', '--batch-size', '16', '--model-kwargs',
+               'layers=(1,1,1)', '--epochs', '2', '--warmup-epochs', '0', '--log-interval', '1']
+    subset = tmp_path / 'subset'
+    assert throughput.write_subset(few_digits, 'train', 64, subset) == 64
+    assert throughput.count_rows(subset, 'train') == 64
+    one = [sys.executable, str(BENCHMARKS / 'one_training.py')]
+    ours = throughput.Engine('ours', [*one, str(tmp_path / 'ours.json'), 'engine', 'train', *options, '--data-dir',
+                                      str(subset), '--val-split', ''], throughput.our_rates)
+    bare = throughput.write_bare_options(options, 'cpu', 64, 4, 2, tmp_path / 'bare')
+    loop = throughput.Engine('bare', [*one, str(tmp_path / 'bare.json'), 'keeping', str(bare)], throughput.bare_rates)
+    for rates in throughput.measure_rates([ours, loop], tmp_path, epochs=2, rounds=1):
+        assert rates[0] > 0
+    for name in ('ours', 'bare'):
+        memory = json.loads((tmp_path / f'{name}.json').read_text())
+        assert memory['bytes'] > 1 << 27 and memory['kind'] == 'peak resident set'  # PyTorch alone takes more
+    with pytest.raises(UserError, match='ours told the rates of 2 epochs of 3'):
+        throughput.measure_rate(ours, tmp_path, 'more', epochs=3)
+    with pytest.raises(UserError, match='failed with exit code 2; its last lines'):
+        throughput.run([*ours.command, '--epochs', '0'], tmp_path)
+
+
+def test_rates_of_timms_script_are_those_of_whole_epochs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from train_throughput import timm_rates
+    lines = [f'Train: {epoch} [{batch:>4d}/100 ({batch}%)]  Loss: 2.31 (2.31)  Time: 0.1s, {rate + batch:>7.2f}/s  '
+             f'(0.1s, {rate:>7.2f}/s)  LR: 1.000e-01  Data: 0.01 (0.01)'
+             for epoch, rate in ((0, 500.), (1, 700.)) for batch in (0, 50, 99)]
+    assert timm_rates(tmp_path, '\n'.join(lines)) == [500., 700.]

@@ -1,0 +1,66 @@
+"""What only a GPU does: CUDA graphs, float16 with its scaler, random states of the device. Run where there is one."""
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import timm_lm
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
+
+SMALL = ['--model-kwargs', 'layers=(2,1,1)', '--warmup-epochs', '0', '--epochs', '2', '--model-ema']
+
+
+@pytest.fixture
+def run(command, few_digits, tmp_path):
+    def run(name, *options):
+        code, _, err = command('train', '-c', 'demo_digits', '--data-dir', few_digits, *SMALL, '--output', tmp_path,
+                               '--experiment', name, *options)
+        assert code == 0, err
+        return tmp_path / name
+    return run
+
+
+def final(folder):
+    return load_file(folder / 'weights' / 'model.safetensors')
+
+
+def test_float16_goes_on_from_its_scaler_and_random_states(run, tmp_path):
+    options = ['--amp', '--amp-dtype', 'float16', '--no-torchcompile', '--drop-path', '0.3', '--recovery-interval', '1']
+    whole = run('whole', *options)
+    newest = sorted((whole / 'checkpoints').glob('step-*'))[2]
+    cut = shutil.copytree(whole, tmp_path / 'cut')
+    for path in (cut / 'checkpoints').glob('step-*'):
+        if path.name > newest.name:
+            shutil.rmtree(path)
+    state = json.loads((newest / 'state.json').read_text())
+    assert state['scaler']['scale'] > 0 and 'random0/cuda' in load_file(newest / 'state.safetensors')
+    run('cut', *options, '--resume', 'auto')
+    for name, tensor in final(whole).items():
+        torch.testing.assert_close(final(cut)[name], tensor, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_cuda_graphs_end_near_the_eager_run(run, accumulate):
+    options = ['--no-amp', '--grad-accum-steps', accumulate]
+    graphs = run('graphs', *options, '--torchcompile', '--torchcompile-mode', 'reduce-overhead')
+    eager = run('eager', *options, '--no-torchcompile')
+    for name, tensor in final(eager).items():
+        torch.testing.assert_close(final(graphs)[name], tensor, rtol=2e-2, atol=2e-2)
+
+
+def test_optimized_network_computes_the_same(weights):
+    model = timm.create_model(f'local-dir:{weights}', pretrained=True).eval().cuda()
+    images = torch.randn(4, *model.pretrained_cfg['input_size'], device='cuda')
+    with torch.inference_mode():
+        expected, found = model(images), timm_lm.optimize(model)(images)
+    assert (found - expected).abs().max() <= 1e-2 * expected.abs().max()  # TF32 rounds
+
+
+def test_validation_on_the_gpu_counts_as_on_the_cpu(weights, few_digits, command):
+    told = [command('validate', weights, '--data-dir', few_digits, '--device', device)[1].partition('loss')[0]
+            for device in ('cpu', 'cuda')]
+    assert told[0] == told[1] and 'top-1' in told[0]
