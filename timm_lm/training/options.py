@@ -95,6 +95,9 @@ def _literal(text: str) -> Any:
         return text
 
 
+_FLAG = argparse.BooleanOptionalAction
+
+
 def _named(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError('it is empty, as an unset variable is; name a folder')
@@ -156,7 +159,6 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     """The parser of a training."""
     parser = Parser(prog=prog, description='Train a network by a recipe of timm train-script options.',
                      allow_abbrev=False)
-    flag = argparse.BooleanOptionalAction
     parser.add_argument('-c', '--config', metavar='RECIPE',
                         help='a shipped recipe (see timm-lm recipe), one for another of its networks such as '
                              'lm_resnet56.paper_c10, or a YAML file')
@@ -165,11 +167,20 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     parser.add_argument('--train-split', metavar='NAME', default='train', help='split that is trained on')
     parser.add_argument('-j', '--workers', type=int, default=4, metavar='N',
                         help='processes that read images, where they are not in memory')
-    parser.add_argument('--pin-mem', action=flag, default=False, help='read batches into pinned memory')
+    parser.add_argument('--pin-mem', action=_FLAG, default=False, help='read batches into pinned memory')
+    for add in (_add_model, _add_batches, _add_optimizer, _add_schedule, _add_augmentation,
+                _add_loss, _add_average, _add_run, _add_additions):
+        add(parser)
+    for name, reason in REFUSED.items():
+        names = filter(None, (option_name(name), _OTHER_NAMES.get(name)))
+        parser.add_argument(*names, nargs='*', dest=name, action=_refuse(name, reason), help=argparse.SUPPRESS)
+    return parser
 
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Model')
     group.add_argument('--model', metavar='NAME', default='lm_resnet20', help='name in timm (default: lm_resnet20)')
-    group.add_argument('--pretrained', action=flag, default=False, help='start from its pretrained weights')
+    group.add_argument('--pretrained', action=_FLAG, default=False, help='start from its pretrained weights')
     group.add_argument('--pretrained-path', metavar='FILE', help='a file to take the pretrained weights from')
     group.add_argument('--initial-checkpoint', metavar='FILE', default='', help='start from these weights')
     group.add_argument('--num-classes', type=int, metavar='N', help='classes (default: the model\'s)')
@@ -188,28 +199,32 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--drop-block', type=float, metavar='P', help='rate of dropped blocks of pixels')
     group.add_argument('--head-init-scale', type=float, metavar='X', help='factor on the initial head')
     group.add_argument('--head-init-bias', type=float, metavar='X', help='bias that the head starts from')
-    group.add_argument('--grad-checkpointing', action=flag, default=False, help='recompute blocks in backward')
+    group.add_argument('--grad-checkpointing', action=_FLAG, default=False, help='recompute blocks in backward')
 
+
+def _add_batches(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Batches and precision')
     group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images of a batch of a process')
     group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N',
                        help='images of a batch of validation (default: batch size)')
     group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='batches of an update')
-    group.add_argument('--channels-last', action=flag, default=False, help='channels_last memory layout')
+    group.add_argument('--channels-last', action=_FLAG, default=False, help='channels_last memory layout')
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile')
     group.add_argument('--no-torchcompile', dest='torchcompile', action='store_const', const=None, help='run eagerly')
     group.add_argument('--torchcompile-mode', metavar='MODE', help='mode of torch.compile')
-    group.add_argument('--amp', action=flag, default=False, help='mixed precision')
+    group.add_argument('--amp', action=_FLAG, default=False, help='mixed precision')
     group.add_argument('--amp-dtype', default='float16', choices=('float16', 'bfloat16'),
                        help='lower precision of --amp')
     group.add_argument('--device', metavar='NAME', help='cpu, or what Accelerate finds (default)')
     group.add_argument('--no-ddp-bb', action='store_true', default=False,
                        help='each process keeps its own running statistics during an epoch')
-    group.add_argument('--sync-bn', action=flag, default=False, help='batch statistics over all processes')
+    group.add_argument('--sync-bn', action=_FLAG, default=False, help='batch statistics over all processes')
     group.add_argument('--dist-bn', default='reduce', choices=('reduce', 'broadcast', ''),
                        help='after an epoch, share the running statistics of processes')
     group.add_argument('--device-modules', nargs='+', metavar='MODULE', help='modules to import first')
 
+
+def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Optimizer')
     group.add_argument('--opt', default='sgd', metavar='NAME', help='timm\'s name; sgd is Nesterov, momentum is not')
     group.add_argument('--opt-eps', type=float, metavar='X', help='epsilon')
@@ -226,10 +241,12 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--opt-kwargs', nargs='*', default={}, action=_KeyValues, metavar='NAME=VALUE',
                        help='further keywords of the optimizer')
 
+
+def _add_schedule(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Schedule')
     group.add_argument('--epochs', type=int, default=300, metavar='N', help='epochs')
     group.add_argument('--sched', default='cosine', metavar='NAME', help='timm\'s name of the schedule')
-    group.add_argument('--sched-on-updates', action=flag, default=False, help='step by update, not by epoch')
+    group.add_argument('--sched-on-updates', action=_FLAG, default=False, help='step by update, not by epoch')
     group.add_argument('--lr', type=float, metavar='X', help='learning rate')
     group.add_argument('--lr-base', type=float, default=0.1, metavar='X', help='rate at the base batch size')
     group.add_argument('--lr-base-size', type=int, default=256, metavar='N', help='base batch size')
@@ -244,7 +261,7 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--lr-k-decay', type=float, default=1.0, metavar='X', help='k-decay of cosine and poly')
     group.add_argument('--warmup-lr', type=float, default=1e-5, metavar='X', help='rate at the start of warm-up')
     group.add_argument('--warmup-epochs', type=int, default=5, metavar='N', help='epochs of warm-up')
-    group.add_argument('--warmup-prefix', action=flag, default=False, help='warm-up before the schedule')
+    group.add_argument('--warmup-prefix', action=_FLAG, default=False, help='warm-up before the schedule')
     group.add_argument('--min-lr', type=float, default=0., metavar='X', help='smallest rate')
     group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N',
                        help='epochs of multistep, each acting one epoch early')
@@ -255,6 +272,8 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--patience-epochs', type=int, default=10, metavar='N', help='patience of plateau')
     group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help='epochs at the smallest rate')
 
+
+def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Augmentation')
     group.add_argument('--no-aug', action='store_true', default=False,
                        help='no crops, flips, colours and erasing; mixing stays')
@@ -287,10 +306,12 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--train-interpolation', default='random', metavar='NAME',
                        help='how random resized crops are resized')
 
+
+def _add_loss(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Loss')
     group.add_argument('--smoothing', type=float, default=0.1, metavar='X', help='label smoothing')
-    group.add_argument('--bce-loss', action=flag, default=False, help='binary cross entropy')
-    group.add_argument('--bce-sum', action=flag, default=False, help='summed over classes')
+    group.add_argument('--bce-loss', action=_FLAG, default=False, help='binary cross entropy')
+    group.add_argument('--bce-sum', action=_FLAG, default=False, help='summed over classes')
     group.add_argument('--bce-target-thresh', type=float, metavar='X', help='targets above it become 1, others 0')
     group.add_argument('--bce-pos-weight', type=float, metavar='X', help='weight of positive targets')
     group.add_argument('--kd-model-name', metavar='NAME_OR_FOLDER', help='distil from the logits of this network')
@@ -301,11 +322,15 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
                        help='weight of the divergence (default: 1, or 1 - task weight)')
     group.add_argument('--task-loss-weight', type=float, metavar='X', help='weight of the loss on labels (default: 1)')
 
-    group = parser.add_argument_group('Averaged weights')
-    group.add_argument('--model-ema', action=flag, default=False, help='average the weights, and validate these')
-    group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='X', help='decay of the average')
-    group.add_argument('--model-ema-warmup', action=flag, default=False, help='start from a small decay')
 
+def _add_average(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Averaged weights')
+    group.add_argument('--model-ema', action=_FLAG, default=False, help='average the weights, and validate these')
+    group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='X', help='decay of the average')
+    group.add_argument('--model-ema-warmup', action=_FLAG, default=False, help='start from a small decay')
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Run')
     group.add_argument('--seed', type=int, default=42, metavar='N', help='random seed')
     group.add_argument('--log-interval', type=int, default=50, metavar='N',
@@ -318,13 +343,15 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
     group.add_argument('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
     group.add_argument('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'),
                        help='what tells the best epoch')
-    group.add_argument('--log-wandb', action=flag, default=False, help='log to Weights & Biases')
+    group.add_argument('--log-wandb', action=_FLAG, default=False, help='log to Weights & Biases')
     group.add_argument('--wandb-project', metavar='NAME', help='its project (default: timm-lm)')
     group.add_argument('--wandb-tags', nargs='+', default=[], metavar='TAG', help='tags of the run there')
     group.add_argument('--wandb-resume-id', default='', metavar='ID', help='run to go on with there')
     group.add_argument('--output', default='', metavar='DIR', help='folder of runs (default: output/train)')
     group.add_argument('--experiment', default='', metavar='NAME', help='folder of this run in it')
 
+
+def _add_additions(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Additions to timm\'s options')
     group.add_argument('--pad-crop', type=int, default=0, metavar='N', help='pad by N pixels and crop at random')
     group.add_argument('--loader', default='auto', choices=('auto', 'memory', 'timm'),
@@ -334,14 +361,9 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
                        help='start from the weights of a shallower network, with its blocks repeated')
     group.add_argument('--two-step-epoch', type=int, default=0, metavar='N',
                        help='epoch at which the two-step is switched on; before it k is 0')
-    group.add_argument('--log-tensorboard', action=flag, default=False, help='log to TensorBoard in the run folder')
+    group.add_argument('--log-tensorboard', action=_FLAG, default=False, help='log to TensorBoard in the run folder')
     group.add_argument('--tag', default='', metavar='NAME', help='tag of the saved weights')
     group.add_argument('--dry-run', action='store_true', default=False, help='show what would be done, and end')
-
-    for name, reason in REFUSED.items():
-        names = filter(None, (option_name(name), _OTHER_NAMES.get(name)))
-        parser.add_argument(*names, nargs='*', dest=name, action=_refuse(name, reason), help=argparse.SUPPRESS)
-    return parser
 
 
 def _refuse(name: str, reason: str) -> Type[argparse.Action]:
