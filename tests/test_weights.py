@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from timm.models import generate_default_cfgs
 
-from timm_lm.card import recorded_error
+from timm_lm.card import recorded_error, render_card
 from timm_lm.errors import UserError
 from timm_lm.files import atomic_folder, sha256, sync, write_text
 from timm_lm.hub import CHECK_NAME, describe, save_folder, verify_folder
@@ -96,6 +96,17 @@ def write_half(folder):
     with atomic_folder(folder) as new:
         (new / 'model.safetensors').write_bytes(b'half')
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize('licence, told', [
+    ('cc-by-nc-4.0', ('cc-by-nc-4.0', None)), ('dinov3-license', ('other', 'dinov3-license'))])
+def test_licence_that_the_hub_has_no_name_for(licence, told):
+    card = render_card(
+        'lm_resnet20', '', 'digits', 'test', None, license=licence, parameters=1, saved_in='float32',
+        input_size=(3, 32, 32), train_split='train', command='', epochs=1, seed=1, minutes=1, hardware='', precision='',
+        versions='')
+    data = ModelCard(card).data
+    assert (data.license, data.license_name) == told
 
 
 def test_folder_of_a_killed_writer_is_the_old_one(weights, tmp_path):

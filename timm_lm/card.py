@@ -30,7 +30,7 @@ def render_card(
         error: Top-1 error on it in %, none if None.
         error_count: Its wrong images.
         num_images: Its images.
-        license: Of the weights, by the Hub's identifier.
+        license: Of the weights, by the Hub's identifier or timm's.
         **fields: The other fields of the template.
     """
     results = None
@@ -43,8 +43,10 @@ def render_card(
                        metric_value=round(100 - error, 2), **common),
             EvalResult(metric_type='error', metric_name='Top-1 error (%)', metric_value=round(error, 2), **common),
         ]
+    # those that timm names after a network or a company are none of the Hub's
+    named = dict(license='other', license_name=license) if license.endswith('-license') else dict(license=license)
     data = ModelCardData(
-        library_name='timm', license=license, pipeline_tag='image-classification',
+        **named, library_name='timm', pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm-lm', 'transformers'],
         datasets=[dataset] if dataset else None, metrics=['accuracy'], model_name=name, eval_results=results)
     return str(ModelCard.from_template(
