@@ -183,9 +183,9 @@ def test_training_starts_from_the_grown_weights(few_digits, weights, tmp_path, c
     words = ['train', *FEW, *DEEP, '--data-dir', few_digits, '--grow-from', weights, '--lr', 1e-12, '--weight-decay', 0,
              '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
     code, out, err = command(*words)
-    assert code == 0 and f'grown from {weights}' in out, err
+    assert code == 0 and f'starting from {weights}' in out, err
     card = (tmp_path / 'run' / 'weights' / 'README.md').read_text()
-    assert f'1 epoch, grown from the weights of `{weights.parent.name}`, seed 42, ' in card
+    assert f'1 epoch, starting from the weights of `{weights.parent.name}`, seed 42, ' in card
     saved = load_file(tmp_path / 'run' / 'weights' / 'model.safetensors')
     grown = timm_lm.grow(timm.create_model(f'local-dir:{weights}', pretrained=True),
                          net(layers=(3, 3, 4), in_chans=1))
@@ -212,7 +212,9 @@ def test_bad_starts_are_told(few_digits, tmp_path, fails, options, message):
     ('lm_resnet56', 'lm_resnet32.best_c10', 'grown from'),
     ('lm_resnet20', 'lm_resnet20.best_c100', 'starting from'),
     ('lm_resnet20', 'preact_resnet20.best_c10', 'starting from'),
-    ('lm_resnet56', '/runs/shallow/weights', 'grown from'),
-    ('local-dir:/runs/a', '/runs/b', 'grown from')])
+    ('lm_resnet56', '/runs/20260101-000000-lm_resnet32-32/weights', 'grown from'),
+    ('lm_resnet20', '/runs/20260101-000000-lm_resnet20-32/weights', 'starting from'),
+    ('lm_resnext29_16x64d', 'hf-hub:owner2/lm_resnext29_8x64d', 'starting from'),
+    ('lm_resnet56', '/runs/20epochs/weights', 'starting from')])
 def test_word_for_a_start(model, start, word):
     assert start_word(model, start) == word

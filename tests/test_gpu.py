@@ -11,7 +11,8 @@ import timm_lm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 
-SMALL = ['--model-kwargs', 'layers=(2,1,1)', '--warmup-epochs', '0', '--epochs', '2', '--model-ema']
+SMALL = ['--model-kwargs', 'layers=(2,1,1)', '--warmup-epochs', '0', '--epochs', '2', '--model-ema',
+         '--model-ema-decay', '0.5']
 
 
 @pytest.fixture

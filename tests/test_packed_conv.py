@@ -195,3 +195,10 @@ def test_without_the_private_means_of_pytorch_convolutions_stay(owner, name, mon
     optimized = timm_lm.optimize(model)
     assert not any(isinstance(module, PackedConv2d) for module in optimized.modules())
     torch.testing.assert_close(optimized(x), model(x))
+
+
+def test_random_stream_of_the_caller_stays():
+    model = timm.create_model('lm_resnet20').eval()
+    state = torch.get_rng_state()
+    timm_lm.optimize(model)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -413,7 +413,8 @@ def test_checkpoint_that_is_not_there_and_run_that_is_done(run_folder, few_digit
 
 
 @pytest.mark.parametrize('options, message', [
-    (['--model-kwargs', 'num_classes=7'], '--model-kwargs has num_classes, which an option of its own is for'),
+    (['--model-kwargs', 'num_classes=7'], '--model-kwargs has num_classes; give it by --num-classes'),
+    (['--model-kwargs', 'drop_rate=0.1'], '--model-kwargs has drop_rate; give it by --drop.'),
     (['--model', 'levit_128s', '--input-size', '3', '224', '224', '--head-init-scale', '0.5', '--no-pretrained'],
      'The head of levit_128s is no layer with a weight and a bias'),
 ])

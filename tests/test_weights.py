@@ -446,6 +446,7 @@ def test_disks_that_do_not_sync_folders(tmp_path, monkeypatch, code, is_told):
 
 @pytest.mark.parametrize('name, is_folder', [
     ('runs/w', True), ('local-dir:w', True), ('hf-hub:owner/name', False), ('hf_hub:owner/name', False),
-    ('lm_resnet20', False), ('C:/runs/w', True)])
+    ('lm_resnet20', False), ('C:/runs/w', True),
+    ('./w', True), ('w/', True)])
 def test_names_of_folders(name, is_folder):
     assert names_folder(name) == is_folder

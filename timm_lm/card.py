@@ -44,7 +44,9 @@ def render_card(
             EvalResult(metric_type='error', metric_name='Top-1 error (%)', metric_value=round(error, 2), **common),
         ]
     # those that timm names after a network or a company are none of the Hub's
-    named = dict(license='other', license_name=license) if license.endswith('-license') else dict(license=license)
+    named: Dict[str, Any] = dict(license=license)
+    if license.endswith('-license'):
+        named = dict(license='other', license_name=license)
     data = ModelCardData(
         **named, library_name='timm', pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm-lm', 'transformers'],

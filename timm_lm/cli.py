@@ -70,7 +70,8 @@ def _validate(argv: List[str]) -> None:
                         help='processes that read images, where they do not fit in memory (default: 4)')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast instead of float32')
     parser.add_argument('--channels-last', action='store_true', help='channels_last memory layout')
-    parser.add_argument('--torchcompile', action='store_true', help='compile the network')
+    parser.add_argument('--torchcompile', action=argparse.BooleanOptionalAction, default=False,
+                        help='compile the network')
     parser.add_argument('--device', metavar='NAME', default='cpu', help='where the network runs (default: cpu)')
     args = parser.parse_args(argv)
     if args.batch_size < 1:
@@ -80,12 +81,11 @@ def _validate(argv: List[str]) -> None:
 
     from .validate import validate
 
-    result, remarks = validate(
+    result = validate(
         args.model, args.val_split, _device(args.device), args.batch_size, args.workers, args.amp, args.channels_last,
-        args.torchcompile, data_dir=args.data_dir, dataset=args.dataset, input_key=args.input_key,
+        args.torchcompile, tell=lambda remark: print(f'timm-lm: note: {remark}', file=sys.stderr),
+        data_dir=args.data_dir, dataset=args.dataset, input_key=args.input_key,
         target_key=args.target_key, class_map=args.class_map, download=args.dataset_download)
-    for remark in remarks:
-        print(f'timm-lm: note: {remark}', file=sys.stderr)
     print(f"{args.model}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}, "
           f"{result['errors']} errors of {result['images']} images ({100 - result['top1']:.2f} %), "
           f"{result['images_per_second']:.0f} images/s")

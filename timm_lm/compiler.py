@@ -16,10 +16,10 @@ from .errors import UserError
 
 
 def check_compiler(backend: str, mode: Optional[str], on_cpu: bool) -> None:
-    """Check the backend of torch.compile, its mode, and the compiler that its code for the CPU is in need of.
+    """Check the backend of torch.compile, its mode, and what its code for the device is in need of.
 
     Raises:
-        UserError: If there is none of this name.
+        UserError: If there is no such backend or mode, or a compiler, triton, a newer GPU or a newer PyTorch is needed.
     """
     backends = [name for name in torch._dynamo.list_backends(exclude_tags=())
                 if name.upper() in DynamoBackend.__members__]  # those that Accelerate knows

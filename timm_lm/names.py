@@ -1,5 +1,6 @@
 """All ways to name a network: timm's registry with or without a tag, weights folders, repos of the Hub."""
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Tuple, Type
@@ -45,7 +46,7 @@ def names_folder(source: str) -> bool:
     A folder that has the name of a network but no weights, such as that of a run, does not stand in the network's way.
     """
     scheme = re.match('[a-z][a-z_-]+:', source)  # more than the letter of a drive
-    if source.startswith('local-dir:') or not scheme and len(Path(source).parts) > 1:
+    if source.startswith('local-dir:') or not scheme and re.search(r'[/\\]' if os.name == 'nt' else '/', source):
         return True
     folder = Path(source)
     if folder.is_file() and not timm.is_model(source):

@@ -24,7 +24,7 @@ class PackedConv2d(nn.Conv2d):
     def is_possible(cls) -> bool:
         """Whether this PyTorch has the means, which are private to it: a small convolution is tried."""
         like: Any = dict(device='cpu', dtype=torch.float32)
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
             conv, x = cls(1, 1, 1, **like), torch.ones(1, 1, 1, 1, **like)
             try:
                 conv._can_pack(x)

@@ -127,9 +127,10 @@ def _verdict(lm: str, plain_runs: List[Row], lm_runs: List[Row]) -> str:
     variance = (plain * (100 - plain) + own * (100 - own)) / int(lm_runs[0]['images'])  # all seeds see the same images
     points, error = own - plain, variance ** 0.5
     verdict = 'beats' if points < -2 * error else 'is not told apart from' if points < 0 else 'does not beat'
+    times = f' is {abs(points) / error:.1f} times' if error else ' has'
     return (f'`{lm}` {verdict} its plain twin: {own:.2f} against {plain:.2f} %. The difference of {abs(points):.2f} '
-            f'points is {abs(points) / error:.1f} times the standard error that the number of test images alone gives '
-            f'it (up to {error:.2f} %); seeds add theirs.')
+            f'points{times} the standard error that the number of test images alone gives it (up to {error:.2f} %); '
+            'seeds add theirs.')
 
 
 def finished(runs: List[Row], network: str, recipe: str) -> List[Row]:
@@ -192,10 +193,11 @@ def _all_runs(runs: Dict[str, List[Row]]) -> List[str]:
 def _about_k(rows: List[Row]) -> str:
     """What the ODE picture asks of ``k``, and how many runs keep to it."""
     found = [[float(value) for value in row['k'].split()] for row in _with_k(rows)]
-    below = sum(min(k) < -1 for k in found)
+    outside = sum(max(map(abs, k)) >= 1 for k in found)
     return (f'As a method for ODEs the two-step rule is zero-stable for |k| < 1 only. Of the {len(found)} LM runs here '
-            f'{below} end with a `k` below -1: such a network works all the same, but there the ODE picture does not '
-            f'hold. {sum(max(k) > 0 for k in found)} have a `k` above 0, though all start from [-0.1, 0].')
+            f'{outside} end with a `k` outside of this: such a network works all the same, but there the ODE picture '
+            f'does not hold. {sum(max(k) > 0 for k in found)} have a `k` above 0, though a new network starts from '
+            '[-0.1, 0].')
 
 
 def _with_k(rows: List[Row]) -> List[Row]:

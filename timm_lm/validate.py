@@ -1,5 +1,5 @@
 """Counting the errors of a network on a split of any data set that timm reads."""
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List
 
 import torch
 from timm.data import create_transform, resolve_data_config
@@ -24,8 +24,9 @@ def validate(
         amp: bool = False,
         channels_last: bool = False,
         torchcompile: bool = False,
+        tell: Callable[[str], None] = print,
         **source: Any,
-) -> Tuple[Dict[str, float], List[str]]:
+) -> Dict[str, float]:
     """Count the errors of a network.
 
     Args:
@@ -37,11 +38,12 @@ def validate(
         amp: Autocast to bfloat16, where the device has instructions for it; else all is in float32, on a GPU too.
         channels_last: Use this memory layout.
         torchcompile: Compile the network.
+        tell: Gets, before the count, what the user should know of data and precision.
         **source: Where the split is, as in ``load_images``.
 
     Returns:
         What ``evaluate`` returns (``top1`` and ``top5`` in %, ``loss``, ``errors``, ``images``,
-        ``images_per_second``), and what the user should know of data and precision.
+        ``images_per_second``).
 
     Raises:
         UserError: If network or split can not be loaded, or do not fit together.
@@ -56,6 +58,8 @@ def validate(
     if amp and no_bfloat16(device.type):
         amp = False
         remarks.append(f'{no_bfloat16(device.type)}; validated in float32, as without --amp.')
+    for remark in filter(None, remarks):
+        tell(remark)
     model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     network = torch.compile(model, dynamic=False) if torchcompile else model
     if device.type == 'cpu':
@@ -65,14 +69,16 @@ def validate(
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
             return network(images)
 
-    allow_tf32 = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = amp and allow_tf32  # convolutions of a GPU would round float32 by it
+    rounding: List[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]  # GPUs would round float32 by TF32
+    allowed = [backend.allow_tf32 for backend in rounding]
     try:
-        result = evaluate.evaluate(
+        for backend in rounding:
+            backend.allow_tf32 = amp and backend.allow_tf32
+        return evaluate.evaluate(
             forward, loader, progress=lambda batches: tqdm(batches, unit='batch', leave=False, disable=None))
     finally:
-        torch.backends.cudnn.allow_tf32 = allow_tf32
-    return result, [remark for remark in remarks if remark]
+        for backend, was_allowed in zip(rounding, allowed):
+            backend.allow_tf32 = was_allowed
 
 
 def _create_loader(model: TimmModel, split: str, source: Dict[str, Any], workers: int, **common: Any) -> BatchLoader:

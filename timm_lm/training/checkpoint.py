@@ -175,7 +175,8 @@ class CheckpointStore:
     def remove_unfinished(self) -> None:
         """Remove what a killed process left of checkpoints that it was writing; one that it was replacing stays."""
         for folder in replaced(self.folder, PREFIX):
-            os.replace(folder, self.folder / folder.name)
+            if not (self.folder / folder.name).exists():  # of two that were being replaced
+                os.replace(folder, self.folder / folder.name)
         for folder in self.folder.glob(f'.{PREFIX}*'):
             shutil.rmtree(folder)
 

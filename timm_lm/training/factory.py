@@ -1,4 +1,4 @@
-"""What a training is made of, built from its options: accelerator, network, average, optimizer."""
+"""What a training is made of, built from its options: accelerator, network, optimizer."""
 import argparse
 import importlib
 import importlib.util
@@ -31,6 +31,7 @@ from timm_lm.hub import TimmModel
 from timm_lm.names import check_name, load_model, names_folder
 from timm_lm.precision import no_bfloat16
 
+from .option_rules import option_name
 from .options import turn_off
 
 # What loading a file of weights fails with.
@@ -124,8 +125,8 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         fsdp.cpu_ram_efficient_loading = False
         fsdp.mixed_precision_policy = None  # lower precision is that of autocast, as without FSDP
         if getattr(fsdp, 'fsdp_version', 1) == 1 and not fsdp.use_orig_params:
-            raise UserError('FSDP of version 1 hides the parameters from the optimizer; take --fsdp_version 2, or '
-                            '--fsdp_use_orig_params true.')
+            raise UserError('FSDP of version 1 hides the parameters from the optimizer; add '
+                            '--fsdp_use_orig_params true, or in newer Accelerate --fsdp_version 2.')
     if args.device is not None and not _is_named(accelerator.device, args.device):
         raise UserError(f'--device {args.device} is not what Accelerate chose ({accelerator.device}); leave it out, or '
                         'choose devices by `accelerate launch`.')
@@ -160,6 +161,10 @@ def _has_accelerator() -> bool:
         hasattr(torch, 'accelerator') and torch.accelerator.is_available())
 
 
+# Keywords of a network that have an option of another name.
+_OPTIONS = dict(drop_rate='drop', drop_path_rate='drop_path', drop_block_rate='drop_block', global_pool='gp')
+
+
 def create_model(args: argparse.Namespace) -> TimmModel:
     """The network, with its first weights.
 
@@ -177,8 +182,8 @@ def create_model(args: argparse.Namespace) -> TimmModel:
         drop_block_rate=args.drop_block,
         global_pool=args.gp,
     )
-    for name in kwargs.keys() & args.model_kwargs.keys():
-        raise UserError(f'--model-kwargs has {name}, which an option of its own is for; use that.')
+    for name in sorted(kwargs.keys() & args.model_kwargs.keys()):
+        raise UserError(f'--model-kwargs has {name}; give it by {option_name(_OPTIONS.get(name, name))}.')
     kwargs = {name: value for name, value in kwargs.items() if value is not None} | args.model_kwargs
     for name in ('pretrained_path', 'initial_checkpoint'):
         path = getattr(args, name)

@@ -311,7 +311,7 @@ def _add_loss(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Loss')
     group.add_argument('--smoothing', type=float, default=0.1, metavar='X', help='label smoothing')
     group.add_argument('--bce-loss', action=_FLAG, default=False, help='binary cross entropy')
-    group.add_argument('--bce-sum', action=_FLAG, default=False, help='summed over classes')
+    group.add_argument('--bce-sum', action=_FLAG, default=False, help='binary cross entropy summed over classes')
     group.add_argument('--bce-target-thresh', type=float, metavar='X', help='targets above it become 1, others 0')
     group.add_argument('--bce-pos-weight', type=float, metavar='X', help='weight of positive targets')
     group.add_argument('--kd-model-name', metavar='NAME_OR_FOLDER', help='distil from the logits of this network')
@@ -344,11 +344,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'),
                        help='what tells the best epoch')
     group.add_argument('--log-wandb', action=_FLAG, default=False, help='log to Weights & Biases')
-    group.add_argument('--wandb-project', metavar='NAME', help='its project (default: timm-lm)')
-    group.add_argument('--wandb-tags', nargs='+', default=[], metavar='TAG', help='tags of the run there')
-    group.add_argument('--wandb-resume-id', default='', metavar='ID', help='run to go on with there')
+    group.add_argument('--wandb-project', metavar='NAME', help='project of Weights & Biases (default: timm-lm)')
+    group.add_argument('--wandb-tags', nargs='+', default=[], metavar='TAG', help='tags of the run in Weights & Biases')
+    group.add_argument('--wandb-resume-id', default='', metavar='ID', help='run of Weights & Biases to go on with')
     group.add_argument('--output', default='', metavar='DIR', help='folder of runs (default: output/train)')
-    group.add_argument('--experiment', default='', metavar='NAME', help='folder of this run in it')
+    group.add_argument('--experiment', default='', metavar='NAME', help='folder of this run in --output')
 
 
 def _add_additions(parser: argparse.ArgumentParser) -> None:

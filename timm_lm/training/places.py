@@ -18,9 +18,9 @@ def last_name(source: str) -> str:
 
 
 def start_word(model: str, grow_from: str) -> str:
-    """What a network does from other weights: it starts where the names tell the same depth, else it is grown."""
-    depths = [re.findall(r'\d+', last_name(name).partition('.')[0])[:1] for name in (model, grow_from)]
-    return 'starting from' if depths[0] == depths[1] != [] else 'grown from'
+    """What a network does from the weights of another: it is grown where the names tell another depth, else starts."""
+    depths = [re.findall(r'res\w*?t(\d+)', last_name(name)) for name in (model, grow_from)]
+    return 'grown from' if all(depths) and depths[0] != depths[1] else 'starting from'
 
 
 def folder_name(path: str) -> str:

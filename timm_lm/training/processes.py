@@ -18,13 +18,13 @@ def on_main(accelerator: Any, work: Callable[[], Result]) -> Optional[Result]:
         What it returns, None in the other processes.
 
     Raises:
-        UserError: That of the main process.
+        UserError: That of the main process, also of an OSError there.
     """
     result, error = None, None
     if accelerator.is_main_process:
         try:
             result = work()
-        except UserError as e:
+        except (OSError, UserError) as e:
             error = e
     if accelerator.num_processes > 1:
         (told,) = broadcast_object_list([None if error is None else str(error)])

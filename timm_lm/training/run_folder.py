@@ -86,11 +86,9 @@ def read_args(folder: Path) -> Dict[str, Any]:
     try:
         args = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, yaml.YAMLError) as e:
-        raise UserError(f'The options of the run in {path} can not be read ({one_line(e)}); restore the file, or start '
-                        'another run with another --experiment.') from e
+        raise UserError(f'The options of the run in {path} can not be read ({one_line(e)}); restore the file.') from e
     if not isinstance(args, dict):
-        raise UserError(f'{path} holds no options of a run; restore the file, or start another run with another '
-                        '--experiment.')
+        raise UserError(f'{path} holds no options of a run; restore the file.')
     return args
 
 

@@ -154,21 +154,8 @@ def _run(
         finished: Optional[TimmModel],
 ) -> None:
     """From the checkpoint, or the start, to the weights."""
-    is_main, store = accelerator.is_main_process, training.store
     log = RunLog(folder)
-    if is_main:
-        log.truncate(progress.epoch)
-        if progress.epoch < training.num_epochs:
-            (folder / RESULT_NAME).unlink(missing_ok=True)  # of a later end
-        if checkpoint is not None:
-            place = f'batch {progress.batch + 1}' if progress.batch < len(training.loader) else 'validation'
-            where = (f'epoch {progress.epoch + 1}, {place}' if progress.epoch < training.num_epochs else
-                     'all epochs are done, the weights are written again')
-            print(f'Going on from {checkpoint.folder}: {where}', flush=True)
-        if args.resume:
-            store.remove_unfinished()
-            for aside in store.set_aside_after(checkpoint):
-                print(f'A later checkpoint is now {aside}', flush=True)
+    on_main(accelerator, lambda: _clear_way(args, training, log, checkpoint, progress))
     _start_trackers(args, accelerator, folder)
 
     # Epochs
@@ -188,7 +175,7 @@ def _run(
             training.end_epoch(epoch, evaluation)
             k = training.k_values()
             on_main(accelerator, partial(log.append, epoch, metrics, evaluation, lr, k))
-            if is_main:
+            if accelerator.is_main_process:
                 tqdm.write(epoch_table(epoch, training.num_epochs, metrics, evaluation, lr))
             for tracker in accelerator.trackers:
                 tracker.log(_tracked(epoch, metrics, evaluation, lr, tracker.name), step=epoch)
@@ -198,20 +185,47 @@ def _run(
     # Weights and pictures
     release_freed_memory()
     final = training.final_weights()
-    if finished is not None:  # in the main process
+
+    def end() -> None:
+        assert finished is not None  # in the main process
         with writing(f'The pictures in {folder}', MAKE_ROOM):
             log.plot()
-        if training.best is not None:
-            best = training.best
-            path = store.folder / best['checkpoint']  # it is gone if a run went back and found no better one
-            where = f' (`timm-lm weights {shlex.quote(str(path))}` makes weights of it)' if path.is_dir() else ''
-            tqdm.write(f"best {best['metric']} {best['value']:.4g} after epoch {best['epoch'] + 1}{where}; the weights "
-                       'saved are those of the last epoch')
+        _tell_best(training)
         seen = evaluation or (log.rows()[-1]['eval'] if log.rows() else None)
         finished.load_state_dict({name: tensor.cpu() for name, tensor in final.items()})
         with writing(f'The weights in {folder}', MAKE_ROOM):
             save_weights(args, finished, folder, eval_loader, seen, training.num_epochs, training.seconds,
                          training.facts)
+
+    on_main(accelerator, end)
+
+
+def _clear_way(args: argparse.Namespace, training: Training, log: RunLog, checkpoint: Optional[Checkpoint],
+               progress: Progress) -> None:
+    """Take what a run left after the checkpoint that it goes on from out of the way, and tell where it goes on."""
+    log.truncate(progress.epoch)
+    if progress.epoch < training.num_epochs:
+        (log.folder / RESULT_NAME).unlink(missing_ok=True)  # of a later end
+    if args.resume:
+        training.store.remove_unfinished()
+    if checkpoint is not None:
+        place = f'batch {progress.batch + 1}' if progress.batch < len(training.loader) else 'validation'
+        where = (f'epoch {progress.epoch + 1}, {place}' if progress.epoch < training.num_epochs else
+                 'all epochs are done, the weights are written again')
+        print(f'Going on from {training.store.folder / checkpoint.folder.name}: {where}', flush=True)
+    if args.resume:
+        for aside in training.store.set_aside_after(checkpoint):
+            print(f'A later checkpoint is now {aside}', flush=True)
+
+
+def _tell_best(training: Training) -> None:
+    best = training.best
+    if best is None:
+        return
+    path = training.store.folder / best['checkpoint']  # it is gone if a run went back and found no better one
+    where = f' (`timm-lm weights {shlex.quote(str(path))}` makes weights of it)' if path.is_dir() else ''
+    tqdm.write(f"best {best['metric']} {best['value']:.4g} after epoch {best['epoch'] + 1}{where}; the weights saved "
+               'are those of the last epoch')
 
 
 def _compare_checkpoints(accelerator: Any, checkpoint: Optional[Checkpoint], folder: Path) -> None:
