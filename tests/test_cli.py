@@ -8,7 +8,9 @@ import timm
 from forked import Command
 
 from timm_lm import cli
-from timm_lm.hub import our_models
+from timm_lm.names import our_models
+
+CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def test_list_shows_every_network_and_tag(command):
@@ -109,7 +111,8 @@ def test_demonstration_that_is_stopped(tmp_path):
     (['weights', 'no/such/step-1'], 'is not a checkpoint of a run; give RUN/checkpoints/step-'),
     (['verify', 'no/such/folder'], 'no/such/folder does not exist'),
 ])
-def test_bad_arguments(fails, argv, message):
+def test_bad_arguments(fails, monkeypatch, argv, message):
+    monkeypatch.chdir(CHECKOUT)
     assert message in fails(*argv)
 
 

@@ -5,6 +5,7 @@ at, but what is carried over, recorded, and computed from the result.
 """
 import inspect
 import json
+import re
 import shutil
 import struct
 
@@ -21,9 +22,10 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import adapt_input_conv
 
 from timm_lm.data import load_images
-from timm_lm.hub import verify_folder
+from timm_lm.hub import save_folder, verify_folder
 from timm_lm.loader import MemoryLoader
 from timm_lm.models._weights import weights_dir
+from timm_lm.training import evaluate as evaluate_module
 from timm_lm.training.result import count_errors
 
 SHIPPED = weights_dir() / 'lm_resnet20.best_c10'
@@ -126,6 +128,14 @@ def by_hand(weights, paths, **config):
     return F.cross_entropy(logits, labels).item(), (logits.argmax(1) != labels).sum().item()
 
 
+def validated(command, weights, data, *options):
+    """Loss and wrong images of a weights folder on image files, as the command tells them."""
+    code, out, err = command('validate', weights, '--data-dir', data, '--val-split', 'validation', *options)
+    assert code == 0, err
+    loss, errors = re.search(r'loss ([\d.]+), (\d+) errors of 20 images', out).groups()
+    return float(loss), int(errors)
+
+
 def test_images_are_made_alike_from_training_to_prediction(tune, command, tmp_path):
     """Of other proportions, cropped by a share, resized in another way than by default: all counts are timm's."""
     data = image_folder(tmp_path / 'data', 48)
@@ -150,16 +160,38 @@ def test_images_are_made_alike_from_training_to_prediction(tune, command, tmp_pa
         told['crop_mode'] = crop_mode
         (weights / 'config.json').write_text(json.dumps(config))
         loss, errors = by_hand(weights, paths, crop_mode=crop_mode)
-        code, out, err = command('validate', weights, '--data-dir', data, '--val-split', 'validation')
-        assert code == 0 and f'loss {loss:.4f}, {errors} errors of 20 images' in out, err
+        assert validated(command, weights, data) == (pytest.approx(loss, abs=1e-4), errors)
         counted = count_errors(weights, 'validation', data_dir=str(data))
         assert (counted['loss'], counted['errors']) == (pytest.approx(loss, rel=1e-4), errors)
         code, out, err = command('predict', data / 'validation', '--model', weights, '--json', '--topk', 1)
         found = [json.loads(line) for line in out.splitlines()]
         assert sum(f"/{line['classes'][0]['class']}/" not in line['image'] for line in found) == errors
-    code, out, err = command('validate', weights, '--data-dir', data, '--val-split', 'validation', '--channels-last',
-                             '--torchcompile')
-    assert code == 0 and f'{errors} errors of 20 images' in out, err
+
+
+def test_validation_compiles_the_network_and_lays_images_out(command, tmp_path, monkeypatch):
+    data = image_folder(tmp_path / 'data', 32)
+    kwargs = dict(layers=(1, 1, 1))
+    weights = save_folder(timm.create_model('lm_resnet20', **kwargs), tmp_path / 'weights', '# card', kwargs)
+    channels_last, evaluate = [], evaluate_module.evaluate
+
+    def watched(forward, loader, **more):
+        images, _ = next(iter(loader))
+        channels_last.append(images.is_contiguous(memory_format=torch.channels_last))
+        return evaluate(forward, loader, **more)
+
+    monkeypatch.setattr(evaluate_module, 'evaluate', watched)
+    graphs = torch._dynamo.utils.counters['stats']
+    found = []
+    for options in ([], ['--channels-last', '--torchcompile']):
+        torch.compiler.reset()
+        graphs.clear()
+        loss, errors = validated(command, weights, data, *options)
+        assert (graphs['unique_graphs'] > 0) == bool(options)
+        found.append((loss, errors))
+    torch.compiler.reset()
+    assert channels_last == [False, True]
+    (loss, errors), compiled = found
+    assert compiled == (pytest.approx(loss, abs=1e-4), errors)
 
 
 def test_first_convolution_of_a_grey_network_is_the_sum_over_colours(tune, tmp_path):

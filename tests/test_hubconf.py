@@ -4,30 +4,23 @@ Each case has a fresh interpreter. Where the package must not be installed, it s
 """
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import timm
+from helpers import fresh_python
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = re.search("^__version__ = '(.+)'$", (ROOT / 'timm_lm' / '__init__.py').read_text(), re.MULTILINE).group(1)
-SWITCHES = ('PYTHONPATH', 'TIMM_LM_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD')
 
 
 def python(code, *args, options=(), cwd, **env):
     """Run code in a fresh interpreter, where registering a name twice is an error; returns what it prints, as JSON."""
-    inherited = {name: value for name, value in os.environ.items() if name not in SWITCHES}
-    result = subprocess.run(
-        [sys.executable, '-W', 'error::UserWarning', *options, '-c', code, *map(str, args)],
-        cwd=cwd, env=inherited | env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return json.loads(fresh_python('-W', 'error::UserWarning', *options, '-c', code, *args, cwd=cwd, **env).stdout)
 
 
 @pytest.fixture(scope='module')

@@ -212,14 +212,16 @@ def test_workers_change_nothing_in_a_batch(photos):
 
 
 @pytest.mark.parametrize('options', [
-    ['--aa', 'rand-m9-mstd0.5-inc1'], ['--color-jitter', 0.4, '--color-jitter-prob', 1], ['--grayscale-prob', 1],
-    ['--gaussian-blur-prob', 1], ['--scale', 0.3, 0.5], ['--ratio', 2, 3], ['--train-crop-mode', 'rkrc'],
+    ['--aa', 'rand-m9-mstd0.5-inc1'], ['--color-jitter', 0.4], ['--color-jitter', 0.4, '--color-jitter-prob', 1],
+    ['--grayscale-prob', 1], ['--gaussian-blur-prob', 1], ['--scale', 0.3, 0.5], ['--ratio', 2, 3],
+    ['--train-crop-mode', 'rkrc'],
     ['--train-interpolation', 'bicubic', '--scale', 0.5, 1], ['--reprob', 1], ['--reprob', 1, '--recount', 3],
     ['--reprob', 1, '--remode', 'const'], ['--vflip', 1], ['--hflip', 1], ['--mixup', 1], ['--cutmix', 1],
 ], ids=lambda words: ' '.join(map(str, words)))
 def test_each_way_to_augment_reaches_the_batches(photos, options):
     base = ['--color-jitter', 0, '--hflip', 0, '--train-interpolation', 'bilinear', '--batch-size', 4, '--workers', 0]
-    without = {'--recount': options[:2], '--remode': options[:2], '--train-interpolation': options[2:]}
+    without = {'--recount': options[:2], '--remode': options[:2], '--train-interpolation': options[2:],
+               '--color-jitter-prob': [*options[:-1], 0]}
     before = without.get(options[0] if options[0] in without else options[-2], [])
     changed, plain = (list(loaders(photos, *base, *more)[0]) for more in (options, before))
     assert not any(torch.equal(images, other) for (images, _), (other, _) in zip(changed, plain, strict=True))

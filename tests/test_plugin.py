@@ -3,32 +3,18 @@
 The hook lives in the import system, so each case has a fresh interpreter, in an empty folder, where it can import only
 what is installed.
 """
-import os
-import subprocess
-import sys
+from functools import partial
 
 import pytest
-
-SWITCHES = ('PYTHONPATH', 'PYTHONWARNINGS', 'TIMM_LM_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD')
+from helpers import fresh_python
 
 
 @pytest.fixture
 def python(tmp_path):
-    """Runs an interpreter in an empty folder with the given arguments and environment; returns the finished process.
-
-    The timeout only ends a process that hangs.
-    """
+    """Runs a fresh interpreter in an empty folder."""
     cwd = tmp_path / 'cwd'
     cwd.mkdir()
-
-    def run(*args, **env):
-        inherited = {name: value for name, value in os.environ.items() if name not in SWITCHES}
-        result = subprocess.run(
-            [sys.executable, *args], cwd=cwd, env=inherited | env, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
-        return result
-
-    return run
+    return partial(fresh_python, cwd=cwd)
 
 
 @pytest.mark.parametrize('imports', [
@@ -227,4 +213,4 @@ if __name__ == '__main__':
     assert sizes == [272384], sizes  # the plain network's 272 378, counted in the authors' code, and six k
     assert 'timm' not in sys.modules
 """)
-    python(str(script))
+    python(script)

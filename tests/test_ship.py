@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from test_train import SMALL
 
 from timm_lm import check_weights
 from timm_lm import ship as ship_module
+from timm_lm.card import recorded_error
 from timm_lm.errors import UserError
-from timm_lm.hub import recorded_error, verify_folder
+from timm_lm.hub import load_folder, verify_folder
 from timm_lm.models._weights import read_digests
 from timm_lm.results import read_rows, read_run
 from timm_lm.ship import ship
@@ -159,20 +161,39 @@ def test_command_ships_and_renews_the_pages(run, tmp_path):
     assert python('-c', code).stdout == '3\n'
 
 
-def test_command_on_bad_input_says_one_line_and_writes_nothing(run, tmp_path, capsys):
+def test_command_on_bad_input_says_one_line_and_writes_nothing(run, tmp_path, capsys, monkeypatch):
+    checkout = tmp_path / 'checkout'
+    for name in ('weights', 'results', 'docs'):
+        shutil.copytree(CHECKOUT / name, checkout / name)
+    shutil.copy(CHECKOUT / 'README.md', checkout)
+    monkeypatch.setattr(ship_module, 'weights_dir', lambda: checkout / 'weights')
+
     def files():
-        return {path: path.stat().st_mtime_ns for name in ('weights', 'results', 'docs')
-                for path in (CHECKOUT / name).rglob('*')}
+        return {path: path.stat().st_mtime_ns for path in checkout.rglob('*')}
 
     before = files()
     for argv, expected in (
-        ([tmp_path / 'nowhere', '--project', CHECKOUT], 'nowhere is not the folder of a run'),
+        ([tmp_path / 'nowhere', '--project', checkout], 'nowhere is not the folder of a run'),
         ([run, '--project', tmp_path], 'is not the checkout that this package runs from'),
     ):
         assert ship_module.main([str(word) for word in argv]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith('ship: error: ') and expected in line
     assert files() == before
+
+
+def test_shipped_weights_are_half_precision_from_depth_44_on_and_small():
+    folders = [path for path in (CHECKOUT / 'weights').iterdir() if path.is_dir()]
+    assert len(folders) > 5
+    for folder in folders:
+        state = load_file(folder / 'model.safetensors')
+        dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+        depth = int(re.search(r'resne\w*?(\d+)', folder.name).group(1))
+        assert dtypes == {torch.float16 if depth >= 44 else torch.float32}, folder.name
+        parameters = sum(p.numel() for p in load_folder(folder).parameters())
+        assert (parameters >= ship_module.HALF_FROM) == (depth >= 44), folder.name
+    size = sum(path.stat().st_size for path in (CHECKOUT / 'weights').rglob('*') if path.is_file())
+    assert size <= ship_module.TRACKED_LIMIT
 
 
 def test_counts_are_made_again(few_digits, places, tmp_path, monkeypatch, capsys):

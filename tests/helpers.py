@@ -1,0 +1,21 @@
+"""Fresh interpreters, for what only the start of one can show."""
+import os
+import subprocess
+import sys
+
+# what would show them another package or other warnings, or turn the plug-in off
+SWITCHES = ('PYTHONPATH', 'PYTHONWARNINGS', 'TIMM_LM_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD')
+TIMEOUT = 300  # seconds, which only end an interpreter that hangs
+
+
+def fresh_python(*args, cwd, **env):
+    """Run an interpreter with these arguments and, beside what is inherited, this environment; it must succeed.
+
+    Returns:
+        The finished process, with what it printed as text.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in SWITCHES}
+    result = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=inherited | env, capture_output=True,
+                            text=True, timeout=TIMEOUT)
+    assert result.returncode == 0, result.stderr
+    return result
