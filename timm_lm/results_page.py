@@ -4,6 +4,7 @@ A folder of results holds, beside the runs, ``published.csv`` with figures of ot
 the page, and ``remarks.md`` with what there is to say about them.
 """
 import statistics
+from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
@@ -135,11 +136,16 @@ def _verdict(lm: str, plain_runs: List[Row], lm_runs: List[Row]) -> str:
 
 def finished(runs: List[Row], network: str, recipe: str) -> List[Row]:
     """The runs of a network that ended by a recipe in its own number of epochs, the seeds in order."""
-    from .training.options import parse_options
-    epochs = parse_options(['-c', recipe]).epochs
+    epochs = _epochs(recipe)
     found = [row for row in runs if row['model'].partition('.')[0] == network and row['recipe'] == recipe
              and row['status'] == 'done' and row['top1_err'] and int(row['epochs']) == epochs]
     return sorted(found, key=lambda row: int(row['seed']))
+
+
+@cache
+def _epochs(recipe: str) -> int:
+    from .training.options import parse_options
+    return parse_options(['-c', recipe]).epochs
 
 
 def _mean(rows: List[Row]) -> float:
@@ -215,6 +221,7 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
+@cache
 def parameter_count(network: str, num_classes: int) -> float:
     """Millions of parameters of the plain network of the same depth; a ``k`` a block is none of them."""
     import timm

@@ -4,7 +4,9 @@ Names, meanings and defaults are those of timm's ``train.py``; our own additions
 """
 import argparse
 import ast
+import copy
 import difflib
+from functools import cache
 from pathlib import Path
 from typing import Any, Dict, NoReturn, Optional, Sequence, Tuple, Type
 
@@ -497,9 +499,13 @@ def turn_off(args: argparse.Namespace, *leaders: str) -> None:
     What a recipe gives them may stand beside an option that the command line takes back; recorded like that it would be
     refused as a recipe.
     """
-    parser = build_parser('')
     for name in (*leaders, *_ONLY_WITH[leaders]):
-        setattr(args, name, parser.get_default(name))
+        setattr(args, name, copy.copy(_defaults()[name]))
+
+
+@cache
+def _defaults() -> Dict[str, Any]:
+    return {action.dest: action.default for action in build_parser('')._actions}
 
 
 def _check_leaders(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:
