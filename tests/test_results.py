@@ -204,6 +204,9 @@ def test_report_command_and_its_errors(results, run_folder, tmp_path, command, f
     assert 'nowhere is not the folder of a run' in line
     assert '| run | `lm_resnet20` | few |' in page.read_text()  # a data set without a table is listed too
     assert (results / 'few.csv').read_text() == before
+    for text in ('', '- title: Others', 'title: Others'):
+        (results / 'tables.yaml').write_text(text)
+        assert 'no readable tables.yaml' in fails('report', '--results', results, '--page', page)
     nowhere = tmp_path / 'nowhere'
     line = fails('report', '--results', nowhere, '--page', page, '--add', run_folder)
     assert 'name its results with --results' in line and not nowhere.exists()

@@ -44,7 +44,7 @@ def _to_onnx(model: TimmModel, images: torch.Tensor, path: Path) -> Run:
 def _to_program(model: TimmModel, images: torch.Tensor, path: Path) -> Run:
     buffer = io.BytesIO()  # PyTorch ends the process when a disk is full
     torch.export.save(torch.export.export(model, (images,), dynamic_shapes=_batch()), buffer)
-    path.write_bytes(buffer.getvalue())
+    path.write_bytes(buffer.getbuffer())
     return torch.export.load(path).module()
 
 
@@ -53,7 +53,7 @@ def _to_script(model: TimmModel, images: torch.Tensor, path: Path) -> Run:
         warnings.filterwarnings('ignore', '.torch.jit', FutureWarning)  # deprecated, and still asked for
         buffer = io.BytesIO()  # as above
         torch.jit.save(torch.jit.script(model), buffer)
-        path.write_bytes(buffer.getvalue())
+        path.write_bytes(buffer.getbuffer())
         return torch.jit.load(path)
 
 

@@ -17,6 +17,7 @@ from .results import Row, read_rows
 DATASETS = {'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100', 'ImageNet': 'imagenet-1k'}
 PLOTTED = ('cifar10', 'cifar100')
 SOURCES = ('paper', 'pytorch-cifar-models', 'pytorchcv')
+_KEYS = {'title', 'dataset', 'recipe', 'pairs', 'published'}  # of each table
 SUMMARY = ('The LM networks with a finished run by a recipe as it stands, beside their plain twins by the same recipe '
            'and all figures of others of the same depth. A recipe that grows or teaches a network starts from the '
            'weights that its table below names.')
@@ -31,6 +32,9 @@ def read_frame(results: Path) -> Tuple[List[Dict[str, Any]], str]:
     name = 'tables.yaml'
     try:
         tables = yaml.safe_load((results / name).read_text(encoding='utf-8'))
+        if not isinstance(tables, list) or any(
+                not isinstance(table, dict) or not table.keys() >= _KEYS for table in tables):
+            raise ValueError
         name = 'remarks.md'
         return tables, (results / name).read_text(encoding='utf-8').strip()
     except (OSError, ValueError, yaml.YAMLError) as e:
