@@ -60,6 +60,10 @@ class Command:
                                file_limit, own_group))
         self._process.start()
 
+    @property
+    def pid(self):
+        return self._process.pid
+
     def signal_when(self, condition, number):
         """Send a signal as soon as the condition holds, if the command runs then."""
         while self._process.is_alive() and not condition():

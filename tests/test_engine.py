@@ -27,7 +27,7 @@ from timm_lm.training.evaluate import evaluate
 from timm_lm.training.factory import create_model, create_optimizer, share_batch_statistics
 from timm_lm.training.loop import Training
 from timm_lm.training.options import parse_options
-from timm_lm.training.report import LiveLine
+from timm_lm.training.run_log import LiveLine
 from timm_lm.training.train import train
 
 # float32 on the CPU; 256 images in batches of 64 are 4 updates an epoch

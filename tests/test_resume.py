@@ -18,8 +18,8 @@ from timm_lm.results import read_run
 from timm_lm.training.checkpoint import CheckpointStore
 from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
-from timm_lm.training.report import RunLog
 from timm_lm.training.run_folder import own_run_folder
+from timm_lm.training.run_log import RunLog
 from timm_lm.training.train import train
 
 # A network with dropped paths and noise, so that random states count; float32 on the CPU.
@@ -118,7 +118,7 @@ KILLS = [  # of one run by turns, each with the newest checkpoint that it leaves
     ('checkpoint.CheckpointStore.save', 'store, updates, *_: updates == 3', 2),
     (*HALF_WRITTEN, 4),
     ('loop.Training._update', 'training, epoch, step: (epoch, step) == (0, 7)', 7),
-    ('report.RunLog.append', 'log, epoch, *_: epoch == 0', 7),
+    ('run_log.RunLog.append', 'log, epoch, *_: epoch == 0', 7),
     ('loop.Training.stop_after_epoch', 'training, progress, _: progress.epoch == 1', 8),
     ('loop.Training._update', 'training, epoch, step: (epoch, step) == (1, 0)', 8),
     ('checkpoint.CheckpointStore.save', 'store, updates, *_: updates == 24', 23),
@@ -205,7 +205,7 @@ def test_signal_stops_a_validation(few_digits, left_alone, tmp_path, epoch):
 def test_signal_between_epochs(few_digits, left_alone, tmp_path, epoch, code):
     """When an epoch's metrics are written and its checkpoint is not; after the last epoch the run ends as ever."""
     process = signalled(arguments(few_digits, tmp_path), tmp_path, signal.SIGTERM,
-                        'report.RunLog.append', f'log, epoch, *_: epoch == {epoch - 1}')
+                        'run_log.RunLog.append', f'log, epoch, *_: epoch == {epoch - 1}')
     got, _, err = process.wait()
     assert got == code, err
     newest = checkpoints(tmp_path)[-1]
@@ -438,7 +438,7 @@ def test_run_that_goes_on_elsewhere_is_left_alone(few_digits, left_alone, tmp_pa
     words = arguments(few_digits, tmp_path, '--resume', 'auto')
     process = signalled(
         words, tmp_path, signal.SIGSTOP, 'checkpoint.CheckpointStore.save', 'store, updates, *_: updates == 4')
-    stat = Path('/proc', str(process._process.pid), 'stat')
+    stat = Path('/proc', str(process.pid), 'stat')
 
     def files():
         return {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}

@@ -30,7 +30,7 @@ from timm_lm.training.checkpoint import CheckpointStore
 from timm_lm.training.factory import create_accelerator, create_model
 from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
-from timm_lm.training.report import RunLog
+from timm_lm.training.run_log import RunLog
 from timm_lm.training.signals import StopSignals
 
 # Batch norm, random crops, 8 batches an epoch; the last batch of the validation is not full.

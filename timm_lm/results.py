@@ -39,7 +39,7 @@ def read_run(folder: Union[str, Path]) -> Row:
 
 def _read_run(folder: Path) -> Row:
     from .training.checkpoint import CheckpointStore
-    from .training.report import RunLog
+    from .training.run_log import RunLog
     args = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
     epochs = RunLog(folder).rows()
     path = folder / 'result.json'

@@ -12,9 +12,9 @@ from timm_lm.hub import TimmModel, save_folder
 from .checkpoint import Checkpoint, CheckpointStore
 from .factory import import_modules
 from .options import parse_options
-from .report import MAKE_ROOM
 from .result import run_card, tell
 from .run_folder import read_args
+from .run_log import MAKE_ROOM
 
 
 def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:

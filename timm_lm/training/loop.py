@@ -31,7 +31,7 @@ from .evaluate import evaluate, sum_dtype
 from .factory import begin_momentum, create_optimizer
 from .losses import create_loss
 from .processes import on_main
-from .report import LiveLine
+from .run_log import LiveLine
 from .signals import Interrupted, StopSignals
 
 _PLATEAU: Any = getattr(timm_scheduler, 'PlateauLRScheduler', ())  # newer timm means to leave it out

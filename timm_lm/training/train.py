@@ -35,7 +35,6 @@ from .loop import Training
 from .places import command_line
 from .plan import describe_data, describe_run, describe_schedule
 from .processes import first_of_machine_first, on_main
-from .report import MAKE_ROOM, RunLog, epoch_table
 from .result import (
     RESULT_NAME,
     describe_trained,
@@ -43,6 +42,7 @@ from .result import (
     save_weights,
 )
 from .run_folder import find_checkpoint, own_run_folder, run_folder
+from .run_log import MAKE_ROOM, RunLog, epoch_table
 from .signals import Interrupted, StopSignals
 
 __all__ = ['Interrupted', 'command_line', 'train']
