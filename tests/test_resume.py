@@ -37,7 +37,7 @@ import subprocess
 import sys
 
 from timm_lm import cli
-from timm_lm.training import checkpoint, loop, report
+from timm_lm.training import checkpoint, loop, run_log
 
 function, is_there = {call}, lambda {where}
 calls = 0
