@@ -5,8 +5,8 @@ import random
 import re
 import shutil
 import signal
-from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -432,19 +432,18 @@ def test_of_two_runs_that_start_at_once_one_is_refused(few_digits, left_alone, t
         pass
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='the system has no /proc')
 def test_run_that_goes_on_elsewhere_is_left_alone(few_digits, left_alone, tmp_path):
     """As when a scheduler starts a job again whose first process still lives; a killed one is no matter."""
     words = arguments(few_digits, tmp_path, '--resume', 'auto')
     process = signalled(
         words, tmp_path, signal.SIGSTOP, 'checkpoint.CheckpointStore.save', 'store, updates, *_: updates == 4')
-    stat = Path('/proc', str(process.pid), 'stat')
+    standing = psutil.Process(process.pid)
 
     def files():
         return {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
 
     try:
-        process.signal_when(lambda: stat.read_text().rpartition(')')[2].split()[0] == 'T', 0)  # until it stands still
+        process.signal_when(lambda: standing.status() == psutil.STATUS_STOPPED, 0)  # wait until it stands still
         before = files()
         other, _, err = Command(*words).wait()
         after = files()
