@@ -58,7 +58,8 @@ def test_normalize_is_that_of_timm():
     images = pixels(6, 32, 32, 3)
     transform = timm.data.create_transform((3, 32, 32), crop_pct=1.0, mean=MEAN, std=STD)
     expected = torch.stack([transform(Image.fromarray(image.numpy())) for image in images])
-    torch.testing.assert_close(normalize(images.permute(0, 3, 1, 2), MEAN, STD), expected)
+    mean, std = 255 * torch.tensor(MEAN), 255 * torch.tensor(STD)
+    torch.testing.assert_close(normalize(images.permute(0, 3, 1, 2), mean, std), expected)
 
 
 # Random erasing

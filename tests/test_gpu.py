@@ -1,4 +1,5 @@
 """What only a GPU does: CUDA graphs, float16 with its scaler, random states of the device. Run where there is one."""
+import importlib
 import json
 import shutil
 
@@ -6,6 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from torch.autograd import grad
 
 import timm_lm
 
@@ -65,3 +67,33 @@ def test_validation_on_the_gpu_counts_as_on_the_cpu(weights, few_digits, command
     told = [command('validate', weights, '--data-dir', few_digits, '--device', device)[1].partition('loss')[0]
             for device in ('cpu', 'cuda')]
     assert told[0] == told[1] and 'top-1' in told[0]
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32])
+def test_large_update_is_one_kernel_each_way(monkeypatch, dtype, layout):
+    module = importlib.import_module('timm_lm.layers.two_step')
+    f, x, x_prev, g = (torch.randn(65, 64, 33, 33, device='cuda', dtype=dtype).contiguous(memory_format=layout)
+                       for _ in range(4))
+    states = [tensor.requires_grad_() for tensor in (f, x, x_prev, torch.tensor([-0.3], device='cuda'))]
+    wide = [tensor.detach().double().requires_grad_() for tensor in states]
+    expected = wide[0] + (1 - wide[3]) * wide[1] + wide[3] * wide[2]
+    fused = []
+    monkeypatch.setattr(module, '_fused', lambda *args: fused.append(1) or original(*args))
+    original = importlib.import_module('timm_lm.layers.fused_two_step').fused_two_step
+    out = module.two_step(*states)
+    assert fused
+    rounding = torch.finfo(dtype).eps
+    for found, right in zip((out, *grad(out, states, g)), (expected, *grad(expected, wide, g.double()))):
+        assert (found.double() - right).norm() <= rounding * right.norm()
+
+
+def test_network_with_large_states_is_fused_and_the_same():
+    module = importlib.import_module('timm_lm.layers.two_step')
+    model = timm.create_model('lm_resnet18', num_classes=10).cuda().eval()
+    images = torch.randn(64, 3, 224, 224, device='cuda')
+    with torch.inference_mode():
+        fused = model(images)
+        assert module._has_triton(images.device)
+        plain = torch.compile(model, backend='eager')(images)
+    assert (fused - plain).abs().max() <= 1e-2 * plain.abs().max()  # TF32 rounds

@@ -8,7 +8,7 @@ from timm.task import LogitDistillationTask
 
 from timm_lm.errors import UserError
 from timm_lm.hub import describe, save_folder
-from timm_lm.training.losses import Distillation, create_criterion, create_loss, load_teacher
+from timm_lm.training.losses import Distillation, PlainLoss, add_loss, create_criterion, create_loss, load_teacher
 from timm_lm.training.options import parse_options
 
 CLASSES = 10
@@ -175,3 +175,27 @@ def test_teacher_that_is_not_there_is_named():
     args = parse_options(['--kd-model-name', 'preact_resnet110'])
     with pytest.raises(UserError, match='There are no weights of preact_resnet110'):
         load_teacher(args, timm.create_model('lm_resnet20', layers=(1, 1, 1)))
+
+
+@pytest.mark.parametrize('backend', ['', 'aot_eager'])
+@pytest.mark.parametrize('targets', [LABELS, MIXED], ids=['labels', 'mixed'])
+def test_network_gives_its_loss(targets, backend):
+    plain = timm.create_model('lm_resnet20', layers=(1, 1, 1))
+    model = timm.create_model('lm_resnet20', layers=(1, 1, 1))
+    model.load_state_dict(plain.state_dict())
+    images = torch.randn(8, 3, 16, 16, generator=seeded())
+    add_loss(model, PlainLoss(torch.nn.CrossEntropyLoss()), torch.float64)
+    network = torch.compile(model, backend=backend) if backend else model
+    expected = plain(images)
+    wanted = torch.nn.functional.cross_entropy(expected, targets)
+    value, loss_and_correct = network(images, targets)
+    wanted.backward()
+    value.backward()
+    labels = targets.argmax(1) if targets.ndim == 2 else targets
+    assert loss_and_correct.dtype == torch.float64 and not loss_and_correct.requires_grad
+    assert loss_and_correct.tolist() == [value.item(), (expected.argmax(1) == labels).sum().item()]
+    torch.testing.assert_close(value, wanted)
+    for (name, found), right in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, right.grad, msg=lambda text, name=name: f'{name}: {text}')
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(images), plain.eval()(images))

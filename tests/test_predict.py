@@ -43,7 +43,7 @@ def test_predictions_are_those_of_the_network(pictures, weights, few_digits, com
     images = load_images('test', few_digits, input_size=(1, 16, 16)).images[:5]
     model = timm.create_model(f'local-dir:{weights}', pretrained=True).eval()
     with torch.inference_mode():
-        expected = model(normalize(images, [0.3053], [0.3760])).softmax(1)
+        expected = model(normalize(images, [0.3053 * 255], [0.3760 * 255])).softmax(1)
     for line, row in zip(found, expected):
         probabilities = {entry['class']: entry['probability'] for entry in line['classes']}
         assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)

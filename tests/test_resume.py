@@ -252,8 +252,9 @@ def test_second_signal_acts_as_ever(tmp_path, number, several, code):
     """For who will not wait for the end of a step; of several processes each may be sent one signal twice."""
     script = tmp_path / 'script.py'
     script.write_text(f"""
-import os
+import os, signal
 from timm_lm.training.signals import StopSignals
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 with StopSignals(several={several}) as signals:
     os.kill(os.getpid(), {int(number)})
     print('noted', signals.number, flush=True)

@@ -62,7 +62,7 @@ def test_training_learns_the_digits(digits, tmp_path, command):
     model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'weights'}", pretrained=True).eval()
     data = load_images('test', digits, input_size=(1, 16, 16))
     with torch.inference_mode():
-        logits = model(normalize(data.images, [0.3053], [0.3760]))
+        logits = model(normalize(data.images, [0.3053 * 255], [0.3760 * 255]))
     right = logits.argsort(1, descending=True) == data.labels[:, None]
     assert (~right[:, 0]).sum().item() == result['errors']
     assert 100 * right[:, :5].sum().item() / 359 == pytest.approx(result['top5'])

@@ -51,9 +51,10 @@ def _random_flip(images: torch.Tensor, dim: int, probability: float, generator: 
 
 
 def normalize(images: torch.Tensor, mean: Values, std: Values) -> torch.Tensor:
-    """uint8 images (N, C, H, W) to float32, less the mean and over the deviation, both for pixels in [0, 1]."""
-    mean, std = (torch.as_tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std))
-    return (images.float() - mean * 255) / (std * 255)
+    """uint8 images (N, C, H, W) to float32, less the mean and over the deviation, both for pixels in [0, 255]."""
+    mean, std = (
+        torch.as_tensor(value, dtype=torch.float32, device=images.device).view(-1, 1, 1) for value in (mean, std))
+    return (images - mean) / std
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

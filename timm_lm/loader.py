@@ -126,7 +126,8 @@ class BatchLoader(ABC):
         self.batch_size = batch_size if is_training else min(batch_size, -(-len(data) // world_size))
         self.device = device
         # on the device once, not with each batch
-        self.mean, self.std = (torch.as_tensor(value, device=device) for value in (mean, std))
+        self.mean, self.std = (  # of pixels in [0, 255]
+            255 * torch.as_tensor(value, dtype=torch.float32, device=device) for value in (mean, std))
         self.is_training = is_training
         self.augmentation = augmentation
         self.seed = seed

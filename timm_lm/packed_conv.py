@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from timm_lm.eager import runs_eagerly
+
 
 class PackedConv2d(nn.Conv2d):
     """A convolution that keeps a copy of its weights, reordered for the size of its last input.
@@ -55,15 +57,12 @@ class PackedConv2d(nn.Conv2d):
         weight = self.weight
         tensors = [tensor for tensor in (x, weight, self.bias) if tensor is not None]
         return (
-            not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-            and type(x) is torch.Tensor and x.dim() == 4 and x.numel() > 0
+            runs_eagerly(*tensors)
+            and x.dim() == 4 and x.numel() > 0
             and all(tensor.device.type == 'cpu' and tensor.dtype == torch.float32 for tensor in tensors)
             and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-            and torch.autograd.forward_ad._current_level < 0
             and not weight.is_inference()  # these do not tell whether they changed
             and not torch.is_autocast_enabled('cpu')
-            and not any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
-            and not torch._C._len_torch_dispatch_stack()
             and torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled())
 
     @torch.jit.unused

@@ -1,6 +1,6 @@
 """The moving average of the weights."""
 import argparse
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
@@ -18,20 +18,21 @@ class AveragedWeights(ModelEmaV3):
     """
 
     _pairs: Optional[Tuple[List[torch.Tensor], List[torch.Tensor]]] = None  # of the average, and of the network
-    _whole_numbers: Sequence[Tuple[torch.Tensor, torch.Tensor]] = ()
+    _counts: Optional[Tuple[List[torch.Tensor], List[torch.Tensor]]] = None  # whole numbers of both, such as of batches
 
     def apply_update_(self, model: torch.nn.Module, decay: float) -> None:
         if self._pairs is None:
             pairs = list(zip(self.module.state_dict().values(), model.state_dict().values()))
             averaged = [pair for pair in pairs if pair[0].is_floating_point()]
             self._pairs = [own for own, _ in averaged], [theirs for _, theirs in averaged]
-            self._whole_numbers = [pair for pair in pairs if not pair[0].is_floating_point()]
+            counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+            self._counts = ([own for own, _ in counts], [theirs for _, theirs in counts]) if counts else None
         if any(tensor.dtype != torch.float32 for tensor in self._pairs[0]):
             super().apply_update_(model, decay)  # which rounds low precision in its own way
             return
         torch._foreach_lerp_(*self._pairs, weight=1. - decay)
-        for own, theirs in self._whole_numbers:
-            own.copy_(theirs)
+        if self._counts:
+            torch._foreach_copy_(*self._counts)
 
 
 def create_average(args: argparse.Namespace, model: TimmModel, accelerator: Accelerator) -> Optional[ModelEmaV3]:

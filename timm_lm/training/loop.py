@@ -29,7 +29,7 @@ from .average import create_average
 from .checkpoint import Checkpoint, CheckpointStore, Progress, random_states, restore_random_states
 from .evaluate import evaluate, sum_dtype
 from .factory import begin_momentum, create_optimizer
-from .losses import create_loss
+from .losses import add_loss, create_loss
 from .processes import on_main
 from .run_log import LiveLine
 from .signals import Interrupted, StopSignals
@@ -76,7 +76,6 @@ class Training:
         if args.two_step_epoch and not self.steps:
             raise UserError(f'--two-step-epoch switches two-step blocks on and {args.model} has none; leave it out.')
         self.k_sizes = {name: step.k.numel() for name, step in self.steps.items()}  # sharded ones tell a part
-        self.loss = create_loss(args, model, data_config, accelerator)
         self.average = create_average(args, model, accelerator)
         self.updates_per_epoch = -(-len(loader) // args.grad_accum_steps)
         if self.sharded and args.clip_grad is not None and args.clip_mode == 'agc':
@@ -102,14 +101,16 @@ class Training:
             if value > last:
                 raise UserError(f'--{name}-epoch {value} comes after the end, the run has {self.num_epochs} epochs; '
                                 'change one of them.')
+        self.sum_dtype = sum_dtype(accelerator.device)
+        add_loss(model, create_loss(args, model, data_config, accelerator), self.sum_dtype)
         self.network, prepared = accelerator.prepare(model, self.plain_optimizer)
         # Accelerate's wrapper takes longer than a fused step of a small network, and is for the scaler
         self.optimizer = self.plain_optimizer if accelerator.scaler is None else prepared
         self.uses_cuda_graphs = bool(args.torchcompile) and accelerator.device.type == 'cuda'
-        # of the running epoch, on the device: summed loss, correct images; of the first batch whose loss is not finite,
-        # its number from 1 and its learning rate
-        self.sum_dtype = sum_dtype(accelerator.device)
-        self.sums = torch.zeros(4, dtype=self.sum_dtype, device=accelerator.device)
+        # of the running epoch, on the device: summed loss, correct images, and batches before the sum was not finite
+        self.sums = torch.zeros(3, dtype=self.sum_dtype, device=accelerator.device)
+        self.loss_sum, self.loss_and_correct, self.finite_batches = self.sums[:1], self.sums[:2], self.sums[2:]
+        self.rates: List[float] = []  # of learning, of the batches of this epoch so far
         self.best: Optional[Dict[str, Any]] = None
         self.facts: Dict[str, Any] = {}  # what the weights of a checkpoint are told by, beside the options
         self.eval_seconds = 0.
@@ -210,7 +211,8 @@ class Training:
         self.best = checkpoint.state['best']
         self.earlier_seconds = checkpoint.state['seconds']
         sums = checkpoint.group('epoch')['sums']  # of all processes; each takes its share, which the live line shows
-        self.sums.copy_(sums / self.accelerator.num_processes)
+        self.loss_and_correct.copy_(sums[:2] / self.accelerator.num_processes)
+        self.finite_batches.fill_(checkpoint.progress.batch)
         rank = self.accelerator.process_index
         restore_random_states(checkpoint, rank)
         saved = checkpoint.group(f'random{rank}')
@@ -240,7 +242,8 @@ class Training:
         Raises:
             UserError: If a loss was not finite; it names the first such batch, the rate and the last good checkpoint.
         """
-        found = [[*self.sums[2:].tolist(), self.signals.number]]
+        done, finite = len(self.rates), int(self.finite_batches.item())
+        found = [[*((finite + 1, self.rates[finite]) if finite < done else (0, 0.)), self.signals.number]]
         if self.accelerator.num_processes > 1:
             ours = torch.tensor(found, dtype=self.sum_dtype, device=self.accelerator.device)
             found = self.accelerator.gather(ours).tolist()
@@ -286,6 +289,7 @@ class Training:
         """
         args, accelerator = self.args, self.accelerator
         self.loader.set_epoch(epoch)
+        self.rates = [math.nan] * first_batch  # those of another process were finite, or nothing would go on from it
         if first_batch == 0:
             self.sums.zero_()
             self.start_epoch(epoch)
@@ -332,21 +336,16 @@ class Training:
         args = self.args
         steps, accumulate = len(self.loader), args.grad_accum_steps
         share = min(accumulate, steps - step // accumulate * accumulate)  # the last update may be of fewer batches
-        lr = self.learning_rate
+        self.rates.append(self.learning_rate)
         if step % accumulate == 0:  # in between, gradients still lie where the graphs put them
             self._free_graph_outputs()
         with nullcontext() if is_update else self.accelerator.no_sync(self.network):
-            logits = self.network(images).float()
-            with self.accelerator.autocast():
-                loss = self.loss(images, logits, targets)
-            self.accelerator.backward(loss / share)
+            loss, loss_and_correct = self.network(images, targets)
+            self.accelerator.backward(loss if share == 1 else loss / share)
         if is_update:
             self._update(epoch, step)
-        loss = loss.detach().to(self.sum_dtype)
-        labels = targets.argmax(1) if targets.ndim == 2 else targets
-        correct = (logits.detach().argmax(1) == labels).sum().to(self.sum_dtype)
-        bad = (~loss.isfinite() & (self.sums[2] == 0)).to(self.sum_dtype)
-        self.sums += torch.stack([loss, correct, bad * (step + 1), bad * lr])
+        self.loss_and_correct += loss_and_correct
+        self.finite_batches += self.loss_sum.isfinite()
 
     def _free_graph_outputs(self) -> None:
         """Tell CUDA graphs that what they computed so far is no longer read."""

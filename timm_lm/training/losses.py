@@ -1,6 +1,7 @@
 """Losses of a training: on labels or mixed targets, and beside a teacher."""
 import argparse
-from typing import Any, Dict, Optional, Sequence, Tuple
+from types import MethodType
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,36 @@ class Distillation(nn.Module):
         return self.task_weight * self.criterion(logits, targets) + self.distill_weight * divergence
 
 
+def add_loss(model: TimmModel, loss: nn.Module, dtype: torch.dtype) -> None:
+    """Have a network that is called with targets give its loss, so that a compiler makes one graph of both.
+
+    ``model(images, targets)`` is then the loss, and beside it a tensor (2,) of the loss and the number of images whose
+    largest logit is their label's (of mixed targets the largest one's). ``model(images)`` still is the logits.
+
+    Args:
+        model: Network, images (N, C, H, W) to logits (N, classes). Its ``forward`` is replaced.
+        loss: Images, logits in float32 and targets to the loss.
+        dtype: Precision of the tensor (2,).
+    """
+    forward = model.forward
+
+    def forward_with_loss(
+            _: nn.Module,
+            images: torch.Tensor,
+            targets: Optional[torch.Tensor] = None,
+    ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
+        logits = forward(images)
+        if targets is None:
+            return logits
+        logits = logits.float()
+        value = loss(images, logits, targets)
+        labels = targets.argmax(1) if targets.ndim == 2 else targets
+        correct = (logits.detach().argmax(1) == labels).sum()
+        return value, torch.stack([value.detach().to(dtype), correct.to(dtype)])
+
+    model.forward = MethodType(forward_with_loss, model)
+
+
 def _renormalization(student: Dict[str, Sequence[float]],
                      teacher: Dict[str, Sequence[float]]) -> Tuple[torch.Tensor, torch.Tensor]:
     """Factor and term, shape (C, 1, 1), from the student's to the teacher's normalised images."""
@@ -124,9 +155,6 @@ def create_loss(args: argparse.Namespace, model: TimmModel, data_config: Dict[st
     check_input(teacher, data_config, f'The teacher {args.kd_model_name}')
     norm = {key: teacher.pretrained_cfg[key] for key in ('mean', 'std')}
     teacher.to(accelerator.device, memory_format=torch.channels_last if args.channels_last else None)
-    if args.torchcompile:
-        teacher = torch.compile(
-            teacher, backend=args.torchcompile, mode=args.torchcompile_mode or 'default', dynamic=False)
     return Distillation(
         criterion, teacher, data_config, norm, args.kd_temperature, args.task_loss_weight, args.distill_loss_weight
     ).to(accelerator.device)

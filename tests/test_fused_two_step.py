@@ -1,0 +1,95 @@
+"""The Triton kernels of the update, run by Triton's interpreter, and the updates that they are for."""
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import fresh_python
+
+module = importlib.import_module('timm_lm.layers.two_step')  # the package's attribute of this name is the function
+TESTS = Path(__file__).parent
+SIZE = 64  # elements of a large state, in these tests
+
+
+@pytest.fixture(scope='module')
+def errors():
+    told = fresh_python(TESTS / 'fused_two_step.py', cwd=TESTS, TRITON_INTERPRET='1', PYTHONPATH=str(TESTS.parent))
+    return json.loads(told.stdout)
+
+
+def test_kernels_compute_the_formula_and_its_gradients(errors):
+    low = {name: errors.pop(name) for name in ('torch.bfloat16', 'torch.float16')}
+    assert len(errors) == 10
+    for name, found in errors.items():
+        assert max(found) < 2e-6, name
+    for name, found in low.items():
+        *states, dk = found
+        assert max(states) < 2 * torch.finfo(getattr(torch, name[6:])).eps and dk < 2e-6, name  # the interpreter cuts
+
+
+def states(*shape, dtype=torch.float32, layout=torch.contiguous_format):
+    f, x, x_prev = (torch.randn(shape, dtype=dtype).contiguous(memory_format=layout) for _ in range(3))
+    return f, x, x_prev, torch.tensor([-0.1])
+
+
+@pytest.fixture
+def can_fuse(monkeypatch):
+    """Whether an update would be fused if these tensors lay on a GPU with Triton."""
+    monkeypatch.setattr(module, 'FUSED_SIZE', SIZE)
+    monkeypatch.setattr(module, '_has_triton', lambda device: True)
+    return module.can_fuse
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32])
+def test_large_states_are_fused(can_fuse, dtype, layout):
+    assert can_fuse(*states(2, 4, 3, 3, dtype=dtype, layout=layout))
+
+
+def other_cases():
+    f, x, x_prev, k = states(2, 4, 3, 3)
+    last = torch.channels_last
+    wide = torch.randn(2, 4, 3, 6)[..., ::2]
+    return {
+        'small': states(1, 4, 3, 3),
+        'float64': states(2, 4, 3, 3, dtype=torch.float64),
+        'branch in lower precision': (f.bfloat16(), x, x_prev, k),
+        'history in lower precision': (f, x, x_prev.bfloat16(), k),
+        'branch in another layout': (f.contiguous(memory_format=last), x, x_prev, k),
+        'history in another layout': (f, x, x_prev.contiguous(memory_format=last), k),
+        'history of one image': (f, x, x_prev[:1], k),
+        'gaps': (wide, wide, wide, k),
+        'k by channel': (f, x, x_prev, torch.zeros(4, 1, 1)),
+    }
+
+
+@pytest.mark.parametrize('name', other_cases())
+def test_others_are_not_fused(can_fuse, name):
+    assert not can_fuse(*other_cases()[name])
+
+
+def test_no_transform_sees_a_fused_update(can_fuse):
+    f, x, x_prev, k = states(2, 4, 3, 3)
+    seen = []
+
+    def update(f):
+        seen.append(can_fuse(f, x, x_prev, k))
+        return f + x
+
+    torch.vmap(update)(f[None])
+    torch.func.jvp(update, (f,), (x,))
+    torch.func.grad(lambda f: update(f).sum())(f)
+    torch.jit.trace(update, f, check_trace=False)  # which runs it plainly too
+    torch.compile(update, backend='eager', fullgraph=True)(f)
+    assert seen and not any(seen)
+    update(f)
+    assert seen[-1]
+
+
+def test_kernels_that_do_not_run_are_passed_by(can_fuse, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(module, 'FUSED_SIZE', SIZE)
+    module._has_triton.cache_clear()
+    assert not module.can_fuse(*states(2, 4, 3, 3))  # on the CPU, where Triton has no kernels
+    module._has_triton.cache_clear()

@@ -1,0 +1,13 @@
+"""Whether operations run one by one on plain tensors, so that a kernel of our own can stand in for some of them."""
+import torch
+from torch import nn
+
+
+def runs_eagerly(*tensors: torch.Tensor) -> bool:
+    """Whether a call with these tensors is seen by no compiler, tracer, transform, dispatch mode or tensor subclass."""
+    return (
+        not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+        and all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
+        and torch.autograd.forward_ad._current_level < 0
+        and not any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+        and not torch._C._len_torch_dispatch_stack())
