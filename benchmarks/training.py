@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def _peak(step: Callable[[], Any], args: argparse.Namespace) -> str:
-    if args.device != 'cuda':
+    if args.device != 'cuda' or args.compile and args.compile_mode == 'reduce-overhead':  # graphs have a pool
         return ''
     step()
     torch.cuda.reset_peak_memory_stats()

@@ -2,12 +2,17 @@
 
 Prints JSON: for each case the largest error of the output and of each gradient, as shares of its norm.
 """
+import importlib
 import json
 
+import timm
 import torch
 from torch.autograd import grad
 
+import timm_lm  # noqa: F401  registers its networks
 from timm_lm.layers.fused_two_step import BLOCK, fused_two_step
+
+two_step = importlib.import_module('timm_lm.layers.two_step')
 
 SHAPES = {'a part of a block': (2, 3, 5, 7), 'blocks and a part': (2, 16, 13, 12), 'whole blocks': (2, 16, 8, 2 * 8)}
 LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
@@ -54,10 +59,45 @@ def second_derivatives():
     return [error(found, expected.double()) for found, expected in zip(*results)]
 
 
+def batch_of_gradients(states, k, g):
+    out = fused_two_step(*states, k)
+    found = grad(out, (*states, k), torch.stack([g, 2 * g]), is_grads_batched=True)
+    wanted = grad(formula(*states, k), (*states, k), g)
+    return [error(both[i], (i + 1) * right.double()) for both, right in zip(found, wanted) for i in (0, 1)]
+
+
+def history_in_another_layout(states, k, g):
+    """As hooks on what autograd saves may give it back."""
+    def unpack(tensor):
+        unpack.count += 1
+        return tensor.contiguous() if unpack.count == 2 and tensor.dim() == 4 else tensor
+
+    unpack.count = 0
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        out = fused_two_step(*states, k)
+    return list(map(error, grad(out, (*states, k), g),
+                    grad(formula(*(t.double() for t in (*states, k))), (*states, k), g.double())))
+
+
+def network_that_recomputes():
+    """A network whose first fused update, at which the kernels are tried, is within a block that is recomputed."""
+    gradients = []
+    for two_step.FUSED_ON in ('cpu', 'nowhere'):
+        torch.manual_seed(0)
+        model = timm.create_model('lm_resnet20', layers=(3, 1, 1)).train()
+        model.set_grad_checkpointing()
+        model(torch.randn(2, 3, 8, 8)).logsumexp(1).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert two_step._has_triton(torch.device('cpu'))
+    norm = max(right.norm() for right in gradients[1])
+    return [((found - right).norm() / norm).item() for found, right in zip(*gradients)]
+
+
 def main():
+    two_step.FUSED_SIZE = 1
+    told = {'recomputed': network_that_recomputes()}
     torch.manual_seed(0)
     assert 2 * 16 * 8 * 16 % BLOCK == 0 and 2 * BLOCK < 2 * 16 * 13 * 12
-    told = {}
     for number, (name, shape) in enumerate(SHAPES.items()):
         k = torch.full(K_SHAPES[number], -0.3, requires_grad=True)
         for layout_name, layout in LAYOUTS.items():
@@ -67,6 +107,8 @@ def main():
     states, g = draw((2, 16, 8, 8), torch.float32, torch.channels_last)
     told['gradient of other strides'] = errors(states, k, g.contiguous())
     told['gradient of one value'] = errors(states, k, torch.ones(()).expand(g.shape))
+    told['a batch of gradients'] = batch_of_gradients(states, k, g)
+    told['history in another layout'] = history_in_another_layout(states, k, g)
     for dtype in (torch.bfloat16, torch.float16):
         told[str(dtype)] = errors(*draw((2, 16, 8, 8), dtype, torch.channels_last)[:1], k, g.to(dtype))
     told['second derivatives'] = second_derivatives()

@@ -363,7 +363,7 @@ def test_pretrained_on_the_meta_device_is_a_network_of_shapes():
 @pytest.mark.parametrize('name, message', [
     ('lm_resnet21', 'no model .*Did you mean lm_resnet'),
     ('lm_resnet20.nope', "has no tag 'nope'; its tags are: .*demo_c10"),
-    ('lm_resnet44', 'There are no weights of lm_resnet44'),
+    ('lm_resnet110', 'There are no weights of lm_resnet110'),
     ('lm_resnet20.paper_c100', 'no weights of lm_resnet20.paper_c100; these tags have: lm_resnet20.best_c10'),
 ])
 def test_names_without_weights(name, message):

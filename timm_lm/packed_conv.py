@@ -26,11 +26,11 @@ class PackedConv2d(nn.Conv2d):
     def is_possible(cls) -> bool:
         """Whether this PyTorch has the means, which are private to it: a small convolution is tried."""
         like: Any = dict(device='cpu', dtype=torch.float32)
-        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        plain = torch.autocast('cpu', enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), plain, torch.random.fork_rng(devices=[]):
             conv, x = cls(1, 1, 1, **like), torch.ones(1, 1, 1, 1, **like)
             try:
-                conv._can_pack(x)
-                return conv._forward_packed(x).shape == x.shape
+                return conv._can_pack(x) and conv._forward_packed(x).shape == x.shape
             except (AttributeError, RuntimeError, TypeError):
                 return False
 

@@ -1,7 +1,7 @@
 """The two-step update as one Triton kernel forward and one backward, for large states on a GPU.
 
-PyTorch's own operations move a state 6 times forward and 13 times backward, where 4 and 5 are needed. A compiler that
-sees the whole network does better without these kernels: it makes the update a part of its neighbours.
+PyTorch's own operations read or write a state 6 times forward and 11 times backward, where 4 and 5 are needed. Compiled
+networks do without these kernels, as a compiler can make the update a part of its neighbours.
 """
 import functools
 from typing import Any, Optional, Tuple
@@ -9,6 +9,8 @@ from typing import Any, Optional, Tuple
 import torch
 import triton
 import triton.language as tl
+
+from timm_lm.eager import runs_eagerly
 
 BLOCK = 2048  # elements of a program at a time
 WARPS = 8
@@ -42,7 +44,7 @@ def _backward_kernel(g, x, x_prev, k, dx, dx_prev, dk, size, programs, BLOCK: tl
     tl.store(dk + program, tl.sum(products, 0))
 
 
-def _update(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def update(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
         _forward_kernel[(triton.cdiv(x.numel(), BLOCK),)](
@@ -50,13 +52,13 @@ def _update(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Ten
     return out
 
 
-def _gradients(g: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor,
+def gradients(g: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor,
                k: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if g.stride() != x.stride():
-        g = torch.empty_like(x).copy_(g)
+    g, x_prev = (  # hooks on what autograd saves may lay the history out in another way
+        tensor if tensor.stride() == x.stride() else torch.empty_like(x).copy_(tensor) for tensor in (g, x_prev))
     dx, dx_prev = torch.empty_like(x), torch.empty_like(x)
     programs = PROGRAMS * _multiprocessors(x.device)
-    dk = torch.empty(programs, device=x.device)
+    dk = torch.empty(programs, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _backward_kernel[(programs,)](
             g, x, x_prev, k, dx, dx_prev, dk, x.numel(), programs, BLOCK=BLOCK, num_warps=WARPS)
@@ -74,17 +76,17 @@ class _FusedTwoStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, x_prev, k)
-        return _update(f, x, x_prev, k)
+        return update(f, x, x_prev, k)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         x, x_prev, k = ctx.saved_tensors
-        if torch.is_grad_enabled():  # these gradients are to be differentiated again
+        if torch.is_grad_enabled() or not runs_eagerly(g):  # they are to be differentiated again, or g is a batch
             share = k.to(g.dtype)
             dk = (g * (x_prev - x)).sum(dtype=torch.float32).to(k.dtype).view(k.shape)
             found = g, g - share * g, share * g, dk
         else:
-            found = g, *_gradients(g, x, x_prev, k)
+            found = g, *gradients(g, x, x_prev, k)
         return tuple(gradient if needed else None for gradient, needed in zip(found, ctx.needs_input_grad))
 
 
@@ -99,4 +101,4 @@ def fused_two_step(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: to
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (f, x, x_prev, k)):
         return _FusedTwoStep.apply(f, x, x_prev, k)
-    return _update(f, x, x_prev, k)
+    return update(f, x, x_prev, k)

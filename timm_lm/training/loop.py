@@ -340,7 +340,8 @@ class Training:
         if step % accumulate == 0:  # in between, gradients still lie where the graphs put them
             self._free_graph_outputs()
         with nullcontext() if is_update else self.accelerator.no_sync(self.network):
-            loss, loss_and_correct = self.network(images, targets)
+            with self.accelerator.autocast():  # Accelerate puts it into the network, but not with FSDP 2
+                loss, loss_and_correct = self.network(images, targets)
             self.accelerator.backward(loss if share == 1 else loss / share)
         if is_update:
             self._update(epoch, step)
@@ -406,7 +407,8 @@ class Training:
 
         def forward(images: torch.Tensor) -> torch.Tensor:
             self._free_graph_outputs()  # else each batch would be recorded as a graph of its own
-            return self.network(images)
+            with self.accelerator.autocast():
+                return self.network(images)
 
         def until_a_signal(batches: BatchLoader) -> Iterator[Any]:
             nonlocal signal_number

@@ -117,14 +117,14 @@ def add_loss(model: TimmModel, loss: nn.Module, dtype: torch.dtype) -> None:
         loss: Images, logits in float32 and targets to the loss.
         dtype: Precision of the tensor (2,).
     """
-    forward = model.forward
+    forward = model.forward.__func__  # that of the class: a copy of the network computes with its own weights
 
     def forward_with_loss(
-            _: nn.Module,
+            self: nn.Module,
             images: torch.Tensor,
             targets: Optional[torch.Tensor] = None,
     ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
-        logits = forward(images)
+        logits = forward(self, images)
         if targets is None:
             return logits
         logits = logits.float()
