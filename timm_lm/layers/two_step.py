@@ -56,7 +56,7 @@ def two_step(
 def can_fuse(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether an update is large enough for the Triton kernels, and one that they compute."""
     return (
-        not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # neither is to see the size
         and x.device.type == FUSED_ON
         and x.numel() >= FUSED_SIZE
         and runs_eagerly(f, x, x_prev, k)
