@@ -45,6 +45,7 @@ def _backward_kernel(g, x, x_prev, k, dx, dx_prev, dk, size, programs, BLOCK: tl
 
 
 def update(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """``fused_two_step`` without gradients."""
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
         _forward_kernel[(triton.cdiv(x.numel(), BLOCK),)](
@@ -53,7 +54,8 @@ def update(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tens
 
 
 def gradients(g: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor,
-               k: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+              k: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Those of the state, the history and ``k``, of the gradient ``g`` of the next state; that of the branch is ``g``."""
     g, x_prev = (  # hooks on what autograd saves may lay the history out in another way
         tensor if tensor.stride() == x.stride() else torch.empty_like(x).copy_(tensor) for tensor in (g, x_prev))
     dx, dx_prev = torch.empty_like(x), torch.empty_like(x)

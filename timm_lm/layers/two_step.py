@@ -13,6 +13,7 @@ from torch import nn
 from timm_lm.eager import runs_eagerly
 from timm_lm.errors import one_line
 
+# Where an update is one kernel each way.
 FUSED_ON = 'cuda'
 FUSED_SIZE = 2 ** 22  # elements of a state on a GPU; smaller ones take less time than it takes to ask for them
 
