@@ -55,7 +55,7 @@ def update(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tens
 
 def gradients(g: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor,
               k: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Those of the state, the history and ``k``, of the gradient ``g`` of the next state; that of the branch is ``g``."""
+    """Those of state, history and ``k``, from that of the next state, ``g``, which is the one of the branch as well."""
     g, x_prev = (  # hooks on what autograd saves may lay the history out in another way
         tensor if tensor.stride() == x.stride() else torch.empty_like(x).copy_(tensor) for tensor in (g, x_prev))
     dx, dx_prev = torch.empty_like(x), torch.empty_like(x)
