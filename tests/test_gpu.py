@@ -7,6 +7,7 @@ import shutil
 import pytest
 import timm
 import torch
+from helpers import fresh_python
 from safetensors.torch import load_file
 from torch.autograd import grad
 
@@ -122,3 +123,18 @@ def test_network_with_large_states_learns_by_the_kernels(kernels, grad_checkpoin
     for name in ('stem.conv.weight', 'head.fc.weight'):
         found, right = fused.get_parameter(name).grad, plain.get_parameter(name).grad
         assert (found - right).norm() <= 0.01 * right.norm(), name  # TF32 rounds
+
+
+def test_device_that_failed_is_told(tmp_path):
+    code = """
+import os
+import torch
+from timm_lm import cli
+cli.COMMANDS['list'] = lambda argv: torch.zeros(1, device='cuda')[torch.tensor([5], device='cuda')].cpu()
+code = cli.main(['list'])
+print(f'exit code {code}', flush=True)
+os._exit(0)  # what PyTorch does at the end with a device that failed is its own affair
+"""
+    result = fresh_python('-c', code, cwd=tmp_path)
+    assert 'exit code 2' in result.stdout and 'timm-lm: error: The device failed (CUDA error: ' in result.stderr
+    assert 'Traceback' not in result.stderr

@@ -432,6 +432,17 @@ def test_memory_that_does_not_suffice_is_told(fails, monkeypatch):
         fails('list')
 
 
+@pytest.mark.parametrize('kind', [RuntimeError, getattr(torch, 'AcceleratorError', RuntimeError)])
+def test_device_that_failed_is_told(fails, monkeypatch, kind):
+    def work(argv):
+        raise kind('CUDA error: an illegal memory access was encountered\nFor debugging consider passing ...')
+
+    monkeypatch.setitem(cli.COMMANDS, 'list', work)
+    line = fails('list')
+    assert 'The device failed (CUDA error: an illegal memory access was encountered' in line
+    assert 'with --resume auto' in line
+
+
 @pytest.mark.parametrize('engine', ['deepspeed', 'megatron_lm'])
 def test_other_engines_of_accelerate_are_refused(few_digits, tmp_path, fails, monkeypatch, engine):
     monkeypatch.setenv(f'ACCELERATE_USE_{engine.upper()}', 'true')

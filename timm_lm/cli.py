@@ -337,6 +337,11 @@ def _is_out_of_memory(e: BaseException) -> bool:
     return isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError' or any(text in str(e) for text in told)
 
 
+def _is_of_a_device(e: BaseException) -> bool:
+    """Whether an error is one that a GPU ended with; where it is raised tells little, as the host runs ahead."""
+    return type(e).__name__ == 'AcceleratorError' or str(e).startswith('CUDA error')  # the latter in older PyTorch
+
+
 def _device(name: str) -> Any:
     import torch
     try:
@@ -443,10 +448,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (MemoryError, RuntimeError) as e:
-        if not _is_out_of_memory(e):
+        if _is_out_of_memory(e):
+            _tell(f'timm-lm: error: The memory does not suffice ({one_line(e)}); use a smaller --batch-size, or a '
+                  'smaller network.')
+        elif _is_of_a_device(e):
+            _tell(f'timm-lm: error: The device failed ({one_line(e)}), maybe through another process on it; start '
+                  'again, a training by the same command with --resume auto.')
+        else:
             raise
-        _tell(f'timm-lm: error: The memory does not suffice ({one_line(e)}); use a smaller --batch-size, or a smaller '
-              'network.')
         return EXIT_USER_ERROR
     except OSError as e:
         _tell(f'timm-lm: error: {e}; check the path, the rights to it, the room there and the connection.')
