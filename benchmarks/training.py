@@ -1,4 +1,4 @@
-"""A training step of an LM network against its plain twin: time, bytes kept for backward, peak memory on a GPU.
+"""A training step of an LM network against its plain twin: time, bytes kept, peak memory on a GPU (without graphs).
 
     python benchmarks/training.py [--depths 20 56 --batch-size 128 --compile --device cuda]
 

@@ -66,7 +66,7 @@ def test_page_sets_runs_beside_published_figures(results, tmp_path):
             'paper_c10), 8.75 (resnet20 paper_c10) | 7.40 (resnet20) | 6.51 (preact_resnet20), 5.97 (resnet20) |'
             ) in summary
     assert '| `lm_resnet32`' not in summary
-    assert 'Of the 6 LM runs here 0 end with a `k` outside of this' in text and '6 have a `k` above 0' in text
+    assert 'Of the 6 finished LM runs here 0 end with a `k` outside of this' in text and '6 have a `k` above 0' in text
     # a run of fewer epochs fills no row, the row keeps the command that does; the run is listed
     assert '| 7.18 |  |  | `timm-lm train -c lm_resnet32.paper_c10 --data-dir DIR` |' in other
     assert '| lm_resnet32-1-60 |' in text and 'stopped after epoch 12 of 160' in text

@@ -440,7 +440,7 @@ def test_device_that_failed_is_told(fails, monkeypatch, kind):
     monkeypatch.setitem(cli.COMMANDS, 'list', work)
     line = fails('list')
     assert 'The device failed (CUDA error: an illegal memory access was encountered' in line
-    assert 'with --resume auto' in line
+    assert 'A training goes on with --resume auto' in line
 
 
 @pytest.mark.parametrize('engine', ['deepspeed', 'megatron_lm'])

@@ -453,7 +453,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                   'smaller network.')
         elif _is_of_a_device(e):
             _tell(f'timm-lm: error: The device failed ({one_line(e)}), maybe through another process on it; start '
-                  'again, a training by the same command with --resume auto.')
+                  'again. A training goes on with --resume auto, or without an --experiment with --resume '
+                  'RUN/checkpoints/step-...')
         else:
             raise
         return EXIT_USER_ERROR

@@ -204,10 +204,10 @@ def _about_k(rows: List[Row]) -> str:
     """What the ODE picture asks of ``k``, and how many runs keep to it."""
     found = [[float(value) for value in row['k'].split()] for row in _with_k(rows)]
     outside = sum(max(map(abs, k)) >= 1 for k in found)
-    return (f'As a method for ODEs the two-step rule is zero-stable for |k| < 1 only. Of the {len(found)} LM runs here '
-            f'{outside} end with a `k` outside of this: such a network works all the same, but there the ODE picture '
-            f'does not hold. {sum(max(k) > 0 for k in found)} have a `k` above 0, though a new network starts from '
-            '[-0.1, 0].')
+    return (f'As a method for ODEs the two-step rule is zero-stable for |k| < 1 only. Of the {len(found)} finished LM '
+            f'runs here {outside} end with a `k` outside of this: such a network works all the same, but there the '
+            f'ODE picture does not hold. {sum(max(k) > 0 for k in found)} have a `k` above 0, though a new network '
+            'starts from [-0.1, 0].')
 
 
 def _with_k(rows: List[Row]) -> List[Row]:

@@ -39,7 +39,7 @@ def two_step(
         x: The state ``x[n]`` (at a change of shape its projection), shape (N, C, H, W).
         x_prev: The history ``x[n-1]``, shape (N, C, H, W).
         k: The coefficient of the history, of a shape that broadcasts to the state: () or (C, 1, 1). It is cast to
-            the dtype of the state.
+            the dtype of the state, but by the Triton kernels to float32.
 
     Returns:
         The state ``x[n+1]``, shape (N, C, H, W).

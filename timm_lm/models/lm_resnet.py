@@ -677,7 +677,7 @@ _c100 = partial(_cifar_cfg, _labels.CIFAR100, mean=(0.5071, 0.4865, 0.4409), std
 # The first tag of a name fixes its number of classes; the first one of as many that has weights is the default.
 # They are the names of the recipes of a network.
 def _cifar_tags(*further: str) -> Dict[str, Callable[..., Dict[str, Any]]]:
-    tags = sorted(  # the first with weights is the default; grown ones have the fewest errors on CIFAR-10
+    tags = sorted(  # the first with weights is the default; those of grow_c10 have the fewest errors on CIFAR-10
         ('best_c10', *further, 'best_c100', 'paper_c100'), key=lambda tag: (tag.endswith('_c100'), tag != 'grow_c10'))
     return {tag: _c100 if tag.endswith('_c100') else _c10 for tag in tags}
 
