@@ -1,5 +1,4 @@
-"""The Triton kernels of the update, run by Triton's interpreter, and the updates that they are for."""
-import importlib
+"""Updates that Triton kernels compute: the kernels themselves, in Triton's interpreter, and which updates they take."""
 import json
 from pathlib import Path
 
@@ -7,14 +6,15 @@ import pytest
 import torch
 from helpers import fresh_python
 
-module = importlib.import_module('timm_lm.layers.two_step')  # the package's attribute of this name is the function
+from timm_lm.layers import fused_two_step as module
+
 TESTS = Path(__file__).parent
 SIZE = 64  # elements of a large state, in these tests
 
 
 @pytest.fixture(scope='module')
 def errors():
-    told = fresh_python(TESTS / 'fused_two_step.py', cwd=TESTS, TRITON_INTERPRET='1', PYTHONPATH=str(TESTS.parent))
+    told = fresh_python(TESTS / 'interpreted_kernels.py', cwd=TESTS, TRITON_INTERPRET='1', PYTHONPATH=str(TESTS.parent))
     return json.loads(told.stdout)
 
 

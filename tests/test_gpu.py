@@ -1,6 +1,5 @@
-"""What only a GPU does: CUDA graphs, float16 with its scaler, random states of the device. Run where there is one."""
+"""What only a GPU does: CUDA graphs, float16 with its scaler, random states, kernels of its own, and failing."""
 import copy
-import importlib
 import json
 import shutil
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from torch.autograd import grad
 
 import timm_lm
-from timm_lm.layers import two_step
+from timm_lm.layers import fused_two_step, two_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 
@@ -74,15 +73,15 @@ def test_validation_on_the_gpu_counts_as_on_the_cpu(weights, few_digits, command
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Names of the fused updates and gradients, as they are called."""
-    module = importlib.import_module('timm_lm.layers.fused_two_step')
+    """Names of the kernels, as they are called."""
+    from timm_lm.layers import two_step_kernels  # which needs Triton
     called = []
 
     def noted(name, real):
         return lambda *args: called.append(name) or real(*args)
 
     for name in ('update', 'gradients'):
-        monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
+        monkeypatch.setattr(two_step_kernels, name, noted(name, getattr(two_step_kernels, name)))
     return called
 
 
@@ -107,8 +106,7 @@ def test_large_update_is_one_kernel_each_way(kernels, dtype, layout):
 
 @pytest.mark.parametrize('grad_checkpointing', [False, True])
 def test_network_with_large_states_learns_by_the_kernels(kernels, grad_checkpointing, monkeypatch):
-    module = importlib.import_module('timm_lm.layers.two_step')
-    module._has_triton.cache_clear()
+    fused_two_step._has_triton.cache_clear()
     torch.manual_seed(0)
     fused = timm.create_model('lm_resnet18', num_classes=10).cuda()
     plain = copy.deepcopy(fused)
@@ -117,7 +115,7 @@ def test_network_with_large_states_learns_by_the_kernels(kernels, grad_checkpoin
     fused(images).logsumexp(1).sum().backward()
     assert kernels.count('gradients') > 1
     kernels.clear()
-    monkeypatch.setattr(module, 'FUSED_ON', 'nowhere')
+    monkeypatch.setattr(fused_two_step, 'FUSED_ON', 'nowhere')
     plain(images).logsumexp(1).sum().backward()
     assert not kernels
     for name in ('stem.conv.weight', 'head.fc.weight'):

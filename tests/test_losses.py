@@ -1,4 +1,4 @@
-"""Losses: that timm's own give the same value and gradient, and which teachers fit."""
+"""Losses: that timm's own give the same value and gradient, which teachers fit, and one graph with the network."""
 import copy
 
 import pytest

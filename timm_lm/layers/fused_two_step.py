@@ -1,75 +1,56 @@
-"""The two-step update as one Triton kernel forward and one backward, for large states on a GPU.
+"""Large two-step updates on a GPU without a compiler: which they are, and the update by one Triton kernel each way.
 
 PyTorch's own operations read or write a state 6 times forward and 11 times backward, where 4 and 5 are needed. Compiled
 networks do without these kernels, as a compiler can make the update a part of its neighbours.
 """
 import functools
+import warnings
 from typing import Any, Optional, Tuple
 
 import torch
-import triton
-import triton.language as tl
 
 from timm_lm.eager import runs_eagerly
+from timm_lm.errors import one_line
 
-BLOCK = 2048  # elements of a program at a time
-WARPS = 8
-PROGRAMS = 8  # of the backward kernel, on each multiprocessor; each gives a part of dk
-
-
-@triton.jit
-def _forward_kernel(f, x, x_prev, k, out, size, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    state = tl.load(x + i, inside, 0.).to(tl.float32)
-    history = tl.load(x_prev + i, inside, 0.).to(tl.float32)
-    branch = tl.load(f + i, inside, 0.).to(tl.float32)
-    tl.store(out + i, branch + state + tl.load(k).to(tl.float32) * (history - state), inside)
+FUSED_ON = 'cuda'
+FUSED_SIZE = 2 ** 22  # elements of a state; smaller ones take less time than it takes to ask for them
 
 
-@triton.jit
-def _backward_kernel(g, x, x_prev, k, dx, dx_prev, dk, size, programs, BLOCK: tl.constexpr):
-    program = tl.program_id(0).to(tl.int64)
-    share = tl.load(k).to(tl.float32)
-    products = tl.zeros([BLOCK], tl.float32)
-    for start in range(program * BLOCK, size, programs * BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        inside = i < size
-        gradient = tl.load(g + i, inside, 0.).to(tl.float32)
-        state = tl.load(x + i, inside, 0.).to(tl.float32)
-        history = tl.load(x_prev + i, inside, 0.).to(tl.float32)
-        tl.store(dx + i, gradient - share * gradient, inside)
-        tl.store(dx_prev + i, share * gradient, inside)
-        products += gradient * (history - state)
-    tl.store(dk + program, tl.sum(products, 0))
-
-
-def update(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """``fused_two_step`` without gradients."""
-    out = torch.empty_like(x)
-    with torch.cuda.device_of(x):
-        _forward_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-            f, x, x_prev, k, out, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
-    return out
-
-
-def gradients(g: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor,
-              k: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Those of state, history and ``k``, from that of the next state, ``g``, which is the one of the branch as well."""
-    g, x_prev = (  # hooks on what autograd saves may lay the history out in another way
-        tensor if tensor.stride() == x.stride() else torch.empty_like(x).copy_(tensor) for tensor in (g, x_prev))
-    dx, dx_prev = torch.empty_like(x), torch.empty_like(x)
-    programs = PROGRAMS * _multiprocessors(x.device)
-    dk = torch.empty(programs, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _backward_kernel[(programs,)](
-            g, x, x_prev, k, dx, dx_prev, dk, x.numel(), programs, BLOCK=BLOCK, num_warps=WARPS)
-    return dx, dx_prev, dk.sum().to(k.dtype).view(k.shape)
+@torch.jit.unused
+def can_fuse(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether an update is large enough for the Triton kernels, and one that they compute."""
+    return (
+        not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # neither is to see the size
+        and x.device.type == FUSED_ON
+        and x.numel() >= FUSED_SIZE
+        and runs_eagerly(f, x, x_prev, k)
+        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and f.dtype == x.dtype == x_prev.dtype
+        and f.shape == x.shape == x_prev.shape
+        and f.stride() == x.stride() == x_prev.stride()
+        and any(x.is_contiguous(memory_format=layout) for layout in (torch.contiguous_format, torch.channels_last))
+        and k.numel() == 1 and k.device == x.device
+        and _has_triton(x.device))
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
+def _has_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run there: they are tried, as they need a C compiler and a GPU that Triton knows.
+
+    They are tried without autograd, which may be about to recompute a block.
+    """
+    try:
+        from .two_step_kernels import gradients, update
+        with torch.inference_mode(False), torch.no_grad():
+            f, x, x_prev, k = (torch.ones(1, device=device) for _ in range(4))
+            gradients(update(f, x, x_prev, k), x, x_prev, k)
+        return True
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # of a compiler, a driver or Triton itself
+        warnings.warn(f'Large two-step updates take PyTorch\'s own operations on {device}, as Triton\'s kernels do not '
+                      f'run there ({one_line(e)}).', stacklevel=2)
+        return False
 
 
 class _FusedTwoStep(torch.autograd.Function):
@@ -77,6 +58,7 @@ class _FusedTwoStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        from .two_step_kernels import update
         ctx.save_for_backward(x, x_prev, k)
         return update(f, x, x_prev, k)
 
@@ -88,10 +70,12 @@ class _FusedTwoStep(torch.autograd.Function):
             dk = (g * (x_prev - x)).sum(dtype=torch.float32).to(k.dtype).view(k.shape)
             found = g, g - share * g, share * g, dk
         else:
+            from .two_step_kernels import gradients
             found = g, *gradients(g, x, x_prev, k)
         return tuple(gradient if needed else None for gradient, needed in zip(found, ctx.needs_input_grad))
 
 
+@torch.jit.unused
 def fused_two_step(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """``f + (1 - k) x + k x_prev``, computed in float32 and rounded once.
 
@@ -103,4 +87,5 @@ def fused_two_step(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: to
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (f, x, x_prev, k)):
         return _FusedTwoStep.apply(f, x, x_prev, k)
+    from .two_step_kernels import update
     return update(f, x, x_prev, k)

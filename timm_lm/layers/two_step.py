@@ -3,19 +3,12 @@
 Source: Lu, Zhong, Li, Dong, "Beyond Finite Layer Neural Networks: Bridging Deep Architectures and Numerical
 Differential Equations", ICML 2018, https://arxiv.org/abs/1710.10121.
 """
-import functools
-import warnings
 from typing import Tuple, Union
 
 import torch
 from torch import nn
 
-from timm_lm.eager import runs_eagerly
-from timm_lm.errors import one_line
-
-# Where an update is one kernel each way.
-FUSED_ON = 'cuda'
-FUSED_SIZE = 2 ** 22  # elements of a state on a GPU; smaller ones take less time than it takes to ask for them
+from .fused_two_step import can_fuse, fused_two_step
 
 KInit = Union[float, Tuple[float, float]]
 
@@ -32,7 +25,7 @@ def two_step(
     for backward but the states, which the network holds anyway. A compiler takes ``lerp`` apart and would keep the
     difference of the states as well; for training under ``torch.compile`` the sum is therefore written such that ``dk``
     is made from the states themselves, and added up in the precision of ``k``. Without a compiler, large states on a
-    GPU are updated by one Triton kernel each way, which computes in float32 and rounds once (``can_fuse``).
+    GPU are updated by one Triton kernel each way, which computes in float32 and rounds once (``fused_two_step``).
 
     Args:
         f: The residual branch ``f(x[n])``, shape (N, C, H, W).
@@ -46,54 +39,11 @@ def two_step(
     """
     x_prev = x_prev.to(x.dtype)
     if not torch.jit.is_scripting() and isinstance(x, torch.Tensor) and can_fuse(f, x, x_prev, k):
-        return _fused(f, x, x_prev, k)
+        return fused_two_step(f, x, x_prev, k)
     if not torch.jit.is_scripting() and torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
         k = k.expand(x.shape[-3], 1, 1).expand(x.shape).to(x.dtype)  # dk by channel, as norms sum their gradients
         return f + (x + (k * x_prev - k * x))
     return f + torch.lerp(x, x_prev, k.to(x.dtype))
-
-
-@torch.jit.unused
-def can_fuse(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether an update is large enough for the Triton kernels, and one that they compute."""
-    return (
-        not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # neither is to see the size
-        and x.device.type == FUSED_ON
-        and x.numel() >= FUSED_SIZE
-        and runs_eagerly(f, x, x_prev, k)
-        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and f.dtype == x.dtype == x_prev.dtype
-        and f.shape == x.shape == x_prev.shape
-        and f.stride() == x.stride() == x_prev.stride()
-        and any(x.is_contiguous(memory_format=layout) for layout in (torch.contiguous_format, torch.channels_last))
-        and k.numel() == 1 and k.device == x.device
-        and _has_triton(x.device))
-
-
-@torch.jit.unused
-def _fused(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    from .fused_two_step import fused_two_step  # which needs Triton
-    return fused_two_step(f, x, x_prev, k)
-
-
-@functools.cache
-def _has_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels run there: they are tried, as they need a C compiler and a GPU that Triton knows.
-
-    They are tried without autograd, which may be about to recompute a block.
-    """
-    try:
-        from .fused_two_step import gradients, update
-        with torch.inference_mode(False), torch.no_grad():
-            f, x, x_prev, k = (torch.ones(1, device=device) for _ in range(4))
-            gradients(update(f, x, x_prev, k), x, x_prev, k)
-        return True
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as e:  # of a compiler, a driver or Triton itself
-        warnings.warn(f'Large two-step updates take PyTorch\'s own operations on {device}, as Triton\'s kernels do not '
-                      f'run there ({one_line(e)}).', stacklevel=2)
-        return False
 
 
 class TwoStep(nn.Module):

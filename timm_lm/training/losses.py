@@ -1,4 +1,4 @@
-"""Losses of a training: on labels or mixed targets, and beside a teacher."""
+"""Losses of a training: on labels or mixed targets, beside a teacher, and given by the network itself."""
 import argparse
 from types import MethodType
 from typing import Any, Dict, Optional, Sequence, Tuple, Union

@@ -2,7 +2,6 @@
 
 Prints JSON: for each case the largest error of the output and of each gradient, as shares of its norm.
 """
-import importlib
 import json
 
 import timm
@@ -10,9 +9,9 @@ import torch
 from torch.autograd import grad
 
 import timm_lm  # noqa: F401  registers its networks
-from timm_lm.layers.fused_two_step import BLOCK, fused_two_step
-
-two_step = importlib.import_module('timm_lm.layers.two_step')
+from timm_lm.layers import fused_two_step as module
+from timm_lm.layers.fused_two_step import fused_two_step
+from timm_lm.layers.two_step_kernels import BLOCK
 
 SHAPES = {'a part of a block': (2, 3, 5, 7), 'blocks and a part': (2, 16, 13, 12), 'whole blocks': (2, 16, 8, 2 * 8)}
 LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
@@ -82,19 +81,19 @@ def history_in_another_layout(states, k, g):
 def network_that_recomputes():
     """A network whose first fused update, at which the kernels are tried, is within a block that is recomputed."""
     gradients = []
-    for two_step.FUSED_ON in ('cpu', 'nowhere'):
+    for module.FUSED_ON in ('cpu', 'nowhere'):
         torch.manual_seed(0)
         model = timm.create_model('lm_resnet20', layers=(3, 1, 1)).train()
         model.set_grad_checkpointing()
         model(torch.randn(2, 3, 8, 8)).logsumexp(1).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert two_step._has_triton(torch.device('cpu'))
+    assert module._has_triton(torch.device('cpu'))
     norm = max(right.norm() for right in gradients[1])
     return [((found - right).norm() / norm).item() for found, right in zip(*gradients)]
 
 
 def main():
-    two_step.FUSED_SIZE = 1
+    module.FUSED_SIZE = 1
     told = {'recomputed': network_that_recomputes()}
     torch.manual_seed(0)
     assert 2 * 16 * 8 * 16 % BLOCK == 0 and 2 * BLOCK < 2 * 16 * 13 * 12
