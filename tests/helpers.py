@@ -1,7 +1,10 @@
-"""Fresh interpreters, for what only the start of one can show."""
+"""Fresh interpreters, for what only the start of one can show, and checkpoints that tell something else."""
+import json
 import os
 import subprocess
 import sys
+
+from timm_lm.training.checkpoint import state_digest
 
 # what would show them another package or other warnings, or turn the plug-in off
 SWITCHES = ('PYTHONPATH', 'PYTHONWARNINGS', 'TIMM_LM_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD')
@@ -19,3 +22,9 @@ def fresh_python(*args, cwd, **env):
                             text=True, timeout=TIMEOUT)
     assert result.returncode == 0, result.stderr
     return result
+
+
+def rewrite(path, **values):
+    """Change what the ``state.json`` of a checkpoint tells, as if it had been written so."""
+    state = json.loads(path.read_text()) | values
+    path.write_text(json.dumps(state | dict(state_sha256=state_digest(state))))

@@ -24,7 +24,7 @@ from timm_lm.loader import MemoryLoader
 from timm_lm.results import read_run
 from timm_lm.training import loop
 from timm_lm.training.evaluate import evaluate
-from timm_lm.training.factory import create_model, create_optimizer, share_batch_statistics
+from timm_lm.training.factory import create_accelerator, create_model, create_optimizer, share_batch_statistics
 from timm_lm.training.loop import Training
 from timm_lm.training.options import parse_options
 from timm_lm.training.run_log import LiveLine
@@ -170,6 +170,14 @@ def test_drop_is_off_by_default_whatever_the_network_s_own_default_is():
 
 
 # The two-step's switch
+
+
+def test_environment_does_not_scale_the_gradients(tmp_path, monkeypatch):
+    """Accelerate divides the loss by a number of its own, which launchers of other programs may have left."""
+    monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '4')
+    weight = torch.nn.Parameter(torch.ones(()))
+    create_accelerator(parse_options(['--device', 'cpu']), tmp_path).backward(3 * weight)
+    assert weight.grad == 3
 
 
 def test_two_step_is_switched_on_at_its_epoch(run, tmp_path):
@@ -477,7 +485,7 @@ def test_clipped_gradients_move_nothing(run, mode):
 
 
 def test_layer_decay_slows_the_lower_layers(run):
-    folder, *_ = run('run', *BY_EPOCH, '--layer-decay', 0.5, '--sched', 'step', '--decay-epochs', 100, '--epochs', 1)
+    folder, *_ = run('run', *BY_EPOCH, '--layer-decay', 0.5, '--sched', 'step', '--epochs', 1)
     groups = state(folder, 4)['optimizer']['param_groups']
     assert {group['lr'] for group in groups} == {0.1 * 0.5 ** i for i in range(5)}  # stem, three blocks, head
     assert rates(folder) == [pytest.approx(sum(group['lr'] for group in groups) / len(groups))]  # as timm's summary

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import signal
 import tarfile
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import rewrite
 from PIL import Image
 from test_data import png, write_parquet
 from timm.data import Mixup, create_transform
@@ -260,6 +262,16 @@ def test_each_reading_of_an_image_is_augmented_anew(tmp_path):
     assert torch.cat(seen).unique(dim=0).shape == (24, 3, 32, 32)
 
 
+def is_killed(_image):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_worker_that_is_killed_is_told(photos):
+    one = WorkerLoader(open_images('test', photos), 4, MEAN, STD, CPU, is_killed, workers=1)
+    with pytest.raises(UserError, match=r'processes that read images failed \(DataLoader worker .*fewer --workers'):
+        list(one)
+
+
 def test_large_files_are_not_read_to_find_that_they_do_not_fit(photos, monkeypatch):
     monkeypatch.setattr(data_module, 'LONG_TO_READ', 0)
     monkeypatch.setattr(data_module, 'MEMORY_LIMIT', 1000)
@@ -484,9 +496,8 @@ def test_run_that_goes_on_reads_its_images_as_before(few_digits, tmp_path, comma
     code, out, err = command(*words[:-4], '--resume', tmp_path / 'run' / 'checkpoints' / 'step-000000002')
     assert code == 0 and 'Going on from' in out and weights.read_bytes() == before, err
     state = tmp_path / 'run' / 'checkpoints' / 'step-000000002' / 'state.json'
-    told = json.loads(state.read_text())
-    assert told['loader'] == 'timm'
-    state.write_text(json.dumps(told | dict(loader='memory')))
+    assert json.loads(state.read_text())['loader'] == 'timm'
+    rewrite(state, loader='memory')
     monkeypatch.setattr(data_module, 'MEMORY_LIMIT', LIMIT)
     line = fails(*words[:-4], '--resume', state.parent)
     assert 'the run began with its images in memory and can only go on where they fit' in line

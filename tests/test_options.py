@@ -99,8 +99,8 @@ def test_refused_options_tell_the_reason(name, tmp_path):
     (dict(kd_distill_type='feature'), "'kd_distill_type' .* can not be 'feature'; it can be logit"),
     (dict(data_dir=''), "'data_dir' .* can not be ''"),
     (dict(lr_cycle_mul=0), '--lr-cycle-mul must be positive'),
-    (dict(decay_rate=-1), '--decay-rate must be positive'),
-    (dict(patience_epochs=-3), '--patience-epochs must not be negative'),
+    (dict(decay_rate=-1, sched='step'), '--decay-rate must be positive'),
+    (dict(patience_epochs=-3, sched='plateau'), '--patience-epochs must not be negative'),
     (dict(warmup_lr=-0.1), '--warmup-lr must not be negative'),
     (dict(lr_cycle_limit=0), '--lr-cycle-limit must be at least 1'),
     (dict(num_classes=0), '--num-classes must be at least 1'),
@@ -112,6 +112,18 @@ def test_refused_options_tell_the_reason(name, tmp_path):
     (dict(clip_mode='agc'), '--clip-mode does nothing without --clip-grad'),
     (dict(torchcompile_mode='max-autotune'), '--torchcompile-mode does nothing without --torchcompile'),
     (dict(amp_dtype='bfloat16'), '--amp-dtype does nothing without --amp'),
+    (dict(lr_noise=[0.9, 0.3]), '--lr-noise takes one or two increasing shares'),
+    (dict(lr_noise=[0.1, 0.3, 0.5]), '--lr-noise takes one or two increasing shares'),
+    (dict(lr_noise=1.5), '--lr-noise must be between 0 and 1'),
+    (dict(gaussian_blur_prob=7), '--gaussian-blur-prob must be between 0 and 1'),
+    (dict(aug_repeats=0.5), '--aug-repeats must be 0 or at least 1'),
+    (dict(epochs=20, sched='step', decay_epochs=30), 'longer than the run: --decay-epochs 30 with --epochs 20'),
+    (dict(epochs=20, sched='plateau', patience_epochs=20), 'longer than the run: --patience-epochs 20'),
+    (dict(sched='cosine', decay_milestones=[3]), '--decay-milestones does nothing with --sched cosine; it is for mul'),
+    (dict(sched='multistep', min_lr=0.1), '--min-lr does nothing with --sched multistep; it is for cosine, tanh,'),
+    (dict(sched='poly', decay_epochs=5), '--decay-epochs does nothing with --sched poly'),
+    (dict(warmup_epochs=0, warmup_lr=0.1), '--warmup-lr does nothing without --warmup-epochs'),
+    (dict(two_step_epoch=3, opt='lookahead_adamw'), '--opt lookahead_adamw keeps a copy of the weights'),
     (dict(eval_metric='top2'), "'eval_metric' .* can not be 'top2'"),
 ])
 def test_bad_recipes_are_told_in_one_line(tmp_path, values, message):
@@ -213,7 +225,28 @@ def test_unset_variable_is_no_folder():
 @pytest.mark.parametrize('sched, epochs', [('step', 90), ('cosine', 90), ('wsd', 0.2), ('rsqrt', 0.2)])
 def test_length_of_a_decay_is_that_of_its_schedule(sched, epochs, tmp_path):
     assert parse_options(['-c', recipe(tmp_path, sched=sched, decay_epochs=None)]).decay_epochs == epochs
-    assert parse_options(['--sched', sched, '--decay-epochs', '7']).decay_epochs == 7
+    assert parse_options(['-c', recipe(tmp_path, sched=sched, decay_epochs=epochs)]).decay_epochs == epochs
+    if sched == 'cosine':
+        with pytest.raises(UserError, match='--decay-epochs does nothing with --sched cosine'):
+            parse_options(['--sched', sched, '--decay-epochs', '7'])
+    else:
+        assert parse_options(['--sched', sched, '--decay-epochs', '7']).decay_epochs == 7
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--img-size', '64'], '--img-size does nothing beside --input-size'),
+    (['--lr-base', '0.2'], '--lr-base does nothing beside --lr,'),
+])
+def test_options_that_one_of_the_recipe_takes_the_place_of(tmp_path, words, message):
+    path = recipe(tmp_path, lr=0.1, input_size=[3, 32, 32])
+    parse_options(['-c', path])
+    with pytest.raises(UserError, match=message):
+        parse_options(['-c', path, *words])
+
+
+def test_words_among_pairs_are_those_of_recipes():
+    kwargs = parse_options(['--opt-kwargs', 'a=false', 'b=True', 'c=null', 'd=falsely', 'e=1e-3']).opt_kwargs
+    assert kwargs == dict(a=False, b=True, c=None, d='falsely', e=1e-3)
 
 
 @pytest.mark.parametrize('word', ['--local_rank', '--train-steps-per-epoch'])

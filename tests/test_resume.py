@@ -1,25 +1,29 @@
 """Runs that die: killed at any moment and resumed, they end with the weights of the run that was left alone."""
+import csv
 import json
+import math
 import os
 import random
 import re
 import shutil
 import signal
+from unittest.mock import Mock
 
 import psutil
 import pytest
 import torch
 import yaml
 from forked import Command
+from helpers import rewrite
 from safetensors.torch import load_file
 
 from timm_lm.errors import UserError
 from timm_lm.results import read_run
-from timm_lm.training.checkpoint import CheckpointStore
+from timm_lm.training.checkpoint import CheckpointStore, Progress, random_states
 from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
 from timm_lm.training.run_folder import own_run_folder
-from timm_lm.training.run_log import RunLog
+from timm_lm.training.run_log import EVALUATION, RunLog
 from timm_lm.training.train import train
 
 # A network with dropped paths and noise, so that random states count; float32 on the CPU.
@@ -199,6 +203,9 @@ def test_signal_stops_a_validation(few_digits, left_alone, tmp_path, epoch):
     assert final_state(tmp_path) == final_state(left_alone)
     for row, other in zip(*(RunLog(folder / 'run').rows() for folder in (tmp_path, left_alone)), strict=True):
         assert row['eval']['errors'] == other['eval']['errors'] and row['train']['loss'] == other['train']['loss']
+    with open(tmp_path / 'run' / 'summary.csv') as f:  # nothing was trained before the validation
+        timed = [bool(row['train_images_per_second']) for row in csv.DictReader(f)]
+    assert timed == [number != epoch for number in (1, 2, 3)]
 
 
 @pytest.mark.parametrize('epoch, code', [(1, 143), (3, 0)])
@@ -301,7 +308,12 @@ def test_damaged_newest_checkpoint_is_passed_over(few_digits, left_alone, tmp_pa
     # what was passed over is out of the way of the new ones
     aside = {path.name[-14:] for path in (tmp_path / 'run' / 'checkpoints').glob('set-aside-*')}
     assert aside == {cut.name, flipped.name}
-    assert CheckpointStore(tmp_path / 'run' / 'checkpoints').read(flipped).progress.epoch == 3
+    store = CheckpointStore(tmp_path / 'run' / 'checkpoints')
+    assert store.read(flipped).progress.epoch == 3
+    text = (flipped / 'state.json').read_text()
+    (flipped / 'state.json').write_text(text.replace('"epoch": 3', '"epoch": 2'))
+    with pytest.raises(UserError, match='is not whole .its digest differs'):
+        store.read(flipped)
 
 
 def test_checkpoint_holds_what_moves_and_no_more_than_asked_are_kept(left_alone):
@@ -321,8 +333,7 @@ def test_minutes_are_those_of_all_processes_of_a_run(few_digits, left_alone, tmp
     shutil.copytree(left_alone / 'run', tmp_path / 'run')
     shutil.rmtree(checkpoints(tmp_path)[-1])
     path = checkpoints(tmp_path)[-1] / 'state.json'
-    state = json.loads(path.read_text())
-    path.write_text(json.dumps(state | dict(seconds=state['seconds'] + 6000)))
+    rewrite(path, seconds=6000.)
     finish(few_digits, tmp_path)
     assert 100 <= json.loads((tmp_path / 'run' / 'result.json').read_text())['minutes'] < 120
     assert json.loads((checkpoints(tmp_path)[-1] / 'state.json').read_text())['seconds'] > 6000
@@ -369,6 +380,18 @@ def test_metrics_cut_short_are_written_anew(few_digits, left_alone, tmp_path):
     assert final_state(tmp_path) == final_state(left_alone)
 
 
+def test_metrics_that_are_not_finite_are_null_in_json(tmp_path):
+    log = RunLog(tmp_path)
+    log.append(0, dict(loss=1., top1=10.), dict.fromkeys(EVALUATION, 5.) | dict(loss=math.nan), 0.1, {})
+    log.truncate(1)
+    (line,) = log.path.read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)['eval']['loss'] is None
+    (row,) = log.rows()
+    assert math.isnan(row['eval']['loss']) and row['eval']['top1'] == 5
+    log.plot()
+    assert (tmp_path / 'curves.png').stat().st_size > 10_000
+
+
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='the system has no /dev/full')
 @pytest.mark.parametrize('name', ['metrics.jsonl', 'summary.csv'])
 def test_full_disk_for_the_metrics_is_told(tmp_path, name):
@@ -404,13 +427,63 @@ def test_result_of_a_later_end_goes(few_digits, left_alone, tmp_path):
 
 
 def test_loss_that_is_not_finite_names_batch_rate_and_checkpoint(few_digits, tmp_path, fails):
-    line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, *OPTIONS, '--output', tmp_path, '--lr',
-                 '1e20', '--log-interval', '1')
-    assert 'The loss is not finite from batch ' in line and re.search(r'learning rate [\d.]+e\+(19|20)', line)
-    batch = int(line.split('from batch ')[1].split()[0])
-    epoch = int(line.split('of epoch ')[1].split()[0])
-    good = checkpoints(tmp_path)[-1]  # one is written after each batch
-    assert str(good) in line and int(good.name[5:]) == 8 * (epoch - 1) + batch - 1
+    words = ['train', '-c', 'demo_digits', '--data-dir', few_digits, *OPTIONS, '--output', tmp_path, '--lr', '1e20',
+             '--log-interval', '1', '--no-sched-on-updates']
+    line = fails(*words, '--warmup-epochs', '1', '--warmup-lr', '0.001')
+    assert 'The loss is not finite from batch 2 of epoch 2 on (learning rate 7.5e+19)' in line
+    *_, good, ruined = checkpoints(tmp_path)  # one is written after each batch, the last one after what ruined it
+    assert f'the last good checkpoint is {good}.' in line
+    assert (good.name, ruined.name) == ('step-000000008', 'step-000000009')
+    line = fails(*words, '--experiment', 'at-once')
+    assert 'from batch 2 of epoch 1 on' in line and 'there is no good checkpoint yet' in line
+
+
+def test_loss_that_is_not_finite_at_the_end_leaves_no_weights(few_digits, tmp_path, fails):
+    line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, *OPTIONS, '--output', tmp_path, '--lr', '1e20',
+                 '--epochs', '1', '--batch-size', '256')
+    assert 'The loss on test is not finite after the last epoch' in line
+    assert not (tmp_path / 'run' / 'weights').exists()
+
+
+@pytest.mark.parametrize('options', [
+    ['--grad-accum-steps', '3', '--model-ema', '--model-ema-decay', '0.9', '--model-ema-warmup', '--mixup', '0.2',
+     '--cutmix', '1', '--mixup-mode', 'elem', '--mixup-off-epoch', '2', '--two-step-epoch', '1', '--opt', 'adamw',
+     '--sched', 'plateau', '--patience-epochs', '0', '--lr-noise', '0.3', '0.9', '--layer-decay', '0.8',
+     '--clip-grad', '0.1', '--clip-mode', 'agc', '--reprob', '0.3', '--seed', '1', '--smoothing', '0.1'],
+    ['--grad-accum-steps', '3', '--opt', 'lookahead_momentum', '--loader', 'timm', '--workers', '0', '--aa', 'rand-m3',
+     '--pad-crop', '0', '--sched', 'tanh', '--epochs', '1', '--lr-cycle-limit', '2', '--lr-cycle-decay', '0.5'],
+], ids=['in memory', 'by timm'])
+def test_all_that_moves_goes_on_bit_for_bit(few_digits, tmp_path, command, options):
+    """From the middle of an epoch, its end, and the last update of one, which is of fewer batches."""
+    def run(*more):
+        code, _, err = command(*arguments(few_digits, tmp_path / 'alone', '--no-sched-on-updates', *options), *more)
+        assert code == 0, err
+        return load_file(checkpoints(tmp_path / 'alone')[-1] / 'state.safetensors')
+
+    alone = run('--checkpoint-hist', '99')
+    every = checkpoints(tmp_path / 'alone')
+    for updates in (5, 3, 2):
+        again = run('--checkpoint-hist', '99', '--resume', every[updates - 1])
+        assert again.keys() == alone.keys()
+        assert [name for name in alone if not torch.equal(alone[name], again[name])] == []
+
+
+def test_output_that_nobody_reads_does_not_end_a_run(few_digits, left_alone, tmp_path):
+    code, _, err = Command(*arguments(few_digits, tmp_path), read=False).wait()
+    assert (code, err) == (0, '')
+    assert final_state(tmp_path) == final_state(left_alone)
+
+
+def test_old_checkpoint_that_can_not_be_removed_is_told(tmp_path, monkeypatch, capsys):
+    store = CheckpointStore(tmp_path, keep=1)
+    nothing = dict(state={}, param_groups=[])
+    store.save(1, Progress(0, 1), {}, nothing, [random_states()], {})
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, 'rmtree', Mock(side_effect=OSError(39, 'Directory not empty')))
+        store.save(2, Progress(0, 2), {}, nothing, [random_states()], {})
+    assert 'step-000000001 could not be removed' in capsys.readouterr().out
+    store.save(3, Progress(0, 3), {}, nothing, [random_states()], {})
+    assert [path.name for path in store.newest_first()] == ['step-000000003']
 
 
 def test_other_options_are_refused_by_name(few_digits, left_alone, fails):
@@ -470,7 +543,7 @@ def test_missing_checkpoint_is_named(few_digits, tmp_path, fails):
 def test_another_number_of_processes_is_refused(few_digits, left_alone, tmp_path, fails):
     shutil.copytree(left_alone / 'run', tmp_path / 'run')
     for path in (tmp_path / 'run' / 'checkpoints').glob('*/state.json'):
-        path.write_text(json.dumps(dict(json.loads(path.read_text()), processes=2)))
+        rewrite(path, processes=2)
     before = {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
     for resume in ('auto', checkpoints(tmp_path)[0]):
         words = arguments(few_digits, tmp_path, '--resume', resume)

@@ -21,10 +21,13 @@ def _train(argv: List[str]) -> None:
     from accelerate import PartialState
 
     from .training.options import parse_options
+    from .training.output import outlasting_output
     from .training.train import Interrupted, command_line, train
 
+    args = parse_options(argv)
     try:
-        train(parse_options(argv), command_line(['train', *argv]))
+        with outlasting_output():
+            train(args, command_line(['train', *argv]))
     except Interrupted as e:  # of all processes at once
         if PartialState().is_local_main_process:
             print(f'timm-lm: {e}', file=sys.stderr)

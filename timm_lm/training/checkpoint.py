@@ -1,8 +1,9 @@
 """Checkpoints of a training: complete, written whole or not at all, found again and checked.
 
 A checkpoint is a folder ``step-<updates>``: ``state.safetensors`` holds every tensor that moves (network, optimizer,
-averaged weights, sums of the running epoch, random states), ``state.json`` the rest with the digest of the former.
+averaged weights, sums of the running epoch, random states), ``state.json`` the rest with the digest of both.
 """
+import hashlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from safetensors import SafetensorError
@@ -88,6 +89,12 @@ def _join_optimizer(tensors: Dict[str, torch.Tensor], rest: Dict[str, Any]) -> D
     return dict(state=state, param_groups=groups)
 
 
+def state_digest(state: Dict[str, Any]) -> str:
+    """SHA-256 of the rest of a checkpoint, without its own."""
+    rest = {key: value for key, value in state.items() if key != 'state_sha256'}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def random_states() -> Dict[str, torch.Tensor]:
     """Random states of this process, by device."""
     states = {'cpu': torch.get_rng_state()}
@@ -134,6 +141,7 @@ class CheckpointStore:
             random_states: List[Dict[str, torch.Tensor]],
             rest: Dict[str, Any],
             also_keep: Optional[str] = None,
+            tell: Callable[[str], Any] = print,
     ) -> Path:
         """Write a checkpoint, and remove those that are too many.
 
@@ -145,6 +153,7 @@ class CheckpointStore:
             random_states: ``random_states()`` of each process.
             rest: States that JSON can hold.
             also_keep: Name of an older checkpoint that stays.
+            tell: Takes a line about an old one that can not be removed.
 
         Raises:
             UserError: If it can not be written, as on a full disk; earlier ones stay whole.
@@ -156,12 +165,13 @@ class CheckpointStore:
             f'{group}/{key}': tensor.detach().cpu().contiguous()
             for group, named in groups.items() for key, tensor in named.items()
         }
-        state: Dict[str, Any] = dict(rest, progress=asdict(progress), optimizer=optimizer_rest)
+        state = json.loads(json.dumps(dict(rest, progress=asdict(progress), optimizer=optimizer_rest)))  # as read
         folder = self.folder / self.name(updates)
         try:
             with atomic_folder(folder) as temporary:
                 save_file(flat, temporary / TENSORS)
-                (temporary / STATE).write_text(json.dumps(dict(state, sha256=sha256(temporary / TENSORS))))
+                state['sha256'] = sha256(temporary / TENSORS)
+                (temporary / STATE).write_text(json.dumps(dict(state, state_sha256=state_digest(state))))
         except (OSError, SafetensorError) as e:
             earlier = next((path for path in self.newest_first() if path != folder), None)
             hint = f'the last whole one is {earlier}' if earlier else 'there is no earlier one'
@@ -169,7 +179,10 @@ class CheckpointStore:
                             '--resume auto.') from e
         for old in self.newest_first()[self.keep:]:
             if old.name != also_keep:
-                shutil.rmtree(old)
+                try:
+                    shutil.rmtree(old)
+                except OSError as e:
+                    tell(f'note: The old checkpoint {old} could not be removed ({e}); it is tried again later.')
         return folder
 
     def remove_unfinished(self) -> None:
@@ -193,7 +206,7 @@ class CheckpointStore:
         aside = []
         for folder in self.newest_first():
             if checkpoint is None or folder.name > checkpoint.folder.name:
-                place = folder.with_name(f'set-aside-{datetime.now():%Y%m%d-%H%M%S}-{folder.name}')
+                place = folder.with_name(f'set-aside-{datetime.now():%Y%m%d-%H%M%S-%f}-{folder.name}')
                 aside.append(folder.rename(place))
         return aside
 
@@ -207,7 +220,7 @@ class CheckpointStore:
             raise UserError(f'There is no checkpoint {folder}; give RUN/checkpoints/step-..., or --resume auto.')
         try:
             state = json.loads((folder / STATE).read_text(encoding='utf-8'))
-            if sha256(folder / TENSORS) != state['sha256']:
+            if sha256(folder / TENSORS) != state['sha256'] or state_digest(state) != state.pop('state_sha256'):
                 raise ValueError('its digest differs')
             return Checkpoint(folder, load_file(folder / TENSORS), state)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:

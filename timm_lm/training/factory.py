@@ -116,6 +116,7 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         )
     except ValueError as e:  # of a precision that the device does not have
         raise UserError(f'Accelerate can not be set up ({e}); give --no-amp, or change its settings.') from e
+    accelerator.gradient_accumulation_steps = 1  # the loop divides by its own, whatever the environment says
     if args.torchcompile and accelerator.num_processes > 1:
         # Small networks gain nothing from graphs that are cut where gradients are sent, and older PyTorch loses sight
         # of the weights in them: CUDA graphs are recorded anew at each step, and gradients may be wrong.

@@ -250,8 +250,11 @@ class Training:
         bad = [(int(batch), lr) for batch, lr, _ in found if batch]
         if bad:
             first_bad, lr = min(bad)
-            good = next(iter(self.store.newest_first()), None)
-            rest = f'the last good checkpoint is {good}' if good else 'there is no checkpoint yet'
+            updates, within = divmod(first_bad - 1, self.args.grad_accum_steps)
+            # what was saved between the last finite batch and the first bad one has the weights that made it so
+            ruined = None if within else self.store.name(epoch * self.updates_per_epoch + updates)
+            good = next((path for path in self.store.newest_first() if path.name != ruined), None)
+            rest = f'the last good checkpoint is {good}' if good else 'there is no good checkpoint yet'
             raise UserError(f'The loss is not finite from batch {first_bad} of epoch {epoch + 1} on (learning rate '
                             f'{lr:g}); {rest}. Use a smaller rate.')
         return int(max(number for *_, number in found))
@@ -281,7 +284,7 @@ class Training:
         """One pass over the data, or the rest of one. Sums are read from the device at the log interval only.
 
         Returns:
-            Mean ``loss``, accuracy ``top1`` in %, and ``images_per_second`` of the pass.
+            Mean ``loss``, accuracy ``top1`` in %, and ``images_per_second`` of the pass, if any batch was left of it.
 
         Raises:
             Interrupted: After a signal, with the state saved.
@@ -325,11 +328,13 @@ class Training:
             averages = [self.average.module] if self.average else []
             for model in (self.model, *averages):
                 distribute_bn(model, accelerator.num_processes, args.dist_bn == 'reduce')
-        return dict(
+        metrics = dict(
             loss=sums[0].item() / steps / accelerator.num_processes,
             top1=100 * sums[1].item() / (steps * images_per_step),
-            images_per_second=(steps - first_batch) * images_per_step / seconds,
         )
+        if first_batch < steps:
+            metrics['images_per_second'] = (steps - first_batch) * images_per_step / seconds
+        return metrics
 
     def step(self, images: torch.Tensor, targets: torch.Tensor, epoch: int, step: int, is_update: bool) -> None:
         """Forward and backward of one batch, and the update when its batches are complete."""
@@ -444,7 +449,14 @@ class Training:
             self.model.load_state_dict(own)
 
     def end_epoch(self, epoch: int, evaluation: Optional[Dict[str, float]]) -> None:
-        """Step the schedule, and note the best epoch."""
+        """Step the schedule, and note the best epoch.
+
+        Raises:
+            UserError: If the run ends with a loss that is not finite.
+        """
+        if evaluation and epoch + 1 == self.num_epochs and not math.isfinite(evaluation['loss']):
+            raise UserError(f'The loss on {self.args.val_split} is not finite after the last epoch, so that the run '
+                            'ends without weights. Use a smaller rate.')
         metric = self.args.eval_metric
         value = evaluation[metric] if evaluation else None
         if self.scheduler is not None:
@@ -463,11 +475,13 @@ class Training:
 
 
 def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """Give loaded states the strides of their parameters: fused kernels read memory in one order for both."""
+    """Give loaded states the strides of their parameters, as fused kernels read memory in one order for both, and
+    memory of their own, as the file that they were read from can not be removed on all disks before."""
     for parameter, state in getattr(optimizer, '_base_optimizer', optimizer).state.items():
         for name, value in state.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            if isinstance(value, torch.Tensor):
+                like = parameter if value.shape == parameter.shape else value
+                state[name] = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _scheduler_state(scheduler: Any) -> Optional[Dict[str, Any]]:

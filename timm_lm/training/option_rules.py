@@ -15,7 +15,10 @@ _NOT_NEGATIVE = (
     'pad_crop', 'recovery_interval', 'seed', 'weight_decay', 'warmup_epochs', 'warmup_lr', 'min_lr', 'momentum',
     'mixup', 'cutmix', 'mixup_off_epoch', 'workers', 'aug_repeats', 'cooldown_epochs', 'patience_epochs',
     'lr_cycle_decay', 'two_step_epoch')
-_SHARES = ('hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'smoothing', 'drop', 'model_ema_decay')
+_SHARES = (
+    'hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'smoothing', 'drop', 'model_ema_decay',
+    'grayscale_prob', 'gaussian_blur_prob', 'color_jitter_prob', 'lr_noise')
+USUAL_PATIENCE = 10  # epochs of plateau without a gain, if nothing is said
 
 
 def option_name(name: str) -> str:
@@ -49,6 +52,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
     check(_NOT_NEGATIVE, lambda x: x >= 0, 'must not be negative, it is')
     check(_SHARES, lambda x: 0 <= x <= 1, 'must be between 0 and 1, not')
     check(['drop_path'], lambda x: 0 <= x < 1, 'must be at least 0 and less than 1, not')
+    check(['aug_repeats'], lambda x: x == 0 or x >= 1, 'must be 0 or at least 1, not')
     check(['seed'], lambda x: x < 2 ** 32, 'must be less than 2**32, not')
     if args.opt_betas is not None and len(args.opt_betas) < 2:
         raise UserError(f'--opt-betas takes at least two numbers, not {args.opt_betas}.')
@@ -72,6 +76,15 @@ def _check_schedule(args: argparse.Namespace) -> None:
         if milestones[-1] > args.epochs:
             raise UserError(f'The schedule is longer than the run: --decay-milestones {milestones} with --epochs '
                             f'{args.epochs}; change one of them.')
+    if args.lr_noise and not (sorted(set(args.lr_noise)) == args.lr_noise[:2] and args.lr_noise[0] < 1):
+        raise UserError('--lr-noise takes one or two increasing shares of the run, where the noise begins and ends, '
+                        f'not {args.lr_noise}.')
+    if args.sched == 'step' and args.decay_epochs is not None and args.decay_epochs >= args.epochs:
+        raise UserError(f'The schedule is longer than the run: --decay-epochs {args.decay_epochs:g} with --epochs '
+                        f'{args.epochs}; change one of them.')
+    if args.sched == 'plateau' and args.patience_epochs >= max(args.epochs, USUAL_PATIENCE + 1):
+        raise UserError(f'The schedule is longer than the run: --patience-epochs {args.patience_epochs} with --epochs '
+                        f'{args.epochs}; change one of them.')
     if args.warmup_epochs >= args.epochs and args.sched != 'none' and not args.warmup_prefix:
         raise UserError(f'--warmup-epochs {args.warmup_epochs} leave nothing of --epochs {args.epochs}.')
 
@@ -87,6 +100,9 @@ def _check_pairs(args: argparse.Namespace) -> None:
                         'leave one out.')
     if args.wandb_resume_id and not args.resume:
         raise UserError('--wandb-resume-id goes on with the log of a run; give --resume too.')
+    if args.two_step_epoch and any(name in args.opt.lower() for name in ('lookahead', 'madgrad')):
+        raise UserError(f'--opt {args.opt} keeps a copy of the weights, which would draw every k back to 0 after '
+                        '--two-step-epoch; take another one of them.')
     if args.bce_loss and args.smoothing == 1:
         raise UserError('--smoothing must be less than 1 with --bce-loss.')
     if mixes(args) and args.batch_size % 2:

@@ -8,13 +8,13 @@ import copy
 import difflib
 from functools import cache
 from pathlib import Path
-from typing import Any, Dict, NoReturn, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence, Tuple, Type
 
 import yaml
 
 from timm_lm.errors import UserError, one_line
 
-from .option_rules import check_options, option_name
+from .option_rules import USUAL_PATIENCE, check_options, option_name
 from .recipes import find_recipe
 
 COUNT_BATCH_SIZE = 50  # of counts in float32 on the CPU: fast, and small beside the memory of a training
@@ -87,10 +87,29 @@ _ONLY_WITH: Dict[Tuple[str, ...], Tuple[str, ...]] = {
     ('torchcompile',): ('torchcompile_mode',),
     ('amp',): ('amp_dtype',),
     ('lr_noise',): ('lr_noise_pct', 'lr_noise_std'),
+    ('warmup_epochs',): ('warmup_lr', 'warmup_prefix'),
+    ('color_jitter',): ('color_jitter_prob',),
 }
+
+# Options of the schedule that only some of timm's schedules read.
+_OF_SCHEDULES: Dict[Tuple[str, ...], Tuple[str, ...]] = {
+    ('decay_milestones',): ('multistep',),
+    ('decay_epochs',): ('step', 'wsd', 'rsqrt'),
+    ('decay_rate',): ('step', 'multistep', 'plateau', 'poly'),
+    ('patience_epochs',): ('plateau',),
+    ('min_lr',): ('cosine', 'tanh', 'poly', 'plateau', 'wsd', 'rsqrt'),
+    ('lr_k_decay',): ('cosine', 'poly'),
+    ('lr_cycle_mul', 'lr_cycle_decay', 'lr_cycle_limit', 'cooldown_epochs'): ('cosine', 'tanh', 'poly'),
+}
+
+# Options that another one takes the place of.
+_INSTEAD = {'lr': ('lr_base', 'lr_base_size', 'lr_base_scale'), 'input_size': ('img_size',)}
 
 
 def _literal(text: str) -> Any:
+    words = {'true': True, 'false': False, 'null': None, 'none': None}  # as recipes may spell them
+    if text.lower() in words:
+        return words[text.lower()]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -271,7 +290,7 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
                        help='interval of step (default: 90); length of the decay of wsd and rsqrt, below 1 a share of '
                             'the run (default: 0.2)')
     group.add_argument('--decay-rate', '--dr', type=float, default=0.1, metavar='X', help='factor of a drop')
-    group.add_argument('--patience-epochs', type=int, default=10, metavar='N', help='patience of plateau')
+    group.add_argument('--patience-epochs', type=int, default=USUAL_PATIENCE, metavar='N', help='patience of plateau')
     group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help='epochs at the smallest rate')
 
 
@@ -469,7 +488,9 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
     if config:
         path, model = find_recipe(config)
         given = defaults | _read_recipe(path, actions) | (dict(model=model) if model else {})
-        _check_leaders(given, defaults, defaults)
+        if given['decay_epochs'] == _usual_decay_epochs(given['sched']):  # recorded by a run
+            given['decay_epochs'] = None
+        _check_unread(given, defaults, defaults)
         parser.set_defaults(**given)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -481,16 +502,25 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
         raise UserError(f"Unknown argument '{unknown[0]}'; {hint}")
     for name in REFUSED:
         delattr(args, name)
-    if args.decay_epochs is None:  # as timm has it for its schedules
-        args.decay_epochs = 0.2 if args.sched in ('rsqrt', 'wsd') else 90.
     if args.no_aug:
         args.hflip, args.vflip, args.pad_crop, args.reprob = 0., 0., 0, 0.
     check_options(args)
-    _check_leaders(vars(args), given, defaults)
-    for leaders in _ONLY_WITH:
-        if not any(getattr(args, leader) for leader in leaders):
-            turn_off(args, *leaders)
+    _check_unread(vars(args), given, defaults)
+    for taken, left_out in _INSTEAD.items():  # of a recipe both may come, as a run records what it computed
+        for name in _changed(left_out, vars(args), given, defaults):
+            if getattr(args, taken) is not None:
+                raise UserError(f'{option_name(name)} does nothing beside {option_name(taken)}, which may be that of '
+                                'the recipe; give the latter.')
+    for names, _ in _unread(vars(args)):
+        _reset(args, *names)
+    if args.decay_epochs is None:
+        args.decay_epochs = _usual_decay_epochs(args.sched)
     return args
+
+
+def _usual_decay_epochs(sched: str) -> float:
+    """As timm has it for its schedules."""
+    return 0.2 if sched in ('rsqrt', 'wsd') else 90.
 
 
 def turn_off(args: argparse.Namespace, *leaders: str) -> None:
@@ -499,7 +529,11 @@ def turn_off(args: argparse.Namespace, *leaders: str) -> None:
     What a recipe gives them may stand beside an option that the command line takes back; recorded like that it would be
     refused as a recipe.
     """
-    for name in (*leaders, *_ONLY_WITH[leaders]):
+    _reset(args, *leaders, *_ONLY_WITH[leaders])
+
+
+def _reset(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
         setattr(args, name, copy.copy(_defaults()[name]))
 
 
@@ -508,12 +542,23 @@ def _defaults() -> Dict[str, Any]:
     return {action.dest: action.default for action in build_parser('')._actions}
 
 
-def _check_leaders(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:
-    """Options that were changed to mean something, where the option that they belong to is off."""
+def _unread(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
+    """Options that nothing reads beside the others, and why."""
     for leaders, followers in _ONLY_WITH.items():
-        if any(values[leader] for leader in leaders):
-            continue
-        for name in followers:
-            if values[name] not in (before[name], defaults[name]):
-                needed = ' or '.join(map(option_name, leaders))
-                raise UserError(f'{option_name(name)} does nothing without {needed}; give both, or leave it out.')
+        if not any(values[leader] for leader in leaders):
+            yield followers, f"without {' or '.join(map(option_name, leaders))}; give both"
+    for names, schedules in _OF_SCHEDULES.items():
+        if values['sched'] not in schedules:
+            yield names, f"with --sched {values['sched']}; it is for {', '.join(schedules)}. Take one of these"
+
+
+def _check_unread(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:
+    """Options that were changed to mean something, where nothing reads them."""
+    for names, why in _unread(values):
+        for name in _changed(names, values, before, defaults):
+            raise UserError(f'{option_name(name)} does nothing {why}, or leave it out.')
+
+
+def _changed(names: Iterable[str], values: Dict[str, Any], before: Dict[str, Any],
+             defaults: Dict[str, Any]) -> List[str]:
+    return [name for name in names if values[name] not in (before[name], defaults[name])]

@@ -104,4 +104,6 @@ def describe_schedule(args: argparse.Namespace, updates_per_epoch: int, epochs: 
     warmup = f', {args.warmup_epochs} epochs of warm-up' if args.warmup_epochs else ''
     head = (f'{args.opt}, weight decay {args.weight_decay:g}; {args.sched}, rate {args.lr:g}{warmup}; {epochs} epochs, '
             f'{epochs * updates_per_epoch:,} updates')
+    if args.sched == 'plateau':
+        head += '; drawn as if nothing were gained after the first epoch'
     return f"{'schedule':<11}{head}\n{draw(rates(args, updates_per_epoch), epochs)}"

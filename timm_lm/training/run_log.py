@@ -1,5 +1,6 @@
 """What a run shows and leaves for people: a live line, tables, metrics in JSON lines, pictures of curves and ``k``."""
 import json
+import math
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +14,7 @@ from timm_lm.files import save_figure, write_text, writing
 MAKE_ROOM = 'Make room, then go on with --resume auto.'
 # What evaluate() returns, in its order.
 EVALUATION = ('top1', 'top5', 'loss', 'errors', 'images', 'images_per_second')
+TRAINING = ('loss', 'top1', 'images_per_second')  # of an epoch, the last one if any of it was trained here
 
 
 class LiveLine:
@@ -67,16 +69,30 @@ def epoch_table(epoch: int, epochs: int, train: Dict[str, float], evaluation: Op
         if values:
             top5 = f"{100 - values['top5']:>9.2f}" if 'top5' in values else ' ' * 9
             rate = f'{lr:>10.2e}' if name == 'train' else ''
-            rows.append(f"  {name:<14}{values['loss']:>9.4f}{100 - values['top1']:>9.2f}{top5}"
-                        f"{values['images_per_second']:>10,.0f}{rate}")
+            speed = f"{values['images_per_second']:,.0f}" if 'images_per_second' in values else ''
+            rows.append(f"  {name:<14}{values['loss']:>9.4f}{100 - values['top1']:>9.2f}{top5}{speed:>10}{rate}")
     return '\n'.join(rows)
 
 
 def _add_to_summary(path: Path, row: Mapping[str, Any]) -> None:
-    """Add an epoch in timm's columns, blank ones where there was no evaluation, so that all rows have the same."""
+    """Add an epoch in timm's columns, blank ones where there is nothing to tell, so that all rows have the same."""
     columns: Mapping[str, Any] = row['eval'] or dict.fromkeys(EVALUATION)
-    update_summary(row['epoch'], row['train'], columns, filename=str(path), lr=row['lr'],
+    update_summary(row['epoch'], dict.fromkeys(TRAINING) | row['train'], columns, filename=str(path), lr=row['lr'],
                    write_header=not path.exists())
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """A row in JSON, which has no word for metrics that are not finite but null."""
+    metrics = {split: row[split] and {name: value if math.isfinite(value) else None
+                                      for name, value in row[split].items()} for split in ('train', 'eval')}
+    return json.dumps({**row, **metrics}) + '\n'
+
+
+def _row(line: str) -> Dict[str, Any]:
+    row: Dict[str, Any] = json.loads(line)
+    metrics = {split: row[split] and {name: math.nan if value is None else value
+                                      for name, value in row[split].items()} for split in ('train', 'eval')}
+    return row | metrics
 
 
 class RunLog:
@@ -103,7 +119,7 @@ class RunLog:
         row: Dict[str, Any] = dict(epoch=epoch, train=train, eval=evaluation, lr=lr, k=k)
         with self._writing():
             with open(self.path, 'a') as f:
-                f.write(json.dumps(row) + '\n')
+                f.write(_line(row))
             _add_to_summary(self.summary, row)
 
     def _writing(self) -> ContextManager[None]:
@@ -122,7 +138,7 @@ class RunLog:
             summary = Path(temporary) / self.summary.name
             for row in rows:
                 _add_to_summary(summary, row)
-            write_text(self.path, ''.join(json.dumps(row) + '\n' for row in rows))
+            write_text(self.path, ''.join(map(_line, rows)))
             if rows:
                 summary.replace(self.summary)
             else:
@@ -134,7 +150,7 @@ class RunLog:
         rows = []
         for line in lines:
             try:
-                rows.append(json.loads(line))
+                rows.append(_row(line))
             except json.JSONDecodeError:
                 break
         return rows

@@ -1,0 +1,45 @@
+"""What a training prints, which nobody may be left to read."""
+import errno
+import os
+import sys
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, Iterator
+
+
+class _Outlasting:
+    """A text stream that goes on in silence when its reader is gone: `head` and `tee` end, terminals are closed."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+        except OSError as e:
+            self._go_on(e)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as e:
+            self._go_on(e)
+
+    def _go_on(self, error: OSError) -> None:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())  # where what is still in its buffer goes, too
+        os.close(nowhere)
+
+
+@contextmanager
+def outlasting_output() -> Iterator[None]:
+    """Standard output and error that do not end what prints to them, while it lasts."""
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(_Outlasting(sys.stdout)))
+        stack.enter_context(redirect_stderr(_Outlasting(sys.stderr)))
+        yield
