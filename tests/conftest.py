@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ['ACCELERATE_USE_CPU'] = 'true'  # with a GPU, too; tests/test_gpu.py takes it back
+os.environ.setdefault('TORCH_WARM_POOL', '0')  # of processes that compile for GPUs only
 # before huggingface_hub is imported: tests that speak to a server run in processes, decoded data stays with the tests
 os.environ['HF_HUB_OFFLINE'] = '1'
 ASSETS = tempfile.TemporaryDirectory(prefix='timm-lm-assets-')

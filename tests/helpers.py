@@ -8,6 +8,7 @@ from timm_lm.training.checkpoint import state_digest
 
 # what would show them another package or other warnings, or turn the plug-in off
 SWITCHES = ('PYTHONPATH', 'PYTHONWARNINGS', 'TIMM_LM_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD')
+OUR_PATH = os.pathsep.join(filter(None, sys.path))  # for those that need what is installed here by whatever way
 TIMEOUT = 300  # seconds, which only end an interpreter that hangs
 
 

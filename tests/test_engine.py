@@ -9,12 +9,14 @@ import shutil
 import sys
 import threading
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import timm
 import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
+from timm.models import _manipulate
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_lm.data import load_images
@@ -24,7 +26,7 @@ from timm_lm.loader import MemoryLoader
 from timm_lm.results import read_run
 from timm_lm.training import loop
 from timm_lm.training.evaluate import evaluate
-from timm_lm.training.factory import create_accelerator, create_model, create_optimizer, share_batch_statistics
+from timm_lm.training.factory import create_model, create_optimizer, share_batch_statistics
 from timm_lm.training.loop import Training
 from timm_lm.training.options import parse_options
 from timm_lm.training.run_log import LiveLine
@@ -172,12 +174,14 @@ def test_drop_is_off_by_default_whatever_the_network_s_own_default_is():
 # The two-step's switch
 
 
-def test_environment_does_not_scale_the_gradients(tmp_path, monkeypatch):
+def test_environment_does_not_scale_the_gradients(run, monkeypatch):
     """Accelerate divides the loss by a number of its own, which launchers of other programs may have left."""
-    monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '4')
-    weight = torch.nn.Parameter(torch.ones(()))
-    create_accelerator(parse_options(['--device', 'cpu']), tmp_path).backward(3 * weight)
-    assert weight.grad == 3
+    states = []
+    for name in ('as-ever', 'scaled'):
+        folder, *_ = run(name, '--epochs', 1)
+        states.append(load_file(folder / 'weights' / 'model.safetensors'))
+        monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '4')
+    assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
 
 
 def test_two_step_is_switched_on_at_its_epoch(run, tmp_path):
@@ -492,9 +496,14 @@ def test_layer_decay_slows_the_lower_layers(run):
     assert all(group['lr'] == pytest.approx(0.1 * group['lr_scale']) for group in groups)
 
 
-def test_gradient_checkpointing_trains_alike(run):
+def test_gradient_checkpointing_trains_alike(run, monkeypatch):
+    recompute = Mock(side_effect=_manipulate.checkpoint)
+    monkeypatch.setattr('timm_lm.models.lm_resnet.checkpoint', recompute)
     options = [*TWO_STEP, '--epochs', 2]
-    (folder, *_), (saving, *_) = run('plain', *options), run('saving', *options, '--grad-checkpointing')
+    folder, *_ = run('plain', *options)
+    assert not recompute.called
+    saving, *_ = run('saving', *options, '--grad-checkpointing')
+    assert recompute.called
     found, expected = parameters(weights_of(saving)), parameters(weights_of(folder))
     assert equal(found, expected) and 'stages.0.blocks.1.step.k' in found
     assert [row['train_loss'] for row in summary(saving)] == [row['train_loss'] for row in summary(folder)]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import fresh_python
+from helpers import OUR_PATH, fresh_python
 
 from timm_lm.layers import fused_two_step as module
 
@@ -14,7 +14,7 @@ SIZE = 64  # elements of a large state, in these tests
 
 @pytest.fixture(scope='module')
 def errors():
-    told = fresh_python(TESTS / 'interpreted_kernels.py', cwd=TESTS, TRITON_INTERPRET='1', PYTHONPATH=str(TESTS.parent))
+    told = fresh_python(TESTS / 'interpreted_kernels.py', cwd=TESTS, TRITON_INTERPRET='1', PYTHONPATH=OUR_PATH)
     return json.loads(told.stdout)
 
 

@@ -6,14 +6,21 @@ import shutil
 import pytest
 import timm
 import torch
-from helpers import fresh_python
+from helpers import OUR_PATH, fresh_python
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.autograd import grad
 
 import timm_lm
 from timm_lm.layers import fused_two_step, two_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu(monkeypatch):
+    monkeypatch.setenv('ACCELERATE_USE_CPU', 'false')  # tests/conftest.py keeps the others from it
+
 
 SMALL = ['--model-kwargs', 'layers=(2,1,1)', '--warmup-epochs', '0', '--epochs', '2', '--model-ema',
          '--model-ema-decay', '0.5']
@@ -51,7 +58,9 @@ def test_float16_goes_on_from_its_scaler_and_random_states(run, tmp_path):
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_cuda_graphs_end_near_the_eager_run(run, accumulate):
     options = ['--no-amp', '--grad-accum-steps', accumulate]
+    counters.clear()
     graphs = run('graphs', *options, '--torchcompile', '--torchcompile-mode', 'reduce-overhead')
+    assert counters['inductor']['cudagraph_skips'] == 0
     eager = run('eager', *options, '--no-torchcompile')
     for name, tensor in final(eager).items():
         torch.testing.assert_close(final(graphs)[name], tensor, rtol=2e-2, atol=2e-2)
@@ -107,20 +116,21 @@ def test_large_update_is_one_kernel_each_way(kernels, dtype, layout):
 @pytest.mark.parametrize('grad_checkpointing', [False, True])
 def test_network_with_large_states_learns_by_the_kernels(kernels, grad_checkpointing, monkeypatch):
     fused_two_step._has_triton.cache_clear()
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)  # its rounding turns the last bits into percents
     torch.manual_seed(0)
     fused = timm.create_model('lm_resnet18', num_classes=10).cuda()
     plain = copy.deepcopy(fused)
     images = torch.randn(64, 3, 224, 224, device='cuda')
     fused.set_grad_checkpointing(grad_checkpointing)
     fused(images).logsumexp(1).sum().backward()
-    assert kernels.count('gradients') > 1
+    assert kernels.count('gradients') == 3  # the first one is the trial
     kernels.clear()
     monkeypatch.setattr(fused_two_step, 'FUSED_ON', 'nowhere')
     plain(images).logsumexp(1).sum().backward()
     assert not kernels
     for name in ('stem.conv.weight', 'head.fc.weight'):
         found, right = fused.get_parameter(name).grad, plain.get_parameter(name).grad
-        assert (found - right).norm() <= 0.01 * right.norm(), name  # TF32 rounds
+        assert (found - right).norm() <= 1e-4 * right.norm(), name
 
 
 def test_device_that_failed_is_told(tmp_path):
@@ -133,6 +143,7 @@ code = cli.main(['list'])
 print(f'exit code {code}', flush=True)
 os._exit(0)  # what PyTorch does at the end with a device that failed is its own affair
 """
-    result = fresh_python('-c', code, cwd=tmp_path)
+    # a daemon that shares the GPU among processes would end all of them
+    result = fresh_python('-c', code, cwd=tmp_path, PYTHONPATH=OUR_PATH, CUDA_MPS_PIPE_DIRECTORY=str(tmp_path))
     assert 'exit code 2' in result.stdout and 'timm-lm: error: The device failed (CUDA error: ' in result.stderr
     assert 'Traceback' not in result.stderr

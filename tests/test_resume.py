@@ -276,7 +276,7 @@ with StopSignals(several={several}) as signals:
 def test_compiled_run_resumes_bit_for_bit(few_digits, tmp_path, command):
     def words(name):
         return arguments(few_digits, tmp_path / name, '--resume', 'auto', '--torchcompile', '--model-kwargs',
-                         'layers=(1,1,1)', '--drop-path', '0')
+                         'layers=(2,)', 'channels=(16,)', '--drop-path', '0')
 
     code, _, err = signalled(words('killed'), tmp_path, signal.SIGKILL, *HALF_WRITTEN).wait()
     assert code == -signal.SIGKILL, err

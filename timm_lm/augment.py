@@ -50,11 +50,13 @@ def _random_flip(images: torch.Tensor, dim: int, probability: float, generator: 
     return torch.where(flip, images.flip(dim), images)
 
 
-def normalize(images: torch.Tensor, mean: Values, std: Values) -> torch.Tensor:
+def normalize(images: torch.Tensor, mean: Values, std: Values,
+              memory_format: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
     """uint8 images (N, C, H, W) to float32, less the mean and over the deviation, both for pixels in [0, 255]."""
     mean, std = (
         torch.as_tensor(value, dtype=torch.float32, device=images.device).view(-1, 1, 1) for value in (mean, std))
-    return (images - mean) / std
+    out = torch.empty(images.shape, dtype=torch.float32, device=images.device, memory_format=memory_format)
+    return torch.sub(images, mean, out=out).div_(std)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -173,7 +173,8 @@ def _verify(argv: List[str]) -> None:
     from .publish import verify_repo
 
     for source in args.sources:
-        differences = (verify_repo if source.startswith('hf-hub:') else verify_folder)(source)
+        is_repo = source.startswith('hf-hub:')
+        differences = verify_repo(source) if is_repo else verify_folder(source.removeprefix('local-dir:'))
         print(f"{source}: whole; logits within {differences['output']:.1e} of those recorded")
 
 
@@ -336,13 +337,14 @@ COMMANDS: Dict[str, Callable[[List[str]], Optional[int]]] = {
 
 def _is_out_of_memory(e: BaseException) -> bool:
     """Whether an error is that of PyTorch, which is not imported here, or of Python when memory runs out."""
-    told = 'not enough memory', "can't allocate memory"
+    told = 'not enough memory', "can't allocate memory", 'out of memory'
     return isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError' or any(text in str(e) for text in told)
 
 
 def _is_of_a_device(e: BaseException) -> bool:
     """Whether an error is one that a GPU ended with; where it is raised tells little, as the host runs ahead."""
-    return type(e).__name__ == 'AcceleratorError' or str(e).startswith('CUDA error')  # the latter in older PyTorch
+    told = 'CUDA error', 'CUDA driver error', 'cuDNN error', 'Triton Error [CUDA]'  # the first in older PyTorch
+    return type(e).__name__ == 'AcceleratorError' or str(e).startswith(told)
 
 
 def _device(name: str) -> Any:

@@ -179,7 +179,7 @@ class BatchLoader(ABC):
                 images = self.augmentation.before(images, generator.manual_seed(seed))
             elif len(labels) < self.batch_size:
                 images, labels = self._fill(images, labels)
-            images = normalize(images, self.mean, self.std).contiguous(memory_format=self.memory_format)
+            images = normalize(images, self.mean, self.std, self.memory_format)
             if self.is_training:
                 images, labels = self.augmentation.after(images, labels, generator, seed, self.epoch)
             yield images, labels
@@ -223,8 +223,10 @@ class MemoryLoader(BatchLoader):
         super().__init__(data.to(device), batch_size, mean, std, device, **kwargs)
 
     def read(self, order: torch.Tensor, start: int) -> Iterator[Batch]:
-        for _, index in self._slices(order.to(self.device), start):
-            yield self.data.images[index], self.data.labels[index]
+        order = order.to(self.device)
+        labels = self.data.labels[order]
+        for first, index in self._slices(order, start):
+            yield self.data.images[index], labels[first:first + len(index)]
 
     def on_cpu(self, batch_size: int) -> 'BatchLoader':
         other = super().on_cpu(batch_size)

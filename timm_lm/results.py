@@ -85,7 +85,7 @@ def with_result(row: Row, result: Mapping[str, Any]) -> Row:
 
 def _recipe(args: Dict[str, Any], processes: int) -> str:
     """Name of the recipe of a run, with what was changed in it; the batch is that of all processes."""
-    from .training.options import parse_options
+    from .training.options import parse_options, unread
     from .training.places import without_place
     from .training.recipes import list_recipes
     from .training.run_folder import FREE_OPTIONS
@@ -93,8 +93,9 @@ def _recipe(args: Dict[str, Any], processes: int) -> str:
         return args['tag']
     shipped = yaml.safe_load(yaml.safe_dump(vars(parse_options(['-c', args['tag']]))))
     run = args | dict(batch_size=args['batch_size'] * processes)
+    idle = {name for names, _ in unread(shipped | run) for name in names}
     changed = [f'{name} {without_place(str(run[name]))}' for name, value in shipped.items()
-               if name not in (*FREE_OPTIONS, *_SAME_RECIPE) and name in run and run[name] != value]
+               if name not in (*FREE_OPTIONS, *_SAME_RECIPE, *idle) and name in run and run[name] != value]
     return args['tag'] + (f" with {', '.join(changed)}" if changed else '')
 
 

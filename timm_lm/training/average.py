@@ -18,6 +18,7 @@ class AveragedWeights(ModelEmaV3):
     """
 
     _pairs: Optional[Tuple[List[torch.Tensor], List[torch.Tensor]]] = None  # of the average, and of the network
+    _is_float32 = True
     _counts: Optional[Tuple[List[torch.Tensor], List[torch.Tensor]]] = None  # whole numbers of both, such as of batches
 
     def apply_update_(self, model: torch.nn.Module, decay: float) -> None:
@@ -27,7 +28,8 @@ class AveragedWeights(ModelEmaV3):
             self._pairs = [own for own, _ in averaged], [theirs for _, theirs in averaged]
             counts = [pair for pair in pairs if not pair[0].is_floating_point()]
             self._counts = ([own for own, _ in counts], [theirs for _, theirs in counts]) if counts else None
-        if any(tensor.dtype != torch.float32 for tensor in self._pairs[0]):
+            self._is_float32 = all(tensor.dtype == torch.float32 for tensor in self._pairs[0])
+        if not self._is_float32:
             super().apply_update_(model, decay)  # which rounds low precision in its own way
             return
         torch._foreach_lerp_(*self._pairs, weight=1. - decay)

@@ -204,9 +204,10 @@ class CheckpointStore:
             Where they lie now.
         """
         aside = []
+        now = f'{datetime.now():%Y%m%d-%H%M%S-%f}'
         for folder in self.newest_first():
             if checkpoint is None or folder.name > checkpoint.folder.name:
-                place = folder.with_name(f'set-aside-{datetime.now():%Y%m%d-%H%M%S-%f}-{folder.name}')
+                place = folder.with_name(f'set-aside-{now}-{folder.name}')
                 aside.append(folder.rename(place))
         return aside
 

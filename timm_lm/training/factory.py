@@ -18,6 +18,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     TorchDynamoPlugin,
+    parse_flag_from_env,
 )
 from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm
@@ -116,7 +117,6 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         )
     except ValueError as e:  # of a precision that the device does not have
         raise UserError(f'Accelerate can not be set up ({e}); give --no-amp, or change its settings.') from e
-    accelerator.gradient_accumulation_steps = 1  # the loop divides by its own, whatever the environment says
     if args.torchcompile and accelerator.num_processes > 1:
         # Small networks gain nothing from graphs that are cut where gradients are sent, and older PyTorch loses sight
         # of the weights in them: CUDA graphs are recorded anew at each step, and gradients may be wrong.
@@ -154,7 +154,7 @@ def _trackers(args: argparse.Namespace) -> List[str]:
 
 
 def _on_cpu(args: argparse.Namespace) -> bool:
-    return args.device == 'cpu' or not _has_accelerator()
+    return args.device == 'cpu' or parse_flag_from_env('ACCELERATE_USE_CPU') or not _has_accelerator()
 
 
 def _has_accelerator() -> bool:

@@ -107,10 +107,16 @@ class Training:
         # Accelerate's wrapper takes longer than a fused step of a small network, and is for the scaler
         self.optimizer = self.plain_optimizer if accelerator.scaler is None else prepared
         self.uses_cuda_graphs = bool(args.torchcompile) and accelerator.device.type == 'cuda'
-        # of the running epoch, on the device: summed loss, correct images, and batches before the sum was not finite
-        self.sums = torch.zeros(3, dtype=self.sum_dtype, device=accelerator.device)
-        self.loss_sum, self.loss_and_correct, self.finite_batches = self.sums[:1], self.sums[:2], self.sums[2:]
+        # loss and correct images of each batch of the running epoch, on the device, and what was read of them: their
+        # sums, the batches that were read, and those of them before a loss that was not finite
+        self.batch_results = torch.zeros(len(loader), 2, dtype=self.sum_dtype, device=accelerator.device)
+        self.loss_sum, self.correct, self.read_batches, self.finite_batches = 0., 0., 0, 0
         self.rates: List[float] = []  # of learning, of the batches of this epoch so far
+        # what the gradients of a batch are of: the loss over the batches of its update
+        self.shares = {share: torch.full((), 1 / share, device=accelerator.device)
+                       for share in range(1, args.grad_accum_steps + 1)}
+        # Accelerate puts it into the network, but not with FSDP 2
+        self.autocast = accelerator.autocast if getattr(accelerator, 'is_fsdp2', False) else nullcontext
         self.best: Optional[Dict[str, Any]] = None
         self.facts: Dict[str, Any] = {}  # what the weights of a checkpoint are told by, beside the options
         self.eval_seconds = 0.
@@ -211,8 +217,8 @@ class Training:
         self.best = checkpoint.state['best']
         self.earlier_seconds = checkpoint.state['seconds']
         sums = checkpoint.group('epoch')['sums']  # of all processes; each takes its share, which the live line shows
-        self.loss_and_correct.copy_(sums[:2] / self.accelerator.num_processes)
-        self.finite_batches.fill_(checkpoint.progress.batch)
+        self.loss_sum, self.correct = (sums / self.accelerator.num_processes).tolist()
+        self.read_batches = self.finite_batches = checkpoint.progress.batch
         rank = self.accelerator.process_index
         restore_random_states(checkpoint, rank)
         saved = checkpoint.group(f'random{rank}')
@@ -242,7 +248,8 @@ class Training:
         Raises:
             UserError: If a loss was not finite; it names the first such batch, the rate and the last good checkpoint.
         """
-        done, finite = len(self.rates), int(self.finite_batches.item())
+        self._read_results()
+        done, finite = len(self.rates), self.finite_batches
         found = [[*((finite + 1, self.rates[finite]) if finite < done else (0, 0.)), self.signals.number]]
         if self.accelerator.num_processes > 1:
             ours = torch.tensor(found, dtype=self.sum_dtype, device=self.accelerator.device)
@@ -259,8 +266,19 @@ class Training:
                             f'{lr:g}); {rest}. Use a smaller rate.')
         return int(max(number for *_, number in found))
 
+    def _read_results(self) -> None:
+        """Read what the batches since the last reading gave; for this the host waits for the device."""
+        done = len(self.rates)
+        for loss, correct in self.batch_results[self.read_batches:done].tolist():
+            self.loss_sum += loss
+            self.correct += correct
+            self.finite_batches += math.isfinite(self.loss_sum)
+        self.read_batches = done
+
     def _reduced_sums(self) -> torch.Tensor:
-        return self.accelerator.reduce(self.sums, 'sum') if self.accelerator.num_processes > 1 else self.sums
+        """Summed loss and correct images of all processes, as read."""
+        sums = torch.tensor([self.loss_sum, self.correct], dtype=self.sum_dtype, device=self.accelerator.device)
+        return self.accelerator.reduce(sums, 'sum') if self.accelerator.num_processes > 1 else sums
 
     # Steps
 
@@ -294,7 +312,7 @@ class Training:
         self.loader.set_epoch(epoch)
         self.rates = [math.nan] * first_batch  # those of another process were finite, or nothing would go on from it
         if first_batch == 0:
-            self.sums.zero_()
+            self.loss_sum, self.correct, self.read_batches, self.finite_batches = 0., 0., 0, 0
             self.start_epoch(epoch)
         self.network.train()
         steps = len(self.loader)
@@ -313,9 +331,9 @@ class Training:
                 left = seconds * (steps - done + (self.num_epochs - epoch - 1) * steps)
                 validations = -(-self.num_epochs // args.val_interval) - epoch // args.val_interval
                 left += self.eval_seconds * validations
-                loss, correct = self.sums[:2].tolist()  # of this process
-                self.live.show(epoch, done, loss / done, 100 - 100 * correct / (done * args.batch_size),
-                               self.learning_rate, images_per_step / seconds, left)
+                error = 100 - 100 * self.correct / (done * args.batch_size)  # of this process
+                self.live.show(epoch, done, self.loss_sum / done, error, self.learning_rate, images_per_step / seconds,
+                               left)
             if accelerator.num_processes == 1:
                 signal_number = self.signals.number
             if is_update and done < steps:
@@ -344,14 +362,15 @@ class Training:
         self.rates.append(self.learning_rate)
         if step % accumulate == 0:  # in between, gradients still lie where the graphs put them
             self._free_graph_outputs()
+        scaler = self.accelerator.scaler
         with nullcontext() if is_update else self.accelerator.no_sync(self.network):
-            with self.accelerator.autocast():  # Accelerate puts it into the network, but not with FSDP 2
+            with self.autocast():
                 loss, loss_and_correct = self.network(images, targets)
-            self.accelerator.backward(loss if share == 1 else loss / share)
+            # Accelerate's backward would divide by a number of its own, three operations more
+            (loss if scaler is None else scaler.scale(loss)).backward(self.shares[share])
         if is_update:
             self._update(epoch, step)
-        self.loss_and_correct += loss_and_correct
-        self.finite_batches += self.loss_sum.isfinite()
+        self.batch_results[step].copy_(loss_and_correct)
 
     def _free_graph_outputs(self) -> None:
         """Tell CUDA graphs that what they computed so far is no longer read."""
@@ -412,7 +431,7 @@ class Training:
 
         def forward(images: torch.Tensor) -> torch.Tensor:
             self._free_graph_outputs()  # else each batch would be recorded as a graph of its own
-            with self.accelerator.autocast():
+            with self.autocast():
                 return self.network(images)
 
         def until_a_signal(batches: BatchLoader) -> Iterator[Any]:

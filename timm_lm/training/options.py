@@ -511,7 +511,7 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
             if getattr(args, taken) is not None:
                 raise UserError(f'{option_name(name)} does nothing beside {option_name(taken)}, which may be that of '
                                 'the recipe; give the latter.')
-    for names, _ in _unread(vars(args)):
+    for names, _ in unread(vars(args)):
         _reset(args, *names)
     if args.decay_epochs is None:
         args.decay_epochs = _usual_decay_epochs(args.sched)
@@ -542,7 +542,7 @@ def _defaults() -> Dict[str, Any]:
     return {action.dest: action.default for action in build_parser('')._actions}
 
 
-def _unread(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
+def unread(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
     """Options that nothing reads beside the others, and why."""
     for leaders, followers in _ONLY_WITH.items():
         if not any(values[leader] for leader in leaders):
@@ -554,7 +554,7 @@ def _unread(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
 
 def _check_unread(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:
     """Options that were changed to mean something, where nothing reads them."""
-    for names, why in _unread(values):
+    for names, why in unread(values):
         for name in _changed(names, values, before, defaults):
             raise UserError(f'{option_name(name)} does nothing {why}, or leave it out.')
 
