@@ -55,7 +55,7 @@ def test_info_of_a_folder_shows_its_k(command, weights):
 
 def test_info_of_a_folder_that_is_not_there_shows_no_other_network(tmp_path, fails, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert 'lm_resnet20' in fails('info', 'local-dir:lm_resnet20')
+    assert 'lm_resnet20 does not exist' in fails('info', 'local-dir:lm_resnet20')
 
 
 def test_info_of_a_plain_network_has_no_k(command):
@@ -110,6 +110,8 @@ def test_demonstration_that_is_stopped(tmp_path):
     (['recipe', 'lm_resnet32.distill_c100'], 'The recipe distill_c100 is not for lm_resnet32'),
     (['weights', 'no/such/step-1'], 'is not a checkpoint of a run; give RUN/checkpoints/step-'),
     (['verify', 'no/such/folder'], 'no/such/folder does not exist'),
+    (['verify', 'local-dir:no/such/folder'], 'no/such/folder does not exist'),
+    (['info', 'lm_resnet20.'], "lm_resnet20 has no tag ''; its tags are: "),
 ])
 def test_bad_arguments(fails, monkeypatch, argv, message):
     monkeypatch.chdir(CHECKOUT)

@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune
 from safetensors.torch import load_file
 
 import timm_lm
@@ -169,6 +170,19 @@ def test_optimized_network_can_not_be_grown(name, which):
     nets = [net(name, norm_layer='groupnorm1', layers=(n, n, n)) for n in (2, 3)]
     nets[which] = timm_lm.optimize(nets[which])
     with pytest.raises(UserError, match='optimized for inference can not be grown'):
+        timm_lm.grow(*nets)
+
+
+@pytest.mark.parametrize('wrap', [
+    torch.nn.utils.parametrizations.weight_norm, lambda conv: torch.nn.utils.prune.identity(conv, 'weight')])
+def test_network_of_made_weights_can_not_be_grown_to(wrap):
+    """Their division would be lost."""
+    nets = [net(norm_layer='groupnorm1', layers=(n, n, n)) for n in (2, 3)]
+    for model in nets:
+        for stage in model.stages:
+            for block in stage.blocks:
+                wrap(block.last_conv())
+    with pytest.raises(UserError, match='as by weight norm or pruning, can not be grown to'):
         timm_lm.grow(*nets)
 
 

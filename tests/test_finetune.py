@@ -170,7 +170,7 @@ def test_images_are_made_alike_from_training_to_prediction(tune, command, tmp_pa
 
 def test_validation_compiles_the_network_and_lays_images_out(command, tmp_path, monkeypatch):
     data = image_folder(tmp_path / 'data', 32)
-    kwargs = dict(layers=(1, 1, 1))
+    kwargs = dict(layers=(2,), channels=(16,))
     weights = save_folder(timm.create_model('lm_resnet20', **kwargs), tmp_path / 'weights', '# card', kwargs)
     channels_last, evaluate = [], evaluate_module.evaluate
 

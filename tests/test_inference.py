@@ -65,7 +65,9 @@ def test_outputs_are_those_of_the_network(name, kwargs):
 
 
 def test_shipped_weights():
-    for name in sorted(path.name for path in weights_dir().glob('*.*') if path.is_dir()):
+    names = sorted(path.name for path in weights_dir().glob('*.*') if path.is_dir())
+    assert 'lm_resnet20.best_c10' in names
+    for name in names:
         model = timm.create_model(name, pretrained=True).eval()
         x = images(model, 16)
         with torch.no_grad():

@@ -2,6 +2,7 @@
 import copy
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from timm.layers import BatchNormAct2d, DropPath
 from timm.models import group_parameters
 from timm.models._features import FeatureDictNet, FeatureListNet
+from timm.models._manipulate import checkpoint
 from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
@@ -548,6 +550,9 @@ def test_no_noise_by_default():
     (dict(cardinality=2), 'cardinality'),
     (dict(k_init=(0.1,)), 'a number or a range'),
     (dict(k_init=(0.1, 0.2, 0.3)), 'a number or a range'),
+    (dict(k_init=(0., -0.1)), 'a number or a range'),
+    (dict(k_init=(0., -0.1), device='meta'), 'a number or a range'),
+    (dict(k_init='x'), 'a number or a range'),
 ])
 def test_bad_settings_raise(kwargs, message):
     with pytest.raises(ValueError, match=message):
@@ -610,19 +615,23 @@ def test_out_indices(feature_cls, out_indices):
     assert [out.shape[1] for out in model(images('basic'))] == [(16, 16, 32, 64)[i] for i in out_indices]
 
 
-@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'LIST', FeatureListNet, FeatureDictNet])
+@pytest.mark.parametrize('feature_cls', [
+    'list', 'dict', 'LIST', FeatureListNet, FeatureDictNet, type('Own', (FeatureListNet,), {})])
 def test_feature_classes_that_rebuild_are_refused(feature_cls):
     with pytest.raises(ValueError, match="getter', 'hook' or 'fx'"):
         timm.create_model('lm_resnet20', features_only=True, feature_cls=feature_cls)
 
 
-def test_features_with_checkpointing_have_the_same_gradients():
+def test_features_with_checkpointing_have_the_same_gradients(monkeypatch):
     grads = []
+    recompute = Mock(side_effect=checkpoint)
+    monkeypatch.setattr('timm_lm.models.lm_resnet.checkpoint', recompute)
     for enable in (False, True):
         torch.manual_seed(0)
         model = timm.create_model('lm_resnext29_8x64d', features_only=True, **TINY['resnext'][1]).double().train()
         model.model.set_grad_checkpointing(enable)
         sum(out.pow(2).mean() for out in model(images('resnext', dtype=torch.float64))).backward()
+        assert recompute.called == enable
         grads.append([p.grad for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
@@ -768,6 +777,19 @@ def test_reset_classifier_keeps_device_dtype_and_mode(training):
     assert model.get_classifier().weight.is_meta
 
 
+def test_reset_classifier_leaves_the_rest_as_it_was():
+    """A stem that was wrapped, hooks on the head and its dropout."""
+    model = create('basic', drop_rate=0.1)
+    model.stem.conv = torch.nn.Sequential(torch.nn.Identity(), model.stem.conv)
+    model.head.drop.p = 0.5
+    called = []
+    model.head.register_forward_hook(lambda *_: called.append('head'))
+    model.reset_classifier(5, 'avgmax')
+    assert model(images('basic')).shape == (2, 5) and called == ['head'] and model.head.drop.p == 0.5
+    model.reset_classifier(3, '')
+    assert model(images('basic')).shape[:2] == (2, 3) and model(images('basic')).ndim == 4
+
+
 # ------------------------------------------------------------------------------------------- training machinery
 
 @pytest.mark.parametrize('kind', TINY)
@@ -878,9 +900,11 @@ def test_init_weights_is_what_the_constructor_draws():
     assert model.head.fc.weight.std().item() == pytest.approx(0.01, rel=0.15)
     assert (model.head.fc.bias == 0).all()
     # an init after construction draws from the same distributions
-    stds = {n: p.std().item() for n, p in model.named_parameters() if p.numel() > 1000}
+    before = {n: p.clone() for n, p in model.named_parameters() if p.numel() > 1000}
+    stds = {n: p.std().item() for n, p in before.items()}
     model.init_weights()
     for n, std in stds.items():
+        assert not torch.equal(model.get_parameter(n), before[n])
         assert model.get_parameter(n).std().item() == pytest.approx(std, rel=0.15)
 
 
@@ -1059,10 +1083,12 @@ def test_missing_k_is_filled_for_those_tags_alone(name, plain, kwargs, overlay, 
     ('preact_resnet20', dict(two_step=True)),
     ('lm_resnet20', dict(two_step=False)),
     ('lm_resnet20', dict(layers=(5, 3, 3))),
+    ('lm_resnet20', dict(layers=(3, 3, 2))),
 ])
 def test_weights_of_other_steps_are_refused_with_another_head_too(name, kwargs):
     """There timm loads what fits and leaves the rest."""
-    with pytest.raises(RuntimeError, match=r'step\.k.*belong to a two-step network'):
+    reason = 'the networks differ in depth' if 'layers' in kwargs else 'those with k belong to a two-step network'
+    with pytest.raises(RuntimeError, match=rf'step\.k.*; {reason}'):
         timm.create_model(name, pretrained=True, num_classes=4, **kwargs)
 
 

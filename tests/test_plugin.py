@@ -33,7 +33,8 @@ model = timm.create_model('lm_resnet20')
 assert (type(model).__module__, type(model).__name__) == ('timm_lm.models.lm_resnet', 'LMResNet')
 assert 'lm_resnet20' in timm.list_models('lm_resnet*')
 hooks = [finder for finder in sys.meta_path if type(finder).__module__ == '_timm_lm_autoload']
-assert all(hook.find_spec('timm.models', timm.__path__) is None for hook in hooks), 'the hook is one-shot'
+(hook,) = hooks
+assert hook.find_spec('timm.models', timm.__path__) is None, 'the hook is one-shot'
 assert timm.models.__spec__.loader is timm.models.__loader__
 assert type(timm.models.__loader__) is type(timm.data.__loader__), 'timm.models has its own loader back'
 import timm_lm

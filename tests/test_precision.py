@@ -63,8 +63,8 @@ def test_training_says_and_records_its_precision(has_bfloat16, few_digits, tmp_p
     assert f' in {name}; timm-lm' in (run / 'weights' / 'README.md').read_text()
     row = read_run(run)
     assert row['precision'] == name and 'amp' not in row['recipe']
-    code, _, err = command('train', *options, '--resume', 'auto')
-    assert code == 0, err
+    code, out, err = command('train', *options, '--resume', 'auto')
+    assert code == 0 and 'Going on from' in out, err
 
 
 def test_a_run_in_another_precision_is_not_gone_on_with(few_digits, tmp_path, command, fails, monkeypatch):

@@ -82,12 +82,16 @@ def test_counts_of_few_classes_and_of_a_batch_that_is_filled_up():
 def test_compiled_training_in_a_fresh_process(few_digits, tmp_path):
     """The way the CIFAR recipes train: bf16 where it pays, channels_last, torch.compile; here on a small network."""
     precision = 'bfloat16' if cpu_has_bfloat16() else 'float32'
-    command = [sys.executable, '-m', 'timm_lm.cli', 'train', '-c', 'demo_digits', '--data-dir', str(few_digits),
-               '--model-kwargs', 'layers=(1,1,1)', '--epochs', '2', '--warmup-epochs', '0', '--torchcompile',
-               '--output', str(tmp_path), '--experiment', 'run']
+    code = (
+        'import sys; from timm_lm.cli import main; code = main(sys.argv[1:]); '
+        'import torch; print(torch._dynamo.utils.counters["stats"]["unique_graphs"], "graphs"); sys.exit(code)')
+    command = [sys.executable, '-c', code, 'train', '-c', 'demo_digits', '--data-dir', str(few_digits),
+               '--model-kwargs', 'layers=(2,)', 'channels=(16,)', '--epochs', '2', '--warmup-epochs', '0',
+               '--torchcompile', '--output', str(tmp_path), '--experiment', 'run']
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert 'compiled by inductor' in result.stdout and f'cpu, {precision}, ' in result.stdout
+    assert result.stdout.endswith('\n2 graphs\n')  # one to train, one to validate
     verify_folder(tmp_path / 'run' / 'weights')
 
 

@@ -318,7 +318,7 @@ print(*timm.list_pretrained('lm_resnet20*'))
 print(timm.get_pretrained_cfg('lm_resnet20.best_c10').hf_hub_id)
 """)
     names, hub_id = result.stdout.splitlines()
-    assert 'lm_resnet20.paper_c10' not in names and 'lm_resnet20.best_c10' in names
+    assert 'lm_resnet20.paper_c10' not in names.split() and 'lm_resnet20.best_c10' in names.split()
     assert hub_id == 'owner/lm_resnet20.best_c10@abc'
 
 

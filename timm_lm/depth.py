@@ -55,7 +55,8 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
         The deep network.
 
     Raises:
-        UserError: If one of them is no network of this package, or they differ in more than depth.
+        UserError: If one of them is no network of this package, their tensors differ in more than depth, or the deep
+            one's convolutions are made of others, as by weight norm or pruning. Activations are not compared.
 
     Source: Chang et al., ICLR 2018, https://arxiv.org/abs/1710.10348; what becomes of ``k`` is ours.
     """
@@ -64,6 +65,9 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
             raise UserError(f'A {type(model).__name__} can not be grown; give networks of timm-lm.')
         if any(isinstance(module, (FixedTwoStep, PackedConv2d)) for module in model.modules()):
             raise UserError('A network that was optimized for inference can not be grown; give the one it was made of.')
+    if any('weight' not in block.last_conv()._parameters for stage in deep.stages for block in stage.blocks):
+        raise UserError('A network whose convolutions are made of others, as by weight norm or pruning, can not be '
+                        'grown to; grow it before that.')
     if len(shallow.stages) != len(deep.stages):
         raise UserError(f'{len(shallow.stages)} stages can not be grown to {len(deep.stages)}.')
     sources = [repeated_blocks(len(old.blocks), len(new.blocks)) for old, new in _pairs(shallow, deep)]

@@ -25,13 +25,13 @@ def check_name(name: str) -> None:
     Raises:
         UserError: If the network or the tag is unknown.
     """
-    architecture, _, tag = name.partition('.')
+    architecture, dot, tag = name.partition('.')
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=1)
         hint = f' Did you mean {near[0]}?' if near else ''
         raise UserError(f"There is no model '{architecture}'.{hint} `timm-lm list` shows the names.")
     tags = model_tags(architecture)
-    if tag and tag not in tags:
+    if dot and tag not in tags:
         raise UserError(f"{architecture} has no tag '{tag}'; its tags are: {', '.join(tags) or 'none'}.")
 
 

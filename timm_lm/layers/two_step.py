@@ -69,11 +69,12 @@ class TwoStep(nn.Module):
             trainable: Learn ``k``. If False it is a buffer, under the same name in the state dict.
 
         Raises:
-            ValueError: If ``k_init`` is neither a number nor two.
+            ValueError: If ``k_init`` is neither a number nor an increasing pair of them.
         """
         super().__init__()
-        if isinstance(k_init, (tuple, list)) and len(k_init) != 2:
-            raise ValueError(f'k_init must be a number or a range (low, high), got {k_init}.')
+        low, high = k_init if isinstance(k_init, (tuple, list)) and len(k_init) == 2 else (k_init, k_init)
+        if not (isinstance(low, (int, float)) and isinstance(high, (int, float)) and low <= high):
+            raise ValueError(f'k_init must be a number or a range (low, high), got {k_init!r}.')
         self.k_init = k_init
         self.per_channel = per_channel
         k = torch.empty(channels if per_channel else 1, device=device, dtype=dtype)

@@ -292,7 +292,8 @@ class LMResNet(nn.Module):
     """LM-ResNet, LM-ResNeXt and the plain pre-activation networks, for small images and for ImageNet.
 
     Parameter names follow timm's ResNetV2, at its widths; here a stage that changes no shape has no projection. Between
-    blocks goes a pair (state, history); a plain network ignores the second.
+    blocks goes a pair (state, history); a plain network ignores the second. What a hook on a block or a stage is given
+    is therefore such a pair; for the state alone hook the ``step`` of a block.
     """
 
     def __init__(
@@ -475,16 +476,12 @@ class LMResNet(nn.Module):
         """
         self.num_classes = num_classes
         pool_type = self.head.global_pool.pool_type if global_pool is None else global_pool
-        weight = self.stem.conv.weight
-        self.head = ClassifierHead(
-            self.num_features,
-            num_classes,
-            pool_type=pool_type,
-            drop_rate=self.drop_rate,
-            use_conv=True,
-            device=weight.device,
-            dtype=weight.dtype,
-        ).train(self.training)
+        like = next(self.parameters())
+        head = ClassifierHead(
+            self.num_features, num_classes, pool_type=pool_type, use_conv=True, device=like.device, dtype=like.dtype)
+        head.train(self.training)
+        for name in ('in_features', 'num_features', 'global_pool', 'flatten', 'fc'):  # hooks and dropout stay
+            setattr(self.head, name, getattr(head, name, None))
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
@@ -617,9 +614,11 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LMResNet) -> Dict[st
     found = {key for key in state_dict if key.endswith('.step.k')}
     missing, unexpected = sorted(wanted.keys() - found), sorted(found - wanted.keys())
     if missing or unexpected:
+        reason = (
+            'the networks differ in depth, or in history_proj' if found and wanted else
+            'those with k belong to a two-step network, those without to a plain one (two_step=False)')
         raise RuntimeError(
-            f'The weights are not of these steps (missing keys: {missing}, unexpected keys: {unexpected}); those with '
-            'k belong to a two-step network, those without to a plain one (two_step=False).')
+            f'The weights are not of these steps (missing keys: {missing}, unexpected keys: {unexpected}); {reason}.')
     for key, shape in wanted.items():
         if state_dict[key].shape == (1,):
             state_dict[key] = state_dict[key].expand(shape)
@@ -636,7 +635,9 @@ def _create_lm_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> 
     feature_cls = kwargs.get('feature_cls')
     if isinstance(feature_cls, str):
         feature_cls = feature_cls.lower()
-    if kwargs.get('features_only') and feature_cls in ('list', 'dict', FeatureListNet, FeatureDictNet):
+    is_chain = feature_cls in ('list', 'dict') or (
+        isinstance(feature_cls, type) and issubclass(feature_cls, (FeatureListNet, FeatureDictNet)))
+    if kwargs.get('features_only') and is_chain:
         raise ValueError(
             f"feature_cls={kwargs['feature_cls']!r} rebuilds a network as a chain of modules, but {variant} carries a "
             "pair (state, history) from block to block; use feature_cls 'getter', 'hook' or 'fx'.")
@@ -677,8 +678,10 @@ _c100 = partial(_cifar_cfg, _labels.CIFAR100, mean=(0.5071, 0.4865, 0.4409), std
 # The first tag of a name fixes its number of classes; the first one of as many that has weights is the default.
 # They are the names of the recipes of a network.
 def _cifar_tags(*further: str) -> Dict[str, Callable[..., Dict[str, Any]]]:
-    tags = sorted(  # the first with weights is the default; those of grow_c10 have the fewest errors on CIFAR-10
-        ('best_c10', *further, 'best_c100', 'paper_c100'), key=lambda tag: (tag.endswith('_c100'), tag != 'grow_c10'))
+    best_first = 'distill_c10', 'grow_c10'  # by their errors; the first tag with weights is the default
+    tags = sorted(
+        (*(tag for tag in best_first if tag in further), 'best_c10', *further, 'best_c100', 'paper_c100'),
+        key=lambda tag: tag.endswith('_c100'))
     return {tag: _c100 if tag.endswith('_c100') else _c10 for tag in tags}
 
 
@@ -695,9 +698,9 @@ def _resnetv2_tag(tag: str, hf_hub_id: str, **kwargs: Any) -> Dict[str, Callable
 
 
 _TAGS: Mapping[str, Mapping[str, Callable[..., Dict[str, Any]]]] = {
-    'lm_resnet20': _cifar_tags('distill_c100', 'grow_c100', 'paper_c10', 'demo_c10', 'plain_first_c10'),
-    'lm_resnet32': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10', 'plain_first_c10'),
-    'lm_resnet44': _cifar_tags('grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10', 'plain_first_c10'),
+    'lm_resnet20': _cifar_tags('distill_c10', 'distill_c100', 'grow_c100', 'paper_c10', 'demo_c10', 'plain_first_c10'),
+    'lm_resnet32': _cifar_tags('distill_c10', 'grow_c10', 'grow_c100', 'paper_c10', 'plain_first_c10'),
+    'lm_resnet44': _cifar_tags('distill_c10', 'grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10', 'plain_first_c10'),
     'lm_resnet56': _cifar_tags(
         'grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10', 'plain_first_c10', 'sd_c10', 'noise_c10'),
     'lm_resnet110': _cifar_tags(
@@ -705,9 +708,9 @@ _TAGS: Mapping[str, Mapping[str, Callable[..., Dict[str, Any]]]] = {
     'lm_resnet164': _C100_TAGS,
     'lm_resnext29_8x64d': _RESNEXT_TAGS,
     'lm_resnext29_16x64d': _RESNEXT_TAGS,
-    'preact_resnet20': _cifar_tags('distill_c100', 'grow_c100', 'paper_c10', 'demo_c10'),
-    'preact_resnet32': _cifar_tags('grow_c10', 'grow_c100', 'paper_c10'),
-    'preact_resnet44': _cifar_tags('grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10'),
+    'preact_resnet20': _cifar_tags('distill_c10', 'distill_c100', 'grow_c100', 'paper_c10', 'demo_c10'),
+    'preact_resnet32': _cifar_tags('distill_c10', 'grow_c10', 'grow_c100', 'paper_c10'),
+    'preact_resnet44': _cifar_tags('distill_c10', 'grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10'),
     'preact_resnet56': _cifar_tags('grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10', 'sd_c10', 'noise_c10'),
     'preact_resnet110': _cifar_tags('grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10', 'sd_c10', 'noise_c10'),
     'preact_resnet164': _C100_TAGS,
