@@ -1,4 +1,7 @@
-"""Fixtures that all tests share: real images as Parquet, a small trained network, and the command line."""
+"""Fixtures that all tests share: real images as Parquet, a small trained network, and the command line.
+
+The package is imported in them, as pytest's controlling process, which runs no test, reads this file first.
+"""
 import os
 import sys
 import tempfile
@@ -15,11 +18,6 @@ os.environ['HF_ASSETS_CACHE'] = ASSETS.name
 os.environ['HF_DATASETS_CACHE'] = os.path.join(ASSETS.name, 'datasets')
 sys.path.insert(0, str(Path(__file__).parent))
 
-from timm_lm.cli import main  # noqa: E402
-from timm_lm.demo import write_digits  # noqa: E402
-from timm_lm.training.options import parse_options  # noqa: E402
-from timm_lm.training.train import train  # noqa: E402
-
 
 @pytest.fixture(scope='session')
 def own_cache():
@@ -30,18 +28,22 @@ def own_cache():
 @pytest.fixture(scope='session')
 def digits(tmp_path_factory):
     """Folder of scikit-learn's digits as Parquet: 1,438 images to train on and 359 to test on."""
+    from timm_lm.demo import write_digits
     return write_digits(tmp_path_factory.mktemp('data') / 'digits')
 
 
 @pytest.fixture(scope='session')
 def few_digits(tmp_path_factory):
     """Folder of 320 digits: 256 to train on and 64 to test on."""
+    from timm_lm.demo import write_digits
     return write_digits(tmp_path_factory.mktemp('data') / 'few', limit=320)
 
 
 @pytest.fixture(scope='session')
 def run_folder(few_digits, tmp_path_factory):
     """A finished run of two epochs of a small network on few digits; tests copy it before they change it."""
+    from timm_lm.training.options import parse_options
+    from timm_lm.training.train import train
     output = tmp_path_factory.mktemp('runs')
     args = parse_options([
         '-c', 'demo_digits', '--data-dir', str(few_digits), '--epochs', '2', '--warmup-epochs', '0',
@@ -59,6 +61,8 @@ def weights(run_folder):
 @pytest.fixture
 def command(capsys):
     """Run the command line in this process: returns (exit code, standard output, standard error)."""
+    from timm_lm.cli import main
+
     def run(*argv):
         code = main([str(word) for word in argv])
         captured = capsys.readouterr()

@@ -317,6 +317,31 @@ def test_changed_data_and_cut_caches_are_decoded_anew(tmp_path, images, own_cach
     assert torch.equal(load_images('test', tmp_path).images[0], torch.from_numpy(images[3]).permute(2, 0, 1))
 
 
+def test_folder_of_images_comes_from_the_cache_until_it_changes(tmp_path, images, own_cache, monkeypatch):
+    def write(name, array):
+        (tmp_path / 'test' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'test' / name).write_bytes(png(array))
+
+    def load():
+        found = load_images('test', tmp_path)
+        return found.images[:, :, 0, 0].tolist(), found.labels.tolist(), found.class_names
+
+    for i, array in enumerate(images[:4]):
+        write(f"{('cat', 'dog')[i % 2]}/{i}.png", array)
+    before = set(own_cache.rglob('*.safetensors'))
+    first = load()
+    with monkeypatch.context() as patched:
+        patched.setattr(data_module, '_decode_all', None)  # a second decoding would fail
+        assert load() == first and first[1:] == ([0, 0, 1, 1], ('cat', 'dog'))
+    write('cat/0.png', images[5])
+    changed = load()
+    assert changed[0][0] == images[5][0, 0].tolist() and changed[0][1:] == first[0][1:]
+    (tmp_path / 'test' / 'cat').rename(tmp_path / 'test' / 'eel')
+    pixels, *names = load()
+    assert pixels == changed[0][2:] + changed[0][:2] and names == [[0, 0, 1, 1], ('dog', 'eel')]
+    assert len(set(own_cache.rglob('*.safetensors')) - before) == 1
+
+
 def test_no_place_for_a_cache_is_no_error(tmp_path, images, monkeypatch):
     (tmp_path / 'file').write_text('')
     monkeypatch.setattr('huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE', str(tmp_path / 'file' / 'assets'))

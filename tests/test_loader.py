@@ -275,7 +275,7 @@ def test_worker_that_is_killed_is_told(photos):
 def test_large_files_are_not_read_to_find_that_they_do_not_fit(photos, monkeypatch):
     monkeypatch.setattr(data_module, 'LONG_TO_READ', 0)
     monkeypatch.setattr(data_module, 'MEMORY_LIMIT', 1000)
-    monkeypatch.setattr('timm_lm.image_set.sha256', lambda path: pytest.fail('read as a whole'))
+    monkeypatch.setattr('timm_lm.data.sha256', lambda path: pytest.fail('read as a whole'))
     with pytest.raises(UserError, match='more than the 0.0 GiB held in memory'):
         load_images('test', photos)
 
@@ -521,7 +521,7 @@ def test_validate_reads_what_does_not_fit_in_memory_by_workers(weights, few_digi
     size = (few_digits / 'test-00000-of-00001.parquet').stat().st_size
     assert size < 64 * 16 * 16  # between them is a limit for decoded images that encoded ones keep
     monkeypatch.setattr(data_module, 'MEMORY_LIMIT', size)
-    monkeypatch.setattr(data_module, 'read_cache', lambda path: None)  # it fitted when it was decoded before
+    monkeypatch.setattr(data_module, 'read_cache', lambda *_: None)  # it fitted when it was decoded before
     made, start = [], WorkerLoader.__init__
     monkeypatch.setattr(WorkerLoader, '__init__', lambda self, *args, **more: made.append(start(self, *args, **more)))
     code, other, err = command(*words)

@@ -28,7 +28,7 @@ from timm_lm.training.train import train
 
 # A network with dropped paths and noise, so that random states count; float32 on the CPU.
 OPTIONS = [
-    '--model-kwargs', 'layers=(2,2,2)', 'state_noise=0.01', '--drop-path', '0.2', '--epochs', '3',
+    '--model-kwargs', 'layers=(2,1,1)', 'state_noise=0.01', '--drop-path', '0.2', '--epochs', '3',
     '--warmup-epochs', '0',
     '--batch-size', '32', '--no-amp', '--recovery-interval', '1', '--checkpoint-hist', '3', '--experiment', 'run',
 ]

@@ -3,6 +3,7 @@ import copy
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from pickle import PickleError
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
@@ -15,7 +16,8 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from .errors import UserError, one_line, some
-from .image_set import ImageSet, cache_path, read_cache, write_cache
+from .files import sha256
+from .image_set import ImageSet, cache_path, read_cache, stamp, write_cache
 from .splits import (
     SPLIT_NAMES,
     check_split_folder,
@@ -119,6 +121,7 @@ class EncodedImages(Dataset):
         class_names: Names in the order of the labels, if the data set tells them.
         transform: What each image goes through, None for the image itself.
         remark: What a person should know of how it was read.
+        files: Paths of the images, if each lies in a file of its own.
     """
 
     def __init__(
@@ -129,6 +132,7 @@ class EncodedImages(Dataset):
             mode: str,
             place: Callable[[int], str],
             remark: str = '',
+            files: Sequence[str] = (),
     ):
         """
         Args:
@@ -138,6 +142,7 @@ class EncodedImages(Dataset):
             mode: Pillow's mode that images are converted to.
             place: Index to the words that name an image in errors.
             remark: What a person should know of how it was read.
+            files: Paths of the images, if each lies in a file of its own.
         """
         self.read = read
         self.labels = labels
@@ -145,6 +150,7 @@ class EncodedImages(Dataset):
         self.mode = mode
         self.place = place
         self.remark = remark
+        self.files = files
         self.transform: Optional[Callable[[Image.Image], Any]] = None
         self.first = 0
 
@@ -275,9 +281,10 @@ def _open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map:
             raise UserError(f'{root} has images {where}, which would be a class; move them away.')
         remarks += [unread_images(root, read), unnamed_images(root, read, numbers) if class_map else '']
     source = _TimmImages(images)
+    samples = getattr(source.source, 'samples', None) if is_folder else None
     return EncodedImages(
         source.read, _dataset_labels(images), _names_in_order(numbers), mode, source.place,
-        ' '.join(filter(None, remarks)))
+        ' '.join(filter(None, remarks)), [str(path) for path, _ in samples or ()])
 
 
 def _names_in_order(numbers: Mapping[Any, int]) -> Optional[Tuple[str, ...]]:
@@ -338,6 +345,21 @@ def _decode_all(images: EncodedImages, decode: _Decoder, progress: bool) -> Imag
     return ImageSet(decoded, images.labels, images.class_names, images.remark)
 
 
+def _decode_files(images: EncodedImages, decode: _Decoder, settings: Dict[str, Any], progress: bool) -> ImageSet:
+    """Decode images in files of their own, or take them from the cache if the files are as they were then."""
+    if len(images.files) != len(images):  # such as those of a tar file
+        return _decode_all(images, decode, progress)
+    # one place for a folder, however often its images change
+    cache = cache_path([os.path.commonpath(images.files)], settings)
+    content = stamp(images.files, images.labels)
+    found = read_cache(cache, content)
+    if found is not None:
+        return replace(found, class_names=images.class_names, remark=images.remark)
+    data = _decode_all(images, decode, progress)
+    write_cache(cache, data, content)
+    return data
+
+
 def load_images(
         split: str,
         data_dir: Optional[Union[str, Path]] = None,
@@ -373,7 +395,7 @@ def load_images(
         device: Where the split is to be kept and must fit too; it is decoded into the memory of the host.
 
     Returns:
-        The decoded split; Parquet comes from a cache on disk when it was decoded before.
+        The decoded split; Parquet and folders of images come from a cache on disk when they were decoded before.
 
     Raises:
         UserError: If the data is missing, has no such split, or can not be read.
@@ -382,18 +404,18 @@ def load_images(
     decode = _Decoder(input_size, crop_pct, interpolation, crop_mode)
     mode = image_mode(input_size[0])
     whole = split_of_part(split)
+    settings = dict(input_size=list(input_size), crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation,
+                    input_key=input_key or None, target_key=target_key or None)
     folder = _parquet_folder(data_dir, dataset, whole)
     if folder is None:
         images = _open_dataset(split, data_dir, dataset, mode, class_map, download, input_key, target_key)
         _check_memory(split, len(images), input_size, device)
-        return _decode_all(images, decode, progress)
+        return _decode_files(images, decode, settings, progress)
     paths = find_parquet(folder, whole)
     _check_no_class_map(folder, class_map)
-    settings = dict(input_size=list(input_size), crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation,
-                    input_key=input_key or None, target_key=target_key or None)
     if sum(path.stat().st_size for path in paths) > LONG_TO_READ:
         _check_memory(split, _count_rows(paths), input_size, device)
-    cache = cache_path(paths, settings)
+    cache = cache_path([sha256(path) for path in paths], settings)
     data = read_cache(cache)
     if data is None:
         _check_memory(split, _count_rows(paths), input_size, device)

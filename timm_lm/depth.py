@@ -65,7 +65,7 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
             raise UserError(f'A {type(model).__name__} can not be grown; give networks of timm-lm.')
         if any(isinstance(module, (FixedTwoStep, PackedConv2d)) for module in model.modules()):
             raise UserError('A network that was optimized for inference can not be grown; give the one it was made of.')
-    if any('weight' not in block.last_conv()._parameters for stage in deep.stages for block in stage.blocks):
+    if any('weight' not in block.last_conv()._parameters for _, new in _pairs(shallow, deep) for block in new.blocks):
         raise UserError('A network whose convolutions are made of others, as by weight norm or pruning, can not be '
                         'grown to; grow it before that.')
     if len(shallow.stages) != len(deep.stages):

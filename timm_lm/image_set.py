@@ -5,13 +5,13 @@ import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .files import sha256, sync
+from .files import sync
 
 
 @dataclass(frozen=True)
@@ -42,31 +42,54 @@ class ImageSet:
         return replace(self, images=self.images[start:stop], labels=self.labels[start:stop])
 
 
-def cache_path(paths: List[Path], settings: Dict[str, Any]) -> Optional[Path]:
-    """Where the decoded split is kept: known by the contents of its files, None if there is no place for a cache."""
+def cache_path(source: Sequence[str], settings: Dict[str, Any]) -> Optional[Path]:
+    """Where the decoded split is kept, None if there is no place for a cache.
+
+    Args:
+        source: What it is known by, such as the digests of its files.
+        settings: How it is decoded.
+    """
     from huggingface_hub import cached_assets_path
-    content = [sha256(path) for path in paths]
-    key = hashlib.sha256(json.dumps([3, content, settings], sort_keys=True).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([3, source, settings], sort_keys=True).encode()).hexdigest()[:32]
     try:
         return cached_assets_path('timm-lm', namespace='decoded') / f'{key}.safetensors'
     except (OSError, ValueError):
         return None
 
 
-def read_cache(path: Optional[Path]) -> Optional[ImageSet]:
-    """The decoded split, None if there is no whole one."""
+def stamp(files: Sequence[str], labels: torch.Tensor) -> str:
+    """Digest of the names, sizes, times and labels of files, which changes with them.
+
+    Raises:
+        OSError: If one of them is gone.
+    """
+    facts = [(path, found.st_size, found.st_mtime_ns) for path, found in zip(files, map(os.stat, files))]
+    return hashlib.sha256(json.dumps([facts, labels.tolist()]).encode()).hexdigest()
+
+
+def read_cache(path: Optional[Path], content: str = '') -> Optional[ImageSet]:
+    """The decoded split, None if there is no whole one of this content."""
     if path is None or not path.is_file():
         return None
     try:
         with safe_open(path, 'pt') as f:
-            names = json.loads((f.metadata() or {})['class_names'])
+            metadata = f.metadata() or {}
+            names = json.loads(metadata['class_names'])
+            if metadata.get('content', '') != content:
+                return None
             return ImageSet(f.get_tensor('images'), f.get_tensor('labels'), tuple(names) if names else None)
     except (SafetensorError, KeyError, ValueError, OSError):
         return None  # cut short or of another kind: decoded anew and written over
 
 
-def write_cache(path: Optional[Path], data: ImageSet) -> None:
-    """Write beside and rename; a cache that can not be written (full disk, no right) is done without."""
+def write_cache(path: Optional[Path], data: ImageSet, content: str = '') -> None:
+    """Write beside and rename; a cache that can not be written (full disk, no right) is done without.
+
+    Args:
+        path: Of ``cache_path``.
+        data: The decoded split.
+        content: What ``read_cache`` is to ask for, where the path does not tell it.
+    """
     if path is None:
         return
     temporary = None
@@ -74,7 +97,7 @@ def write_cache(path: Optional[Path], data: ImageSet) -> None:
         fd, temporary = tempfile.mkstemp(dir=path.parent, suffix='.tmp')
         os.close(fd)
         save_file(dict(images=data.images, labels=data.labels), temporary,
-                  metadata=dict(class_names=json.dumps(data.class_names)))
+                  metadata=dict(class_names=json.dumps(data.class_names), content=content))
         sync(Path(temporary))
         os.replace(temporary, path)
     except (OSError, SafetensorError):

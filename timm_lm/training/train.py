@@ -127,6 +127,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
         print(describe_run(args, model, train_loader, eval_loader, accelerator, folder), flush=True)
         for remark in describe_data(model, [data for data in (train_set, eval_set) if data is not None]):
             print(f'note: {remark}', flush=True)
+    del train_set, eval_set, data  # on a GPU the loaders have copies of their own
     if args.dry_run:
         if is_main:
             print(describe_schedule(args, training.updates_per_epoch, training.num_epochs))
