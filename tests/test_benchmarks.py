@@ -70,7 +70,8 @@ def test_what_would_end_a_measurement_late_is_told_first(script, tmp_path):
 def test_checkpointing_keeps_less(tmp_path):
     options = ('--depths', '20', '--batch-size', '4', '--rounds', '1')
     plain, lm = figures(tmp_path, 'training.py', *options)['rows']
-    assert (plain['network'], plain['bytes ratio'], lm['network']) == ('preact_resnet20', '1.0000', 'lm_resnet20')
+    assert (plain['network'], lm['network']) == ('preact_resnet20', 'lm_resnet20')
+    assert 1 < float(lm['bytes ratio']) < 1.1
     less = figures(tmp_path, 'training.py', *options, '--grad-checkpointing')['rows']
     assert all(float(row['KiB an image kept']) < float(whole['KiB an image kept']) / 2
                for row, whole in zip(less, (plain, lm), strict=True))
@@ -81,7 +82,7 @@ def test_inference(tmp_path):
                      '--rounds', '1')
     assert [row['network'] for row in result['rows']] == [
         'resnetv2_18', 'lm_resnet18', 'lm_resnet18, optimize()', 'resnetv2_18, channels_last']
-    assert result['rows'][0]['of resnetv2_18'] == '1.000' and result['machine']['cores'] > 0
+    assert all(float(row['of resnetv2_18']) > 0 for row in result['rows']) and result['machine']['cores'] > 0
 
 
 def test_both_engines_and_the_bare_loop_are_measured(few_digits, tmp_path, monkeypatch):

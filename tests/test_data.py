@@ -342,6 +342,25 @@ def test_folder_of_images_comes_from_the_cache_until_it_changes(tmp_path, images
     assert len(set(own_cache.rglob('*.safetensors')) - before) == 1
 
 
+def test_other_images_of_the_same_name_size_and_age_are_not_mistaken(tmp_path):
+    seen = []
+    for value in (1, 2):
+        path = tmp_path / 'test' / 'cat' / '0.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((32, 32, 3), value, np.uint8)).save(path, compress_level=0)
+        os.utime(path, (1, 1))
+        seen.append(load_images('test', tmp_path).images.unique().tolist())
+    assert seen == [[1], [2]]
+
+
+def test_image_that_is_a_link_to_nowhere_is_named(tmp_path, images):
+    (tmp_path / 'test' / 'cat').mkdir(parents=True)
+    (tmp_path / 'test' / 'cat' / '0.png').write_bytes(png(images[0]))
+    (tmp_path / 'test' / 'cat' / '1.png').symlink_to('nowhere.png')
+    with pytest.raises(UserError, match='Image 1 of the data .*1.png. is not a readable image'):
+        load_images('test', tmp_path)
+
+
 def test_no_place_for_a_cache_is_no_error(tmp_path, images, monkeypatch):
     (tmp_path / 'file').write_text('')
     monkeypatch.setattr('huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE', str(tmp_path / 'file' / 'assets'))

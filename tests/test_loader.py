@@ -262,14 +262,11 @@ def test_each_reading_of_an_image_is_augmented_anew(tmp_path):
     assert torch.cat(seen).unique(dim=0).shape == (24, 3, 32, 32)
 
 
-def is_killed(_image):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_worker_that_is_killed_is_told(photos):
-    one = WorkerLoader(open_images('test', photos), 4, MEAN, STD, CPU, is_killed, workers=1)
-    with pytest.raises(UserError, match=r'processes that read images failed \(DataLoader worker .*fewer --workers'):
-        list(one)
+def test_worker_that_is_killed_is_told(few_digits, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr('timm_lm.loader._Seeded.__getitem__', lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--loader', 'timm', '--workers', 1,
+                 '--output', tmp_path)
+    assert 'The processes that read images failed (DataLoader worker (pid' in line and 'use fewer --workers' in line
 
 
 def test_large_files_are_not_read_to_find_that_they_do_not_fit(photos, monkeypatch):

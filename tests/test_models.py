@@ -788,6 +788,9 @@ def test_reset_classifier_leaves_the_rest_as_it_was():
     assert model(images('basic')).shape == (2, 5) and called == ['head'] and model.head.drop.p == 0.5
     model.reset_classifier(3, '')
     assert model(images('basic')).shape[:2] == (2, 3) and model(images('basic')).ndim == 4
+    model.head = torch.nn.Identity()
+    model.reset_classifier(5, 'avg')
+    assert model(images('basic')).shape == (2, 5)
 
 
 # ------------------------------------------------------------------------------------------- training machinery

@@ -244,6 +244,13 @@ def test_options_that_one_of_the_recipe_takes_the_place_of(tmp_path, words, mess
         parse_options(['-c', path, *words])
 
 
+def test_values_that_mean_nothing_new_pass(tmp_path):
+    assert parse_options(['-c', recipe(tmp_path, decay_epochs=90), '--decay-epochs', '90']).decay_epochs == 90
+    assert parse_options(['--sched', 'wsd', '--cooldown-epochs', '1']).cooldown_epochs == 1  # in newer timm
+    args = parse_options(['-c', recipe(tmp_path, lr_noise=[], torchcompile='')])
+    assert args.lr_noise is None and args.torchcompile is None
+
+
 def test_words_among_pairs_are_those_of_recipes():
     kwargs = parse_options(['--opt-kwargs', 'a=false', 'b=True', 'c=null', 'd=falsely', 'e=1e-3']).opt_kwargs
     assert kwargs == dict(a=False, b=True, c=None, d='falsely', e=1e-3)

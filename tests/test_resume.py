@@ -474,6 +474,39 @@ def test_output_that_nobody_reads_does_not_end_a_run(few_digits, left_alone, tmp
     assert final_state(tmp_path) == final_state(left_alone)
 
 
+@pytest.mark.parametrize('close', ['os.dup2(1, 2)', 'sys.stdout = sys.stderr = None'])
+def test_run_that_nobody_listens_to_tells_by_its_exit_code_that_it_was_stopped(few_digits, tmp_path, close):
+    script = tmp_path / 'unheard.py'
+    script.write_text(f"""
+import os, sys
+from timm_lm import cli
+from timm_lm.training.loop import Training
+step = Training.step
+
+def stop(*args):
+    step(*args)
+    os.kill(os.getpid(), {int(signal.SIGTERM)})
+
+Training.step = stop
+{close}
+sys.exit(cli.main(sys.argv[1:]))
+""")
+    code, *_ = Command(*arguments(few_digits, tmp_path), script=script, read=False).wait()
+    assert code == 143
+    assert [path.name for path in checkpoints(tmp_path)] == ['step-000000001']
+
+
+def test_checkpoint_of_an_earlier_version_is_read(few_digits, left_alone, tmp_path):
+    shutil.copytree(left_alone / 'run', tmp_path / 'run')
+    *_, before, last = checkpoints(tmp_path)
+    shutil.rmtree(last)
+    state = json.loads((before / 'state.json').read_text())
+    del state['state_sha256']
+    (before / 'state.json').write_text(json.dumps(state))
+    assert f'Going on from {before}' in finish(few_digits, tmp_path)
+    assert final_state(tmp_path) == final_state(left_alone)
+
+
 def test_old_checkpoint_that_can_not_be_removed_is_told(tmp_path, monkeypatch, capsys):
     store = CheckpointStore(tmp_path, keep=1)
     nothing = dict(state={}, param_groups=[])

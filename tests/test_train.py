@@ -475,9 +475,13 @@ def test_images_that_are_not_square_are_cropped_by_timm(few_digits, tmp_path, co
 
 
 @pytest.mark.parametrize('character', '#?')
-def test_path_that_older_timm_cuts_is_refused_before_the_training(few_digits, tmp_path, command, character):
+@pytest.mark.parametrize('older', [False, True])
+def test_path_that_older_timm_cuts_is_refused_before_the_training(
+        few_digits, tmp_path, command, monkeypatch, character, older):
+    if older:
+        monkeypatch.setattr('timm_lm.training.run_folder.parse_model_name', lambda name: ('local-dir', 'a'))
     code, _, err = command(
         'train', '-c', 'demo_digits', '--data-dir', few_digits, '--output', tmp_path, '--experiment', f'a{character}b',
         '--dry-run')
-    cuts = timm.models.parse_model_name(f'local-dir:a{character}b')[1] == 'a'
+    cuts = older or timm.models.parse_model_name(f'local-dir:a{character}b')[1] == 'a'
     assert code == (2 if cuts else 0) and ('cuts paths at # and ?' in err) == cuts

@@ -25,14 +25,14 @@ def _train(argv: List[str]) -> None:
     from .training.train import Interrupted, command_line, train
 
     args = parse_options(argv)
-    try:
-        with outlasting_output():
+    with outlasting_output():
+        try:
             train(args, command_line(['train', *argv]))
-    except Interrupted as e:  # of all processes at once
-        if PartialState().is_local_main_process:
-            print(f'timm-lm: {e}', file=sys.stderr)
-        PartialState().wait_for_everyone()  # when one process ends, the launcher ends the others
-        sys.exit(e.exit_code)
+        except Interrupted as e:  # of all processes at once
+            if PartialState().is_local_main_process:
+                print(f'timm-lm: {e}', file=sys.stderr, flush=True)
+            PartialState().wait_for_everyone()  # when one process ends, the launcher ends the others
+            sys.exit(e.exit_code)
 
 
 def _recipe(argv: List[str]) -> None:
@@ -319,14 +319,16 @@ def _demo(argv: List[str]) -> None:
     args = parser.parse_args(argv)
 
     from .demo import demo
+    from .training.output import outlasting_output
     from .training.signals import Interrupted
 
-    try:
-        demo(Path(args.output))
-    except Interrupted as e:
-        print(f'timm-lm: the demonstration was stopped; `timm-lm demo --output {args.output}` begins a new one',
-              file=sys.stderr)
-        sys.exit(e.exit_code)
+    with outlasting_output():
+        try:
+            demo(Path(args.output))
+        except Interrupted as e:
+            print(f'timm-lm: the demonstration was stopped; `timm-lm demo --output {args.output}` begins a new one',
+                  file=sys.stderr, flush=True)
+            sys.exit(e.exit_code)
 
 
 COMMANDS: Dict[str, Callable[[List[str]], Optional[int]]] = {
@@ -339,6 +341,11 @@ def _is_out_of_memory(e: BaseException) -> bool:
     """Whether an error is that of PyTorch, which is not imported here, or of Python when memory runs out."""
     told = 'not enough memory', "can't allocate memory", 'out of memory'
     return isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError' or any(text in str(e) for text in told)
+
+
+def _is_of_a_worker(e: BaseException) -> bool:
+    """Whether an error is PyTorch's of a worker process that was killed, or of a full /dev/shm."""
+    return any(text in str(e) for text in ('DataLoader worker (pid', 'unable to allocate shared memory'))
 
 
 def _is_of_a_device(e: BaseException) -> bool:
@@ -441,7 +448,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if command is None:
             raise UserError(f"There is no command '{argv[0]}'; the commands are {', '.join(COMMANDS)}.")
         code = command(argv[1:]) or 0
-        sys.stdout.flush()  # a reader that went away is noticed here, not when Python ends
+        if sys.stdout is not None:  # closed from the start
+            sys.stdout.flush()  # a reader that went away is noticed here, not when Python ends
         return code
     except UserError as e:
         _tell(f'timm-lm: error: {e}')
@@ -456,6 +464,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if _is_out_of_memory(e):
             _tell(f'timm-lm: error: The memory does not suffice ({one_line(e)}); use a smaller --batch-size, or a '
                   'smaller network.')
+        elif _is_of_a_worker(e):
+            _tell(f'timm-lm: error: The processes that read images failed ({one_line(e)}), maybe for want of memory, '
+                  'or of room in /dev/shm; use fewer --workers. A training goes on with --resume auto.')
         elif _is_of_a_device(e):
             _tell(f'timm-lm: error: The device failed ({one_line(e)}), maybe through another process on it; start '
                   'again. A training goes on with --resume auto, or without an --experiment with --resume '

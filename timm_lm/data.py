@@ -284,7 +284,7 @@ def _open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map:
     samples = getattr(source.source, 'samples', None) if is_folder else None
     return EncodedImages(
         source.read, _dataset_labels(images), _names_in_order(numbers), mode, source.place,
-        ' '.join(filter(None, remarks)), [str(path) for path, _ in samples or ()])
+        ' '.join(filter(None, remarks)), [os.path.abspath(path) for path, _ in samples or ()])
 
 
 def _names_in_order(numbers: Mapping[Any, int]) -> Optional[Tuple[str, ...]]:
@@ -349,9 +349,12 @@ def _decode_files(images: EncodedImages, decode: _Decoder, settings: Dict[str, A
     """Decode images in files of their own, or take them from the cache if the files are as they were then."""
     if len(images.files) != len(images):  # such as those of a tar file
         return _decode_all(images, decode, progress)
+    try:
+        content = stamp(images.files, images.labels)
+    except OSError:  # one is gone, or a link that leads nowhere; decoding names it
+        return _decode_all(images, decode, progress)
     # one place for a folder, however often its images change
     cache = cache_path([os.path.commonpath(images.files)], settings)
-    content = stamp(images.files, images.labels)
     found = read_cache(cache, content)
     if found is not None:
         return replace(found, class_names=images.class_names, remark=images.remark)

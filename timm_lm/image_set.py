@@ -58,12 +58,13 @@ def cache_path(source: Sequence[str], settings: Dict[str, Any]) -> Optional[Path
 
 
 def stamp(files: Sequence[str], labels: torch.Tensor) -> str:
-    """Digest of the names, sizes, times and labels of files, which changes with them.
+    """Digest of the names, places, sizes, times and labels of files, which changes with them.
 
     Raises:
         OSError: If one of them is gone.
     """
-    facts = [(path, found.st_size, found.st_mtime_ns) for path, found in zip(files, map(os.stat, files))]
+    facts = [(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+             for path, found in zip(files, map(os.stat, files))]
     return hashlib.sha256(json.dumps([facts, labels.tolist()]).encode()).hexdigest()
 
 

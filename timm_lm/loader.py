@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .augment import BatchMixup, Values, normalize, pad_crop, random_erase, random_hflip, random_vflip, to_device
 from .data import EncodedImages, ImageSet
-from .errors import UserError, one_line
+from .errors import UserError
 
 IGNORE_LABEL = -100  # of the rows that fill up the last batch of an evaluation; cross entropy leaves it out
 
@@ -271,12 +271,6 @@ class WorkerLoader(BatchLoader):
         except UserError as e:  # of a worker process, which puts its traceback before the message
             message = str(e).strip().splitlines()[-1].partition('UserError: ')[2] or str(e)
             raise UserError(message) from e.with_traceback(None)  # its frames hold the processes, which then end late
-        except RuntimeError as e:  # PyTorch's words for a worker that was killed, and for a full /dev/shm
-            if not any(words in str(e) for words in ('DataLoader worker', 'shared memory')):
-                raise
-            raise UserError(f'The processes that read images failed ({one_line(e)}), maybe for want of memory, or of '
-                            'room in /dev/shm; use fewer --workers. A training goes on with --resume auto.'
-                            ) from e.with_traceback(None)
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:

@@ -72,8 +72,11 @@ class TwoStep(nn.Module):
             ValueError: If ``k_init`` is neither a number nor an increasing pair of them.
         """
         super().__init__()
-        low, high = k_init if isinstance(k_init, (tuple, list)) and len(k_init) == 2 else (k_init, k_init)
-        if not (isinstance(low, (int, float)) and isinstance(high, (int, float)) and low <= high):
+        try:
+            low, high = map(float, k_init if isinstance(k_init, (tuple, list)) else (k_init, k_init))
+        except (TypeError, ValueError):
+            low, high = 1., 0.
+        if low > high:
             raise ValueError(f'k_init must be a number or a range (low, high), got {k_init!r}.')
         self.k_init = k_init
         self.per_channel = per_channel

@@ -480,8 +480,11 @@ class LMResNet(nn.Module):
         head = ClassifierHead(
             self.num_features, num_classes, pool_type=pool_type, use_conv=True, device=like.device, dtype=like.dtype)
         head.train(self.training)
-        for name in ('in_features', 'num_features', 'global_pool', 'flatten', 'fc'):  # hooks and dropout stay
-            setattr(self.head, name, getattr(head, name, None))
+        if isinstance(self.head, ClassifierHead):  # its hooks and dropout stay
+            for name in ('in_features', 'num_features', 'global_pool', 'flatten', 'fc'):
+                setattr(self.head, name, getattr(head, name, None))
+        else:
+            self.head = head
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(

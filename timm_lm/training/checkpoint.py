@@ -221,7 +221,8 @@ class CheckpointStore:
             raise UserError(f'There is no checkpoint {folder}; give RUN/checkpoints/step-..., or --resume auto.')
         try:
             state = json.loads((folder / STATE).read_text(encoding='utf-8'))
-            if sha256(folder / TENSORS) != state['sha256'] or state_digest(state) != state.pop('state_sha256'):
+            told = state.pop('state_sha256', None)  # which an earlier version did not write
+            if sha256(folder / TENSORS) != state['sha256'] or told not in (None, state_digest(state)):
                 raise ValueError('its digest differs')
             return Checkpoint(folder, load_file(folder / TENSORS), state)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:

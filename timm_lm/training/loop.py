@@ -217,7 +217,7 @@ class Training:
         self.best = checkpoint.state['best']
         self.earlier_seconds = checkpoint.state['seconds']
         sums = checkpoint.group('epoch')['sums']  # of all processes; each takes its share, which the live line shows
-        self.loss_sum, self.correct = (sums / self.accelerator.num_processes).tolist()
+        self.loss_sum, self.correct = (sums[:2] / self.accelerator.num_processes).tolist()
         self.read_batches = self.finite_batches = checkpoint.progress.batch
         rank = self.accelerator.process_index
         restore_random_states(checkpoint, rank)

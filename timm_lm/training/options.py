@@ -99,7 +99,8 @@ _OF_SCHEDULES: Dict[Tuple[str, ...], Tuple[str, ...]] = {
     ('patience_epochs',): ('plateau',),
     ('min_lr',): ('cosine', 'tanh', 'poly', 'plateau', 'wsd', 'rsqrt'),
     ('lr_k_decay',): ('cosine', 'poly'),
-    ('lr_cycle_mul', 'lr_cycle_decay', 'lr_cycle_limit', 'cooldown_epochs'): ('cosine', 'tanh', 'poly'),
+    ('lr_cycle_mul', 'lr_cycle_decay', 'lr_cycle_limit'): ('cosine', 'tanh', 'poly'),
+    ('cooldown_epochs',): ('cosine', 'tanh', 'poly', 'wsd', 'rsqrt'),
 }
 
 # Options that another one takes the place of.
@@ -488,7 +489,7 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
     if config:
         path, model = find_recipe(config)
         given = defaults | _read_recipe(path, actions) | (dict(model=model) if model else {})
-        if given['decay_epochs'] == _usual_decay_epochs(given['sched']):  # recorded by a run
+        if given['decay_epochs'] == _usual_decay_epochs(given['sched']):  # as a run records it
             given['decay_epochs'] = None
         _check_unread(given, defaults, defaults)
         parser.set_defaults(**given)
@@ -504,6 +505,8 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
         delattr(args, name)
     if args.no_aug:
         args.hflip, args.vflip, args.pad_crop, args.reprob = 0., 0., 0, 0.
+    if args.decay_epochs == _usual_decay_epochs(args.sched):
+        args.decay_epochs = None
     check_options(args)
     _check_unread(vars(args), given, defaults)
     for taken, left_out in _INSTEAD.items():  # of a recipe both may come, as a run records what it computed
@@ -513,6 +516,8 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
                                 'the recipe; give the latter.')
     for names, _ in unread(vars(args)):
         _reset(args, *names)
+    for leaders in _ONLY_WITH:  # of all ways to spell off that of timm's defaults, where these are off
+        _reset(args, *(leader for leader in leaders if not getattr(args, leader) and not defaults[leader]))
     if args.decay_epochs is None:
         args.decay_epochs = _usual_decay_epochs(args.sched)
     return args

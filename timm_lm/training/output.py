@@ -7,7 +7,7 @@ from typing import Any, Iterator
 
 
 class _Outlasting:
-    """A text stream that goes on in silence when its reader is gone: `head` and `tee` end, terminals are closed."""
+    """A text stream that goes on in silence when its reader is gone, as `head` and `tee` go, or a terminal."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -31,15 +31,19 @@ class _Outlasting:
     def _go_on(self, error: OSError) -> None:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise error
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.stream.fileno())  # where what is still in its buffer goes, too
-        os.close(nowhere)
+        nowhere = open(os.devnull, 'w')  # noqa: SIM115
+        try:
+            os.dup2(nowhere.fileno(), self.stream.fileno())  # where what is still in its buffer goes, too
+        except OSError:  # it has no number
+            self.stream = nowhere
 
 
 @contextmanager
 def outlasting_output() -> Iterator[None]:
     """Standard output and error that do not end what prints to them, while it lasts."""
     with ExitStack() as stack:
-        stack.enter_context(redirect_stdout(_Outlasting(sys.stdout)))
-        stack.enter_context(redirect_stderr(_Outlasting(sys.stderr)))
+        for redirect, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
+            if stream is None:  # closed from the start
+                stream = stack.enter_context(open(os.devnull, 'w'))
+            stack.enter_context(redirect(_Outlasting(stream)))
         yield

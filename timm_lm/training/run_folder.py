@@ -14,6 +14,7 @@ from timm_lm.files import write_text
 from timm_lm.hub import TimmModel
 
 from .checkpoint import Checkpoint, CheckpointStore
+from .options import unread
 
 try:
     import fcntl
@@ -95,7 +96,9 @@ def read_args(folder: Path) -> Dict[str, Any]:
 def _compare_options(args: argparse.Namespace, folder: Path) -> None:
     before = read_args(folder)
     now = yaml.safe_load(yaml.safe_dump(vars(args)))
-    differing = [name for name in now if name not in FREE_OPTIONS and now[name] != before.get(name, now[name])]
+    before = now | before
+    idle = {name for options in (now, before) for names, _ in unread(options) for name in names}
+    differing = [name for name in now if name not in (*FREE_OPTIONS, *idle) and now[name] != before[name]]
     if differing:
         shown = ', '.join(f'{name} (was {before[name]}, is {now[name]})' for name in differing)
         raise UserError(f'The run in {folder} was started with other options: {shown}; give the same, or start another '
