@@ -21,8 +21,8 @@ test-timm: $(STAMP)  ## timm's own tests of its models, on ours
 check-weights: $(STAMP)  ## count the errors of all shipped weights; DATA holds the folders cifar10 and cifar100
 	$(BIN)/python -m timm_lm.check_weights $(DATA)
 
-ship: $(STAMP)  ## put the weights of finished RUNS among those that ship; DATA is the data's folder if it lies elsewhere now
-	$(BIN)/python -m timm_lm.ship $(RUNS) $(if $(DATA),--data-dir $(DATA))
+ship: $(STAMP)  ## ship weights of finished RUNS; DATA: where the data lies now, HALF=1: in half precision whatever the size
+	$(BIN)/python -m timm_lm.ship $(RUNS) $(if $(DATA),--data-dir $(DATA)) $(if $(HALF),--half)
 
 lint: $(STAMP)  ## lint and types
 	$(BIN)/ruff check .

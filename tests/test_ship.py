@@ -189,7 +189,8 @@ def test_shipped_weights_are_half_precision_from_depth_44_on_and_small():
         state = load_file(folder / 'model.safetensors')
         dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
         depth = int(re.search(r'resne\w*?(\d+)', folder.name).group(1))
-        assert dtypes == {torch.float16 if depth >= 44 else torch.float32}, folder.name
+        assert len(dtypes) == 1 and (depth < 44 or dtypes == {torch.float16}), folder.name
+        assert f"| weights saved in | {str(*dtypes).removeprefix('torch.')} |" in (folder / 'README.md').read_text()
         parameters = sum(p.numel() for p in load_folder(folder).parameters())
         assert (parameters >= ship_module.HALF_FROM) == (depth >= 44), folder.name
     size = sum(path.stat().st_size for path in (CHECKOUT / 'weights').rglob('*') if path.is_file())

@@ -26,7 +26,8 @@ HALF_FROM = 600_000  # parameters; from lm_resnet44 (0.66 million) on weights sh
 TRACKED_LIMIT = 20 << 20  # bytes of all weights folders together
 
 
-def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional[str] = None) -> Row:
+def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional[str] = None,
+         half: bool = False) -> Row:
     """Put the weights of a finished run among those that ship.
 
     Large networks are saved in half precision. Their errors are then counted again on what was saved, and it is this
@@ -37,6 +38,7 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
         weights: Holds the weights folders and ``SHA256SUMS``; a folder of the same name is replaced.
         results: Folder of the record of runs.
         data_dir: Where the data is now, None for where it was.
+        half: Save in half precision whatever the size, as where there is no room otherwise.
 
     Returns:
         The row.
@@ -64,7 +66,7 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
     verify_folder(source)
     with tempfile.TemporaryDirectory(prefix='timm-lm-ship-') as temporary:
         folder = Path(temporary) / row['model']
-        if told['parameters'] < HALF_FROM:
+        if told['parameters'] < HALF_FROM and not half:
             shutil.copytree(source, folder)
             write_text(folder / CARD_NAME, run_card(told, args, load_folder(folder)))  # by the template of today
         else:
@@ -72,7 +74,8 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
         size = _size(folder) + sum(_size(path) for path in weights.iterdir() if path.name != row['model'])
         if size > TRACKED_LIMIT:
             raise UserError(f"With {row['model']} the weights would take {size / 2**20:.1f} MiB, more than "
-                            f'{TRACKED_LIMIT / 2**20:.0f}; take another folder out of {weights} first.')
+                            f'{TRACKED_LIMIT / 2**20:.0f}; ship it in half precision, or take another folder out of '
+                            f'{weights} first.')
         row = with_result(row, told)
         check_rows([row], results)
         try:
@@ -109,6 +112,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog='ship', description='Put weights of runs among those that ship.')
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a finished run')
     parser.add_argument('--data-dir', metavar='DIR', help='where the data is now (default: where it was)')
+    parser.add_argument('--half', action='store_true', help='save in half precision, whatever the size')
     parser.add_argument('--project', type=Path, default=Path(), metavar='DIR', help='a checkout (default: this folder)')
     args = parser.parse_args(argv)
     results = args.project / 'results'
@@ -118,7 +122,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         shipped = []
         try:
             for run in args.runs:
-                shipped.append(row := ship(run, weights_dir(), results, args.data_dir))
+                shipped.append(row := ship(run, weights_dir(), results, args.data_dir, args.half))
                 print(f"{row['model']}: {row['errors']} errors of {row['images']} images ({row['top1_err']} %)")
         finally:
             if shipped:  # if need be only those before a run that can not ship

@@ -31,11 +31,8 @@ class _Outlasting:
     def _go_on(self, error: OSError) -> None:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise error
-        nowhere = open(os.devnull, 'w')  # noqa: SIM115
-        try:
+        with open(os.devnull, 'w') as nowhere:
             os.dup2(nowhere.fileno(), self.stream.fileno())  # where what is still in its buffer goes, too
-        except OSError:  # it has no number
-            self.stream = nowhere
 
 
 @contextmanager
