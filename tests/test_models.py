@@ -553,6 +553,7 @@ def test_no_noise_by_default():
     (dict(k_init=(0., -0.1)), 'a number or a range'),
     (dict(k_init=(0., -0.1), device='meta'), 'a number or a range'),
     (dict(k_init='x'), 'a number or a range'),
+    (dict(k_init=float('nan')), 'a number or a range'),
 ])
 def test_bad_settings_raise(kwargs, message):
     with pytest.raises(ValueError, match=message):

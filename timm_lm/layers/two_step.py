@@ -76,7 +76,7 @@ class TwoStep(nn.Module):
             low, high = map(float, k_init if isinstance(k_init, (tuple, list)) else (k_init, k_init))
         except (TypeError, ValueError):
             low, high = 1., 0.
-        if low > high:
+        if not low <= high:
             raise ValueError(f'k_init must be a number or a range (low, high), got {k_init!r}.')
         self.k_init = k_init
         self.per_channel = per_channel

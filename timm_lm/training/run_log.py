@@ -4,7 +4,7 @@ import math
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ContextManager, Dict, List, Mapping, Optional
+from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional
 
 from timm.utils import update_summary
 from tqdm import tqdm
@@ -83,16 +83,17 @@ def _add_to_summary(path: Path, row: Mapping[str, Any]) -> None:
 
 def _line(row: Mapping[str, Any]) -> str:
     """A row in JSON, which has no word for metrics that are not finite but null."""
-    metrics = {split: row[split] and {name: value if math.isfinite(value) else None
-                                      for name, value in row[split].items()} for split in ('train', 'eval')}
-    return json.dumps({**row, **metrics}) + '\n'
+    return json.dumps(_with_metrics(row, lambda value: value if math.isfinite(value) else None)) + '\n'
 
 
 def _row(line: str) -> Dict[str, Any]:
-    row: Dict[str, Any] = json.loads(line)
-    metrics = {split: row[split] and {name: math.nan if value is None else value
-                                      for name, value in row[split].items()} for split in ('train', 'eval')}
-    return row | metrics
+    return _with_metrics(json.loads(line), lambda value: math.nan if value is None else value)
+
+
+def _with_metrics(row: Mapping[str, Any], change: Callable[[Any], Any]) -> Dict[str, Any]:
+    changed = {split: row[split] and {name: change(value) for name, value in row[split].items()}
+               for split in ('train', 'eval')}
+    return {**row, **changed}
 
 
 class RunLog:
