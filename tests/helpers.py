@@ -1,4 +1,4 @@
-"""Fresh interpreters, for what only the start of one can show, and checkpoints that tell something else."""
+"""What tests of several files use: fresh interpreters, and checkpoints that are made to tell something else."""
 import json
 import os
 import subprocess

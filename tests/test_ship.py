@@ -71,13 +71,14 @@ def test_run_without_a_validation_is_done_and_does_not_ship(few_digits, places, 
         ship(run, *places)
 
 
-def test_large_network_ships_in_half_precision_with_its_own_count(run, places, monkeypatch):
+@pytest.mark.parametrize('is_large', [True, False])
+def test_network_that_is_large_or_is_to_ships_in_half_precision_with_its_own_count(run, places, monkeypatch, is_large):
     weights, results = places
-    monkeypatch.setattr(ship_module, 'HALF_FROM', 1)
+    monkeypatch.setattr(ship_module, 'HALF_FROM', 1 if is_large else 10 ** 9)
     told = json.loads((run / 'result.json').read_text())
     # a count that the saved file can not have: what is recorded must be counted anew
     (run / 'result.json').write_text(json.dumps(told | dict(errors=63, top1=100 / 64, k=[9., 9., 9.])))
-    row = ship(run, *places)
+    row = ship(run, *places, half=not is_large)
     folder = weights / 'lm_resnet20.paper_c10'
     state, whole = load_file(folder / 'model.safetensors'), load_file(run / 'weights' / 'model.safetensors')
     assert {t.dtype for t in state.values() if t.is_floating_point()} == {torch.float16}

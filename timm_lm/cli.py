@@ -21,7 +21,7 @@ def _train(argv: List[str]) -> None:
     from accelerate import PartialState
 
     from .training.options import parse_options
-    from .training.output import outlasting_output
+    from .training.streams import outlasting_output
     from .training.train import Interrupted, command_line, train
 
     args = parse_options(argv)
@@ -319,8 +319,8 @@ def _demo(argv: List[str]) -> None:
     args = parser.parse_args(argv)
 
     from .demo import demo
-    from .training.output import outlasting_output
     from .training.signals import Interrupted
+    from .training.streams import outlasting_output
 
     with outlasting_output():
         try:

@@ -85,7 +85,8 @@ def with_result(row: Row, result: Mapping[str, Any]) -> Row:
 
 def _recipe(args: Dict[str, Any], processes: int) -> str:
     """Name of the recipe of a run, with what was changed in it; the batch is that of all processes."""
-    from .training.options import parse_options, unread
+    from .training.option_rules import unread
+    from .training.options import parse_options
     from .training.places import without_place
     from .training.recipes import list_recipes
     from .training.run_folder import FREE_OPTIONS

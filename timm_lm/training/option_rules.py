@@ -1,7 +1,7 @@
 """Which values the options of a training can have, alone and beside each other."""
 import argparse
 import math
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterable, Iterator, List, Tuple
 
 from timm_lm.errors import UserError
 
@@ -19,6 +19,40 @@ _SHARES = (
     'hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'smoothing', 'drop', 'model_ema_decay',
     'grayscale_prob', 'gaussian_blur_prob', 'color_jitter_prob', 'lr_noise')
 USUAL_PATIENCE = 10  # epochs of plateau without a gain, if nothing is said
+
+# Options that mean something only beside one of others.
+ONLY_WITH: Dict[Tuple[str, ...], Tuple[str, ...]] = {
+    ('bce_loss',): ('bce_sum', 'bce_target_thresh', 'bce_pos_weight'),
+    ('model_ema',): ('model_ema_decay', 'model_ema_warmup'),
+    ('kd_model_name',): (
+        'kd_distill_type', 'kd_loss_type', 'kd_temperature', 'distill_loss_weight', 'task_loss_weight'),
+    ('log_wandb',): ('wandb_project', 'wandb_tags', 'wandb_resume_id'),
+    ('mixup', 'cutmix', 'cutmix_minmax'): ('mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch'),
+    ('reprob',): ('remode', 'recount'),
+    ('pretrained',): ('pretrained_path',),
+    ('layer_decay',): ('layer_decay_min_scale', 'layer_decay_no_opt_scale'),
+    ('clip_grad',): ('clip_mode',),
+    ('torchcompile',): ('torchcompile_mode',),
+    ('amp',): ('amp_dtype',),
+    ('lr_noise',): ('lr_noise_pct', 'lr_noise_std'),
+    ('warmup_epochs',): ('warmup_lr', 'warmup_prefix'),
+    ('color_jitter',): ('color_jitter_prob',),
+}
+
+# Options of the schedule that only some of timm's schedules read.
+_OF_SCHEDULES: Dict[Tuple[str, ...], Tuple[str, ...]] = {
+    ('decay_milestones',): ('multistep',),
+    ('decay_epochs',): ('step', 'wsd', 'rsqrt'),
+    ('decay_rate',): ('step', 'multistep', 'plateau', 'poly'),
+    ('patience_epochs',): ('plateau',),
+    ('min_lr',): ('cosine', 'tanh', 'poly', 'plateau', 'wsd', 'rsqrt'),
+    ('lr_k_decay',): ('cosine', 'poly'),
+    ('lr_cycle_mul', 'lr_cycle_decay', 'lr_cycle_limit'): ('cosine', 'tanh', 'poly'),
+    ('cooldown_epochs',): ('cosine', 'tanh', 'poly', 'wsd', 'rsqrt'),
+}
+
+# Options that another one takes the place of.
+_INSTEAD = {'lr': ('lr_base', 'lr_base_size', 'lr_base_scale'), 'input_size': ('img_size',)}
 
 
 def option_name(name: str) -> str:
@@ -136,3 +170,40 @@ def not_in_memory(args: argparse.Namespace) -> List[str]:
     )
     asked = {name: getattr(args, name) for name in off}
     return [f'{option_name(name)} {value}' for name, value in asked.items() if value and value != off[name]]
+
+
+def unread(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
+    """Options that nothing reads beside the others, and why."""
+    for leaders, followers in ONLY_WITH.items():
+        if not any(values[leader] for leader in leaders):
+            yield followers, f"without {' or '.join(map(option_name, leaders))}; give both"
+    for names, schedules in _OF_SCHEDULES.items():
+        if values['sched'] not in schedules:
+            yield names, f"with --sched {values['sched']}; it is for {', '.join(schedules)}. Take one of these"
+
+
+def check_unread(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:
+    """Options that were changed to mean something, where nothing reads them."""
+    for names, why in unread(values):
+        for name in _changed(names, values, before, defaults):
+            raise UserError(f'{option_name(name)} does nothing {why}, or leave it out.')
+
+
+def check_taken(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:
+    """Options of the command line that others, maybe of the recipe, take the place of.
+
+    Of a recipe both may come, as a run records what it computed.
+
+    Raises:
+        UserError: At the first one.
+    """
+    for taken, left_out in _INSTEAD.items():
+        for name in _changed(left_out, values, before, defaults):
+            if values[taken] is not None:
+                raise UserError(f'{option_name(name)} does nothing beside {option_name(taken)}, which may be that of '
+                                'the recipe; give the latter.')
+
+
+def _changed(names: Iterable[str], values: Dict[str, Any], before: Dict[str, Any],
+             defaults: Dict[str, Any]) -> List[str]:
+    return [name for name in names if values[name] not in (before[name], defaults[name])]

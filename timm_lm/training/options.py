@@ -8,13 +8,21 @@ import copy
 import difflib
 from functools import cache
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, NoReturn, Optional, Sequence, Type
 
 import yaml
 
 from timm_lm.errors import UserError, one_line
 
-from .option_rules import USUAL_PATIENCE, check_options, option_name
+from .option_rules import (
+    ONLY_WITH,
+    USUAL_PATIENCE,
+    check_options,
+    check_taken,
+    check_unread,
+    option_name,
+    unread,
+)
 from .recipes import find_recipe
 
 COUNT_BATCH_SIZE = 50  # of counts in float32 on the CPU: fast, and small beside the memory of a training
@@ -71,41 +79,6 @@ _TIMM_DEFAULTS: Dict[str, Any] = {
     'train_size_schedule': 'constant', 'train_size_schedule_spread': 0.65, 'variable_batch_loss_scale': 'none',
     'worker_seeding': 'all',
 }
-
-# Options that mean something only beside one of others.
-_ONLY_WITH: Dict[Tuple[str, ...], Tuple[str, ...]] = {
-    ('bce_loss',): ('bce_sum', 'bce_target_thresh', 'bce_pos_weight'),
-    ('model_ema',): ('model_ema_decay', 'model_ema_warmup'),
-    ('kd_model_name',): (
-        'kd_distill_type', 'kd_loss_type', 'kd_temperature', 'distill_loss_weight', 'task_loss_weight'),
-    ('log_wandb',): ('wandb_project', 'wandb_tags', 'wandb_resume_id'),
-    ('mixup', 'cutmix', 'cutmix_minmax'): ('mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch'),
-    ('reprob',): ('remode', 'recount'),
-    ('pretrained',): ('pretrained_path',),
-    ('layer_decay',): ('layer_decay_min_scale', 'layer_decay_no_opt_scale'),
-    ('clip_grad',): ('clip_mode',),
-    ('torchcompile',): ('torchcompile_mode',),
-    ('amp',): ('amp_dtype',),
-    ('lr_noise',): ('lr_noise_pct', 'lr_noise_std'),
-    ('warmup_epochs',): ('warmup_lr', 'warmup_prefix'),
-    ('color_jitter',): ('color_jitter_prob',),
-}
-
-# Options of the schedule that only some of timm's schedules read.
-_OF_SCHEDULES: Dict[Tuple[str, ...], Tuple[str, ...]] = {
-    ('decay_milestones',): ('multistep',),
-    ('decay_epochs',): ('step', 'wsd', 'rsqrt'),
-    ('decay_rate',): ('step', 'multistep', 'plateau', 'poly'),
-    ('patience_epochs',): ('plateau',),
-    ('min_lr',): ('cosine', 'tanh', 'poly', 'plateau', 'wsd', 'rsqrt'),
-    ('lr_k_decay',): ('cosine', 'poly'),
-    ('lr_cycle_mul', 'lr_cycle_decay', 'lr_cycle_limit'): ('cosine', 'tanh', 'poly'),
-    ('cooldown_epochs',): ('cosine', 'tanh', 'poly', 'wsd', 'rsqrt'),
-}
-
-# Options that another one takes the place of.
-_INSTEAD = {'lr': ('lr_base', 'lr_base_size', 'lr_base_scale'), 'input_size': ('img_size',)}
-
 
 def _literal(text: str) -> Any:
     words = {'true': True, 'false': False, 'null': None, 'none': None}  # as recipes may spell them
@@ -491,7 +464,7 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
         given = defaults | _read_recipe(path, actions) | (dict(model=model) if model else {})
         if given['decay_epochs'] == _usual_decay_epochs(given['sched']):  # as a run records it
             given['decay_epochs'] = None
-        _check_unread(given, defaults, defaults)
+        check_unread(given, defaults, defaults)
         parser.set_defaults(**given)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -508,15 +481,11 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
     if args.decay_epochs == _usual_decay_epochs(args.sched):
         args.decay_epochs = None
     check_options(args)
-    _check_unread(vars(args), given, defaults)
-    for taken, left_out in _INSTEAD.items():  # of a recipe both may come, as a run records what it computed
-        for name in _changed(left_out, vars(args), given, defaults):
-            if getattr(args, taken) is not None:
-                raise UserError(f'{option_name(name)} does nothing beside {option_name(taken)}, which may be that of '
-                                'the recipe; give the latter.')
+    check_unread(vars(args), given, defaults)
+    check_taken(vars(args), given, defaults)
     for names, _ in unread(vars(args)):
         _reset(args, *names)
-    for leaders in _ONLY_WITH:  # of all ways to spell off that of timm's defaults, where these are off
+    for leaders in ONLY_WITH:  # of all ways to spell off that of timm's defaults, where these are off
         _reset(args, *(leader for leader in leaders if not getattr(args, leader) and not defaults[leader]))
     if args.decay_epochs is None:
         args.decay_epochs = _usual_decay_epochs(args.sched)
@@ -534,7 +503,7 @@ def turn_off(args: argparse.Namespace, *leaders: str) -> None:
     What a recipe gives them may stand beside an option that the command line takes back; recorded like that it would be
     refused as a recipe.
     """
-    _reset(args, *leaders, *_ONLY_WITH[leaders])
+    _reset(args, *leaders, *ONLY_WITH[leaders])
 
 
 def _reset(args: argparse.Namespace, *names: str) -> None:
@@ -545,25 +514,3 @@ def _reset(args: argparse.Namespace, *names: str) -> None:
 @cache
 def _defaults() -> Dict[str, Any]:
     return {action.dest: action.default for action in build_parser('')._actions}
-
-
-def unread(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
-    """Options that nothing reads beside the others, and why."""
-    for leaders, followers in _ONLY_WITH.items():
-        if not any(values[leader] for leader in leaders):
-            yield followers, f"without {' or '.join(map(option_name, leaders))}; give both"
-    for names, schedules in _OF_SCHEDULES.items():
-        if values['sched'] not in schedules:
-            yield names, f"with --sched {values['sched']}; it is for {', '.join(schedules)}. Take one of these"
-
-
-def _check_unread(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:
-    """Options that were changed to mean something, where nothing reads them."""
-    for names, why in unread(values):
-        for name in _changed(names, values, before, defaults):
-            raise UserError(f'{option_name(name)} does nothing {why}, or leave it out.')
-
-
-def _changed(names: Iterable[str], values: Dict[str, Any], before: Dict[str, Any],
-             defaults: Dict[str, Any]) -> List[str]:
-    return [name for name in names if values[name] not in (before[name], defaults[name])]

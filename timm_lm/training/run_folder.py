@@ -14,7 +14,7 @@ from timm_lm.files import write_text
 from timm_lm.hub import TimmModel
 
 from .checkpoint import Checkpoint, CheckpointStore
-from .options import unread
+from .option_rules import unread
 
 try:
     import fcntl

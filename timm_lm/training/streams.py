@@ -1,4 +1,4 @@
-"""What a training prints, which nobody may be left to read."""
+"""Standard output and error that outlast their reader, so that a training does too."""
 import errno
 import os
 import sys
