@@ -29,7 +29,7 @@ from .average import create_average
 from .checkpoint import Checkpoint, CheckpointStore, Progress, random_states, restore_random_states
 from .evaluate import evaluate, sum_dtype
 from .factory import begin_momentum, create_optimizer
-from .losses import add_loss, create_loss
+from .losses import create_loss
 from .processes import on_main
 from .run_log import LiveLine
 from .signals import Interrupted, StopSignals
@@ -102,7 +102,9 @@ class Training:
                 raise UserError(f'--{name}-epoch {value} comes after the end, the run has {self.num_epochs} epochs; '
                                 'change one of them.')
         self.sum_dtype = sum_dtype(accelerator.device)
-        add_loss(model, create_loss(args, model, data_config, accelerator), self.sum_dtype)
+        # Not compiled with the network: of logits in bfloat16 the compiler's backward pass takes the rounded ones, and
+        # with them the maximum and the logarithm of unrounded ones, so that probabilities no longer add up to 1.
+        self.loss = create_loss(args, model, data_config, accelerator)
         self.network, prepared = accelerator.prepare(model, self.plain_optimizer)
         # Accelerate's wrapper takes longer than a fused step of a small network, and is for the scaler
         self.optimizer = self.plain_optimizer if accelerator.scaler is None else prepared
@@ -365,12 +367,17 @@ class Training:
         scaler = self.accelerator.scaler
         with nullcontext() if is_update else self.accelerator.no_sync(self.network):
             with self.autocast():
-                loss, loss_and_correct = self.network(images, targets)
+                logits = self.network(images)
+            logits = logits.float()
+            loss = self.loss(images, logits, targets)
             # Accelerate's backward would divide by a number of its own, three operations more
             (loss if scaler is None else scaler.scale(loss)).backward(self.shares[share])
         if is_update:
             self._update(epoch, step)
-        self.batch_results[step].copy_(loss_and_correct)
+        labels = targets.argmax(1) if targets.ndim == 2 else targets
+        result = self.batch_results[step]
+        result[0].copy_(loss.detach())
+        result[1].copy_((logits.detach().argmax(1) == labels).sum())
 
     def _free_graph_outputs(self) -> None:
         """Tell CUDA graphs that what they computed so far is no longer read."""

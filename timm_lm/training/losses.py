@@ -1,7 +1,7 @@
-"""Losses of a training: on labels or mixed targets, beside a teacher, and given by the network itself."""
+"""Losses of a training: on labels or mixed targets, and beside a teacher."""
 import argparse
-from types import MethodType
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from contextlib import nullcontext
+from typing import Any, Callable, ContextManager, Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,7 @@ class Distillation(nn.Module):
             temperature: float = 4.,
             task_weight: Optional[float] = None,
             distill_weight: Optional[float] = None,
+            autocast: Callable[[], ContextManager[Any]] = nullcontext,
     ):
         """
         Args:
@@ -79,11 +80,13 @@ class Distillation(nn.Module):
             temperature: T.
             task_weight: Of the loss on targets, 1 if None.
             distill_weight: Of the divergence; if None, 1 less the task weight, or 1 if that is None too.
+            autocast: Gives the context that the teacher computes in.
         """
         super().__init__()
         self.criterion = criterion
         self.teacher = teacher
         self.temperature = temperature
+        self.autocast = autocast
         self.task_weight = 1. if task_weight is None else task_weight
         if distill_weight is None:
             distill_weight = 1. if task_weight is None else 1. - task_weight
@@ -98,42 +101,12 @@ class Distillation(nn.Module):
 
     def forward(self, images: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Loss of a batch: images (N, C, H, W), the student's logits (N, classes), labels (N,) or (N, classes)."""
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             wanted = self.teacher(images if self.same_norm else images * self.scale + self.shift).float()
         divergence = F.kl_div(
             F.log_softmax(logits / self.temperature, 1), F.log_softmax(wanted / self.temperature, 1),
             reduction='batchmean', log_target=True) * self.temperature ** 2
         return self.task_weight * self.criterion(logits, targets) + self.distill_weight * divergence
-
-
-def add_loss(model: TimmModel, loss: nn.Module, dtype: torch.dtype) -> None:
-    """Have a network that is called with targets give its loss, so that a compiler makes one graph of both.
-
-    ``model(images, targets)`` is then the loss, and beside it a tensor (2,) of the loss and the number of images whose
-    largest logit is their label's (of mixed targets the largest one's). ``model(images)`` still is the logits.
-
-    Args:
-        model: Network, images (N, C, H, W) to logits (N, classes). Its ``forward`` is replaced.
-        loss: Images, logits in float32 and targets to the loss.
-        dtype: Precision of the tensor (2,).
-    """
-    forward = model.forward.__func__  # that of the class: a copy of the network computes with its own weights
-
-    def forward_with_loss(
-            self: nn.Module,
-            images: torch.Tensor,
-            targets: Optional[torch.Tensor] = None,
-    ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
-        logits = forward(self, images)
-        if targets is None:
-            return logits
-        logits = logits.float()
-        value = loss(images, logits, targets)
-        labels = targets.argmax(1) if targets.ndim == 2 else targets
-        correct = (logits.detach().argmax(1) == labels).sum()
-        return value, torch.stack([value.detach().to(dtype), correct.to(dtype)])
-
-    model.forward = MethodType(forward_with_loss, model)
 
 
 def _renormalization(student: Dict[str, Sequence[float]],
@@ -155,6 +128,9 @@ def create_loss(args: argparse.Namespace, model: TimmModel, data_config: Dict[st
     check_input(teacher, data_config, f'The teacher {args.kd_model_name}')
     norm = {key: teacher.pretrained_cfg[key] for key in ('mean', 'std')}
     teacher.to(accelerator.device, memory_format=torch.channels_last if args.channels_last else None)
+    if args.torchcompile:
+        teacher = torch.compile(
+            teacher, backend=args.torchcompile, mode=args.torchcompile_mode or 'default', dynamic=False)
     return Distillation(
-        criterion, teacher, data_config, norm, args.kd_temperature, args.task_loss_weight, args.distill_loss_weight
-    ).to(accelerator.device)
+        criterion, teacher, data_config, norm, args.kd_temperature, args.task_loss_weight, args.distill_loss_weight,
+        accelerator.autocast).to(accelerator.device)
