@@ -251,6 +251,20 @@ def test_student_comes_near_its_teacher(run, weights):
     assert f'3 epochs, distilled from the weights of `{weights.parent.name}`, seed ' in card
 
 
+def test_loss_is_left_out_of_what_is_compiled(run, monkeypatch):
+    """Within it, a GPU's compiler takes logits in bfloat16 rounded in one pass and unrounded in the other."""
+    compiled = []
+
+    def noted(self, *args):
+        compiled.append(torch.compiler.is_compiling())
+        return forward(self, *args)
+
+    forward = torch.nn.CrossEntropyLoss.forward
+    monkeypatch.setattr(torch.nn.CrossEntropyLoss, 'forward', noted)
+    run('run', '--torchcompile', 'eager', '--epochs', 1)
+    assert compiled == [False] * 4
+
+
 # Schedules
 
 
