@@ -141,7 +141,8 @@ def test_what_a_run_changed_in_its_recipe_is_recorded(run_folder, few_digits, tm
     assert read_run(run_folder)['recipe'] == (
         'demo_digits with epochs 2, model_kwargs {\'layers\': [2, 2, 2]}, warmup_epochs 0')
     run = shutil.copytree(run_folder, tmp_path / 'run')
-    options = vars(parse_options(['-c', 'demo_digits', '--data-dir', str(few_digits), '--seed', '7', '--no-amp']))
+    options = vars(parse_options(['-c', 'demo_digits', '--data-dir', str(few_digits), '--seed', '7', '--no-amp',
+                                  '--val-interval', '10']))
     (run / 'args.yaml').write_text(yaml.safe_dump(options))
     assert read_run(run)['recipe'] == 'demo_digits'
     # the batch of a run is that of all processes

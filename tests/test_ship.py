@@ -18,6 +18,8 @@ from timm_lm import check_weights
 from timm_lm import ship as ship_module
 from timm_lm.card import recorded_error
 from timm_lm.errors import UserError
+from timm_lm.halve import halve
+from timm_lm.halve import main as halve_main
 from timm_lm.hub import load_folder, verify_folder
 from timm_lm.models._weights import read_digests
 from timm_lm.results import read_rows, read_run
@@ -181,6 +183,50 @@ def test_command_on_bad_input_says_one_line_and_writes_nothing(run, tmp_path, ca
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith('ship: error: ') and expected in line
     assert files() == before
+
+
+def test_shipped_weights_are_halved_with_their_own_count(few_digits, places, tmp_path, command, monkeypatch):
+    weights, results = places
+    data = shutil.copytree(few_digits, tmp_path / 'cifar10')
+    code, _, err = command('train', '-c', 'demo_digits', '--data-dir', data, *SMALL, '--tag', 'paper_c10',
+                           '--output', tmp_path, '--experiment', 'told')
+    assert code == 0, err
+    row = ship(tmp_path / 'told', weights, results)
+    name = row['model']
+    folder = weights / name
+    whole, card = load_file(folder / 'model.safetensors'), (folder / 'README.md').read_text()
+
+    def refused(match, name=name):
+        before = {path: path.read_bytes() for path in (*weights.rglob('*'), *results.iterdir()) if path.is_file()}
+        with pytest.raises(UserError, match=match):
+            halve(name, weights, results, tmp_path)
+        assert before == {path: path.read_bytes() for path in before}
+
+    refused('There are no weights lm_resnet20.paper_c11 in', name='lm_resnet20.paper_c11')
+    (folder / 'README.md').write_text(card + 'Trained on a Monday.\n')
+    refused('can not be made anew; restore the record or the card')
+    (folder / 'README.md').write_text(card)
+    counted = dict(top1=50., top5=75., errors=32, images=64)  # which the whole weights do not have
+    monkeypatch.setattr(ship_module, 'count_errors', lambda *args, **kwargs: counted)
+    halved = halve(name, weights, results, tmp_path)
+    verify_folder(folder)
+    state = load_file(folder / 'model.safetensors')
+    assert {tensor.dtype for tensor in state.values() if tensor.is_floating_point()} == {torch.float16}
+    assert all(torch.equal(state[key], whole[key].to(state[key].dtype)) for key in whole)
+    assert (halved['errors'], halved['top1_err'], halved['top5_err']) == ('32', '50.00', '25.00')
+    assert read_rows(results / 'cifar10.csv') == [halved]
+    assert {key for key in row if row[key] != halved[key]} <= {
+        'errors', 'top1', 'top1_err', 'top5', 'top5_err', 'k', 'k_min', 'k_max'}
+    text = (folder / 'README.md').read_text()
+    assert '| weights saved in | float16 |' in text and '50.00 % (32 of 64 images)' in text
+    refused('are in half precision already')
+
+
+def test_halving_on_bad_input_says_one_line(tmp_path, capsys):
+    assert halve_main(['lm_resnet20.paper_c11', '--data', str(tmp_path), '--project', str(CHECKOUT)]) == 2
+    assert capsys.readouterr().err.startswith('halve: error: There are no weights lm_resnet20.paper_c11 in ')
+    assert halve_main(['lm_resnet20.paper_c10', '--data', str(tmp_path), '--project', str(tmp_path)]) == 2
+    assert 'is not the checkout that this package runs from' in capsys.readouterr().err
 
 
 def test_shipped_weights_are_half_precision_from_depth_44_on_and_small():

@@ -17,9 +17,9 @@ COLUMNS = (
     'dataset', 'recipe', 'seed', 'epochs', 'errors', 'images', 'seen_top1_err', 'k_min', 'k_max', 'k', 'minutes',
     'hardware', 'precision', 'versions', 'command', 'run', 'status',
 )
-# Options that differ between runs of one recipe: which network and seed, and how it is computed.
-_SAME_RECIPE = ('model', 'seed', 'device', 'validation_batch_size', 'torchcompile', 'torchcompile_mode', 'loader',
-                'amp', 'amp_dtype', 'channels_last')
+# Options that differ between runs of one recipe: which network and seed, how it is computed, how often it is counted.
+_SAME_RECIPE = ('model', 'seed', 'device', 'validation_batch_size', 'val_interval', 'torchcompile',
+                'torchcompile_mode', 'loader', 'amp', 'amp_dtype', 'channels_last')
 
 Row = Dict[str, str]
 

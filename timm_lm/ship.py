@@ -5,7 +5,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Union
 
 import torch
 import yaml
@@ -70,7 +70,7 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
             shutil.copytree(source, folder)
             write_text(folder / CARD_NAME, run_card(told, args, load_folder(folder)))  # by the template of today
         else:
-            told |= _save_half(source, folder, told, args, data_dir)
+            told |= save_half(source, folder, told, args, data_dir)
         size = _size(folder) + sum(_size(path) for path in weights.iterdir() if path.name != row['model'])
         if size > TRACKED_LIMIT:
             raise UserError(f"With {row['model']} the weights would take {size / 2**20:.1f} MiB, more than "
@@ -87,8 +87,8 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
     return row
 
 
-def _save_half(source: Path, folder: Path, told: Dict[str, Any], args: Dict[str, Any],
-               data_dir: Optional[str]) -> Dict[str, Any]:
+def save_half(source: Path, folder: Path, told: Dict[str, Any], args: Dict[str, Any],
+              data_dir: Optional[str]) -> Dict[str, Any]:
     """Save a weights folder in half precision, with a card of its own; returns its count of errors and its ``k``."""
     save_folder(load_folder(source), folder, '', saved_model_args(str(source)), dtype=torch.float16)
     model = load_folder(folder)
@@ -115,21 +115,37 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--half', action='store_true', help='save in half precision, whatever the size')
     parser.add_argument('--project', type=Path, default=Path(), metavar='DIR', help='a checkout (default: this folder)')
     args = parser.parse_args(argv)
-    results = args.project / 'results'
+    return for_each('ship', args.project, args.runs, lambda run, weights, results: ship(
+        run, weights, results, args.data_dir, args.half))
+
+
+def for_each(prog: str, project: Path, sources: Sequence[str], put: Callable[[str, Path, Path], Row]) -> int:
+    """Put weights of each source among those that ship, tell their errors, and renew the pages that tell of them.
+
+    Args:
+        prog: Name of the command, for its line of an error.
+        project: The checkout.
+        sources: What ``put`` is called with, one by one, beside the folders of weights and results; it returns a row.
+        put: Raises ``UserError`` if it can not; those before stay.
+
+    Returns:
+        0, or 2 after an error, with one line.
+    """
+    results = project / 'results'
     try:
-        if weights_dir().resolve() != (args.project / 'weights').resolve():
-            raise UserError(f'{args.project.resolve()} is not the checkout that this package runs from; change to it.')
-        shipped = []
+        if weights_dir().resolve() != (project / 'weights').resolve():
+            raise UserError(f'{project.resolve()} is not the checkout that this package runs from; change to it.')
+        rows = []
         try:
-            for run in args.runs:
-                shipped.append(row := ship(run, weights_dir(), results, args.data_dir, args.half))
+            for source in sources:
+                rows.append(row := put(source, weights_dir(), results))
                 print(f"{row['model']}: {row['errors']} errors of {row['images']} images ({row['top1_err']} %)")
         finally:
-            if shipped:  # if need be only those before a run that can not ship
-                write_report(results, args.project / 'docs' / 'results.md')
-                write_table(results, args.project / 'README.md')
+            if rows:  # if need be only those before one that could not be put there
+                write_report(results, project / 'docs' / 'results.md')
+                write_table(results, project / 'README.md')
     except (OSError, SafetensorError, UserError) as e:
-        print(f'ship: error: {e}', file=sys.stderr)
+        print(f'{prog}: error: {e}', file=sys.stderr)
         return 2
     return 0
 
