@@ -176,3 +176,24 @@ def test_teacher_that_is_not_there_is_named():
     args = parse_options(['--kd-model-name', 'preact_resnet110'])
     with pytest.raises(UserError, match='There are no weights of preact_resnet110'):
         load_teacher(args, timm.create_model('lm_resnet20', layers=(1, 1, 1)))
+
+
+def test_teacher_computes_in_the_precision_of_the_training():
+    seen = []
+
+    def teacher(images):
+        seen.append(torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else torch.float32)
+        return torch.zeros(8, CLASSES)
+
+    for autocast in ({}, dict(autocast=lambda: torch.autocast('cpu', torch.bfloat16))):
+        loss = Distillation(create_criterion(parse_options([])), teacher, STUDENT_NORM, STUDENT_NORM, **autocast)
+        loss(torch.zeros(8, 3, 4, 4), logits(), LABELS)
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize('options, compiled', [([], False), (['--torchcompile', 'eager'], True)])
+def test_teacher_is_compiled_as_the_network_is(teachers, options, compiled):
+    args = parse_options(['--kd-model-name', str(teachers / 'preact_resnet20'), *options])
+    student = timm.create_model('lm_resnet20', num_classes=CLASSES, layers=(1, 1, 1))
+    loss = create_loss(args, student, dict(STUDENT_NORM, input_size=(3, 32, 32)), Accelerator(cpu=True))
+    assert hasattr(loss.teacher, '_orig_mod') == compiled

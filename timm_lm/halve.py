@@ -56,8 +56,9 @@ def halve(name: str, weights: Path, results: Path, data: Path) -> Row:
 def _of_record(folder: Path, model: TimmModel, results: Path) -> Tuple[Row, Dict[str, Any], Dict[str, Any], str]:
     """The run that the card tells of: its row, what ``result.json`` told of it, its options, and the precision."""
     card = (folder / CARD_NAME).read_text(encoding='utf-8')
+    needed = 'errors', 'images', 'seen_top1_err', 'epochs', 'seed', 'minutes'
     rows = [row for path in sorted(results.glob('*.csv')) for row in read_rows(path)
-            if row.get('model') == folder.name and row.get('status') == 'done' and row['errors']]
+            if row.get('model') == folder.name and all(row.get(name) for name in needed)]
     for row in rows:
         told = dict(
             {name: row[name] for name in ('model', 'command', 'hardware', 'versions')},
@@ -72,7 +73,10 @@ def _of_record(folder: Path, model: TimmModel, results: Path) -> Tuple[Row, Dict
             images=int(row['images']),
             seen_in_training=dict(top1=100 - float(row['seen_top1_err'])),
         )
-        args = vars(parse_options(shlex.split(row['command'])[2:]))
+        try:
+            args = vars(parse_options(shlex.split(row['command'].removeprefix('timm-lm train'))))
+        except UserError:  # of an option that there was then
+            continue
         args |= dict(amp=row['precision'] != 'float32', amp_dtype=row['precision'])  # not all devices have bfloat16
         for saved_in in ('float32', 'float16'):
             if run_card(told, args, model, saved_in) == card:

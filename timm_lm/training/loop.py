@@ -102,8 +102,8 @@ class Training:
                 raise UserError(f'--{name}-epoch {value} comes after the end, the run has {self.num_epochs} epochs; '
                                 'change one of them.')
         self.sum_dtype = sum_dtype(accelerator.device)
-        # Not compiled with the network: of logits in bfloat16 the compiler's backward pass takes the rounded ones, and
-        # with them the maximum and the logarithm of unrounded ones, so that probabilities no longer add up to 1.
+        # Not compiled with the network: on a GPU the backward pass would take logits rounded to bfloat16, and with them
+        # the maximum and the logarithm that were made of unrounded ones, so that probabilities would not add up to 1.
         self.loss = create_loss(args, model, data_config, accelerator)
         self.network, prepared = accelerator.prepare(model, self.plain_optimizer)
         # Accelerate's wrapper takes longer than a fused step of a small network, and is for the scaler
