@@ -1,4 +1,4 @@
-"""Weights of runs among those that ship: whole, small ones as they are, large ones in half precision."""
+"""Weights of runs among those that ship, small ones as they are, large ones in half precision; shipped ones halved."""
 import csv
 import json
 import os

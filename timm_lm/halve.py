@@ -1,7 +1,6 @@
 """``make halve NAMES=... DATA=...``: save shipped weights in half precision, to make room for others."""
 import argparse
 import shlex
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -9,10 +8,9 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 
 from .card import CARD_NAME
 from .errors import UserError
-from .files import atomic_folder
-from .hub import TimmModel, load_folder, verify_folder, write_digests
+from .hub import TimmModel, load_folder, verify_folder
 from .results import Row, add_rows, read_rows, with_result
-from .ship import for_each, save_half
+from .ship import put_each, put_weights, save_half
 from .training.options import parse_options
 from .training.result import run_card
 
@@ -44,11 +42,7 @@ def halve(name: str, weights: Path, results: Path, data: Path) -> Row:
     with tempfile.TemporaryDirectory(prefix='timm-lm-halve-') as temporary:
         half = Path(temporary) / name
         row = with_result(row, save_half(folder, half, told, args, str(data / row['dataset'])))
-        try:
-            with atomic_folder(folder) as new:
-                shutil.copytree(half, new, dirs_exist_ok=True)
-        finally:  # weights without their digest would be refused
-            write_digests(weights)
+        put_weights(half, weights)
     add_rows([row], results)
     return row
 
@@ -96,7 +90,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--data', type=Path, required=True, metavar='DIR', help='holds cifar10 and cifar100')
     parser.add_argument('--project', type=Path, default=Path(), metavar='DIR', help='a checkout (default: this folder)')
     args = parser.parse_args(argv)
-    return for_each('halve', args.project, args.names, lambda name, weights, results: halve(
+    return put_each('halve', args.project, args.names, lambda name, weights, results: halve(
         name, weights, results, args.data))
 
 

@@ -74,17 +74,22 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
         size = _size(folder) + sum(_size(path) for path in weights.iterdir() if path.name != row['model'])
         if size > TRACKED_LIMIT:
             raise UserError(f"With {row['model']} the weights would take {size / 2**20:.1f} MiB, more than "
-                            f'{TRACKED_LIMIT / 2**20:.0f}; ship it in half precision, or take another folder out of '
-                            f'{weights} first.')
+                            f'{TRACKED_LIMIT / 2**20:.0f}; ship it in half precision, save others so by make halve, or '
+                            f'take another folder out of {weights} first.')
         row = with_result(row, told)
         check_rows([row], results)
-        try:
-            with atomic_folder(weights / row['model']) as new:
-                shutil.copytree(folder, new, dirs_exist_ok=True)
-        finally:  # weights without their digest would be refused
-            write_digests(weights)
+        put_weights(folder, weights)
     add_rows([row], results)
     return row
+
+
+def put_weights(folder: Path, weights: Path) -> None:
+    """Put a copy of a weights folder among those that ship, in the place of one of its name, with its digest."""
+    try:
+        with atomic_folder(weights / folder.name) as new:
+            shutil.copytree(folder, new, dirs_exist_ok=True)
+    finally:  # weights without their digest would be refused
+        write_digests(weights)
 
 
 def save_half(source: Path, folder: Path, told: Dict[str, Any], args: Dict[str, Any],
@@ -115,11 +120,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--half', action='store_true', help='save in half precision, whatever the size')
     parser.add_argument('--project', type=Path, default=Path(), metavar='DIR', help='a checkout (default: this folder)')
     args = parser.parse_args(argv)
-    return for_each('ship', args.project, args.runs, lambda run, weights, results: ship(
+    return put_each('ship', args.project, args.runs, lambda run, weights, results: ship(
         run, weights, results, args.data_dir, args.half))
 
 
-def for_each(prog: str, project: Path, sources: Sequence[str], put: Callable[[str, Path, Path], Row]) -> int:
+def put_each(prog: str, project: Path, sources: Sequence[str], put: Callable[[str, Path, Path], Row]) -> int:
     """Put weights of each source among those that ship, tell their errors, and renew the pages that tell of them.
 
     Args:

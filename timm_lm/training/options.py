@@ -80,6 +80,7 @@ _TIMM_DEFAULTS: Dict[str, Any] = {
     'worker_seeding': 'all',
 }
 
+
 def _literal(text: str) -> Any:
     words = {'true': True, 'false': False, 'null': None, 'none': None}  # as recipes may spell them
     if text.lower() in words:
