@@ -11,7 +11,7 @@ import yaml
 
 from timm_lm.errors import UserError
 from timm_lm.names import model_tags
-from timm_lm.results import COLUMNS, add_runs, read_rows, read_run
+from timm_lm.results import COLUMNS, add_rows, add_runs, read_rows, read_run
 from timm_lm.results_page import read_frame, write_report
 from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
@@ -86,6 +86,26 @@ def test_page_says_whether_a_network_beats_its_twin(results, tmp_path, error, ve
     assert f'`lm_resnet20` {verdict} its plain twin' in (tmp_path / 'results.md').read_text()
 
 
+def test_network_of_a_table_that_starts_from_other_weights(results, tmp_path):
+    """Its row is filled by runs from these weights, and by no others; its command names them."""
+    path = results / 'tables.yaml'
+    path.write_text(yaml.safe_dump([dict(
+        title='Taught', dataset='cifar10', recipe='distill_c10', pairs=[['preact_resnet20', 'lm_resnet20']],
+        starts=dict(lm_resnet20='lm_resnet20.best_c10'), published=[])]))
+    rows = [row(name, error, epochs=36, recipe=recipe, run=error) for name, error, recipe in (
+        ('lm_resnet20', '6.01', 'distill_c10'), ('lm_resnet20', '6.02', 'distill_c10 with grow_from x'),
+        ('lm_resnet20', '6.03', 'distill_c10 with grow_from lm_resnet20.best_c10'),
+        ('preact_resnet20', '6.04', 'distill_c10 with grow_from lm_resnet20.best_c10'))]
+    add_rows(rows, results)
+    write_report(results, tmp_path / 'results.md')
+    head, table = (tmp_path / 'results.md').read_text().partition('## Taught')[::2]
+    lm, plain = (next(line for line in table.splitlines() if line.startswith(f'| `{name}`'))
+                 for name in ('lm_resnet20', 'preact_resnet20'))
+    assert '| 6.03 (one seed) |' in lm and '| `lm_resnet20` | cifar10 | `distill_c10` | 6.03 (one seed) |  |' in head
+    assert '-c lm_resnet20.distill_c10 --grow-from lm_resnet20.best_c10 --data-dir DIR`' in lm
+    assert '|  |  | `timm-lm train -c preact_resnet20.distill_c10 --data-dir DIR` |' in plain
+
+
 def test_page_of_this_project_is_that_of_its_record(tmp_path):
     """docs/results.md is never written by hand; its pictures are those that one version of matplotlib draws."""
     write_report(RESULTS, tmp_path / 'results.md')
@@ -105,6 +125,9 @@ def test_commands_of_the_tables_are_understood(table):
         assert (path.stem, model) == (table['recipe'], network)
         assert table['recipe'] in model_tags(network) or not network.startswith(('lm_', 'preact_')) or (
             table['recipe'] == 'paper_in1k')
+    for network, start in table.get('starts', {}).items():
+        name, _, tag = start.partition('.')
+        assert network in sum(table['pairs'], []) and tag in model_tags(name)
 
 
 def test_a_run_is_added_once_with_what_it_left(run_folder, tmp_path):

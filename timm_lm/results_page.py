@@ -75,9 +75,9 @@ def _summary(tables: List[Dict[str, Any]], runs: Dict[str, List[Row]], published
     for table in tables:
         rows = runs.get(table['dataset'], [])
         for plain, name in table['pairs']:
-            found = finished(rows, name, table['recipe'])
+            found = finished(rows, name, _recipe(table, name))
             if found:
-                twin = _spread(finished(rows, plain, table['recipe']))
+                twin = _spread(finished(rows, plain, _recipe(table, plain)))
                 others = (_of_depth(published, source, table['dataset'], name) for source in SOURCES)
                 lines.append(_line([
                     f'`{name}`', table['dataset'], f"`{table['recipe']}`", _spread(found), twin, *others]))
@@ -110,12 +110,14 @@ def _section(table: Dict[str, Any], runs: List[Row], published: List[Row]) -> Li
     for plain, lm in table['pairs']:
         pair = []
         for name in filter(None, (plain, lm)):
-            found = finished(runs, name, recipe)
+            found = finished(runs, name, _recipe(table, name))
             pair.append(found)
+            start = _start(table, name)
+            options = f' --grow-from {start}' if start else ''
             rows.append([
                 f'`{name}`', found[0]['param_count'] + ' M' if found else '',
                 *(_published(published, source, table['dataset'], name, recipe) for source in sources),
-                _spread(found), _k_range(found), f'`timm-lm train -c {name}.{recipe} --data-dir DIR`',
+                _spread(found), _k_range(found), f'`timm-lm train -c {name}.{recipe}{options} --data-dir DIR`',
             ])
         if len(pair) == 2 and all(pair):
             verdicts.append(_verdict(lm, *pair))
@@ -124,6 +126,18 @@ def _section(table: Dict[str, Any], runs: List[Row], published: List[Row]) -> Li
         text += [table['text'], '']
     text += [*_table_head(header), *map(_line, rows), '']
     return text + ([' '.join(verdicts), ''] if verdicts else [])
+
+
+def _start(table: Dict[str, Any], network: str) -> Optional[str]:
+    """The weights that a table has a network start from, None for those of the recipe."""
+    start: Optional[str] = table.get('starts', {}).get(network)
+    return start
+
+
+def _recipe(table: Dict[str, Any], network: str) -> str:
+    """What the record calls the recipe of a table where it trains a network."""
+    start = _start(table, network)
+    return table['recipe'] + (f' with grow_from {start}' if start else '')
 
 
 def _verdict(lm: str, plain_runs: List[Row], lm_runs: List[Row]) -> str:
@@ -139,8 +153,14 @@ def _verdict(lm: str, plain_runs: List[Row], lm_runs: List[Row]) -> str:
 
 
 def finished(runs: List[Row], network: str, recipe: str) -> List[Row]:
-    """The runs of a network that ended by a recipe in its own number of epochs, the seeds in order."""
-    epochs = _epochs(recipe)
+    """The runs of a network that ended by a recipe in its own number of epochs, the seeds in order.
+
+    Args:
+        runs: Rows of one data set.
+        network: Its name, without a tag.
+        recipe: As the record calls it, with what was changed in it.
+    """
+    epochs = _epochs(recipe.partition(' with ')[0])
     found = [row for row in runs if row['model'].partition('.')[0] == network and row['recipe'] == recipe
              and row['status'] == 'done' and row['top1_err'] and int(row['epochs']) == epochs]
     return sorted(found, key=lambda row: int(row['seed']))
