@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from hub_server import Hub, running
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_data import png
 from timm.data import create_transform, resolve_model_data_config
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -93,6 +93,8 @@ def fresh_python(code, *args, cwd, **env):
 def test_transformers_gives_the_logits_of_timm(model, images):
     transformers, = needs('transformers')
     theirs = transformers.AutoModelForImageClassification.from_pretrained(SHIPPED).eval()
+    assert load_file(SHIPPED / 'model.safetensors')['head.fc.bias'].dtype == torch.float16
+    assert theirs.dtype == torch.float32
     with torch.inference_mode():
         torch.testing.assert_close(theirs(images).logits, model(images), rtol=1e-5, atol=1e-6)
     assert list(theirs.config.id2label.values()) == model.pretrained_cfg['label_names']

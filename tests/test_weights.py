@@ -67,6 +67,7 @@ def test_half_precision_is_checked_as_saved(tmp_path):
     model = timm.create_model('lm_resnet20', layers=(1, 1, 1)).eval()
     folder = save_folder(model, tmp_path / 'half', '# card', dict(layers=(1, 1, 1)), dtype=torch.float16)
     assert load_file(folder / 'model.safetensors')['stem.conv.weight'].dtype == torch.float16
+    assert json.loads((folder / 'config.json').read_text())['torch_dtype'] == 'float32'  # to compute in
     assert verify_folder(folder)['output'] < 1e-5
     check = load_file(folder / CHECK_NAME)
     with torch.inference_mode():

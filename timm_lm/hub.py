@@ -64,7 +64,7 @@ def describe(
         cfg['pool_size'] = tuple(-(-side // model.feature_info[-1]['reduction']) for side in input_size[1:])
 
 
-def _write_config(model: TimmModel, path: Any, model_args: Dict[str, Any]) -> None:
+def _write_config(model: TimmModel, path: Any, model_args: Dict[str, Any], dtype: torch.dtype) -> None:
     label_names = model.pretrained_cfg.get('label_names')
     save_config_for_hf(
         model,
@@ -78,6 +78,8 @@ def _write_config(model: TimmModel, path: Any, model_args: Dict[str, Any]) -> No
     config.get('model_args', {}).pop('num_classes', None)
     if not config.get('model_args'):
         config.pop('model_args', None)
+    if dtype != torch.float32:  # transformers would compute in the precision of the file, timm does not
+        config['torch_dtype'] = 'float32'
     path.write_text(json.dumps(config, indent=2) + '\n')
 
 
@@ -124,7 +126,7 @@ def save_folder(
     with atomic_folder(folder) as temporary:
         weights = temporary / WEIGHTS_NAME
         save_file(state, weights, metadata=dict(format='pt'))
-        _write_config(model, temporary / CONFIG_NAME, args)
+        _write_config(model, temporary / CONFIG_NAME, args, dtype)
         (temporary / CARD_NAME).write_text(card, encoding='utf-8')
         reloaded = timm.create_model(f'local-dir:{temporary}', pretrained=True).eval()
         generator = torch.Generator().manual_seed(0)

@@ -286,22 +286,27 @@ def _plot_errors(runs: List[Row], published: List[Row], dataset: str, path: Path
 
 
 def _plot_k(rows: List[Row], path: Path) -> bool:
-    """The learned ``k`` of each block, from the first to the last of the network."""
-    rows = _with_k(rows)
-    if not rows:
+    """The learned ``k`` of each block, from the first to the last: a panel for each network, a line for each run."""
+    panels: Dict[str, List[Row]] = {}
+    for row in sorted(_with_k(rows), key=lambda row: len(row['k'].split())):
+        panels.setdefault(row['model'].partition('.')[0], []).append(row)
+    if not panels:
         return False
-    figure = _figure(7, 3.6 + 0.1 * len(rows))
-    axes = figure.subplots()
-    for number, row in enumerate(rows):
-        k = [float(value) for value in row['k'].split()]
-        places = [i / max(1, len(k) - 1) for i in range(len(k))]
-        network, (recipe, changed, _) = row['model'].partition('.')[0], row['recipe'].partition(' with ')
-        label = f"{network} {recipe}{' (changed)' if changed else ''}, {row['epochs']} epochs, seed {row['seed']}"
-        style = ('-', '--', ':')[number // 10 % 3]  # matplotlib has ten colours
-        axes.plot(places, k, style, color=f'C{number % 10}', marker='.', label=label)
-    axes.axhline(0, color='black', linewidth=0.8)
-    axes.set(xlabel='depth (0: first block with a k, 1: last)', ylabel='k')
-    axes.grid(alpha=0.3)
-    figure.legend(fontsize='x-small', loc='outside lower center', ncols=2)
+    figure = _figure(9, 3.4 * -(-len(panels) // 2))
+    grid = figure.subplots(-(-len(panels) // 2), 2, sharey=True, squeeze=False).flat
+    for axes, (network, runs) in zip(grid, panels.items()):
+        for number, row in enumerate(runs):
+            k = [float(value) for value in row['k'].split()]
+            recipe, changed, _ = row['recipe'].partition(' with ')
+            label = f"{recipe}{' (changed)' if changed else ''}, {row['epochs']} epochs, seed {row['seed']}"
+            style = ('-', '--')[number // 10 % 2]  # matplotlib has ten colours
+            axes.plot(range(1, len(k) + 1), k, style, color=f'C{number % 10}', marker='.', linewidth=1, label=label)
+        axes.axhline(0, color='black', linewidth=0.8)
+        axes.set(title=network, xlabel='block with a k', ylabel='k')
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize='xx-small')
+    for axes in grid:  # an odd number of networks leaves one empty
+        axes.set_axis_off()
     save_figure(figure, path)
     return True

@@ -1,7 +1,10 @@
 """Which values the options of a training can have, alone and beside each other."""
 import argparse
 import math
+from functools import cache
 from typing import Any, Dict, Iterable, Iterator, List, Tuple
+
+from timm.optim import get_optimizer_info
 
 from timm_lm.errors import UserError
 
@@ -180,6 +183,18 @@ def unread(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
     for names, schedules in _OF_SCHEDULES.items():
         if values['sched'] not in schedules:
             yield names, f"with --sched {values['sched']}; it is for {', '.join(schedules)}. Take one of these"
+    yield from ((names, f"with --opt {values['opt']}, which has none; take another optimizer")
+                for names in _unread_by_optimizer(values['opt']))
+
+
+@cache
+def _unread_by_optimizer(opt: str) -> List[Tuple[str]]:
+    try:
+        info = get_optimizer_info(opt.lower().split('_')[-1])  # lookahead_... is the optimizer that it looks ahead of
+    except ValueError:  # unknown, which is told when it is made
+        return []
+    read = dict(momentum=info.has_momentum, opt_eps=info.has_eps, opt_betas=info.has_betas)
+    return [(name,) for name, is_read in read.items() if not is_read]
 
 
 def check_unread(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:
