@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from timm_lm import data as data_module
+from timm_lm import encoded
 from timm_lm.data import load_images, open_images
 from timm_lm.errors import UserError
 from timm_lm.splits import find_parquet
@@ -143,7 +144,7 @@ def test_data_that_is_read_from_end_to_end_only_is_refused(tmp_path, monkeypatch
         def __iter__(self):
             return iter(())
 
-    monkeypatch.setattr(data_module, 'create_dataset', lambda *args, **kwargs: FromEndToEnd())
+    monkeypatch.setattr(encoded, 'create_dataset', lambda *args, **kwargs: FromEndToEnd())
     with pytest.raises(UserError, match=r'wds/shards.* \(it can be read from end to end only; give Parquet'):
         load_images('train', tmp_path, dataset='wds/shards')
 
@@ -224,7 +225,7 @@ def test_class_goes_before_what_else_is_known_of_an_image(images):
         def __len__(self):
             return 2
 
-    assert data_module._dataset_labels(Digits()).tolist() == [3, 1]
+    assert encoded._dataset_labels(Digits()).tolist() == [3, 1]
 
 
 def test_parquet_is_found_behind_links(tmp_path, images):

@@ -20,8 +20,9 @@ from timm.data import Mixup, create_transform
 
 from timm_lm import data as data_module
 from timm_lm.augment import BatchMixup
-from timm_lm.data import ImageSet, TooLarge, load_images, open_images
+from timm_lm.data import TooLarge, load_images, open_images
 from timm_lm.errors import UserError
+from timm_lm.image_set import ImageSet
 from timm_lm.loader import IGNORE_LABEL, Augmentation, MemoryLoader, WorkerLoader, _seed
 from timm_lm.training.batches import create_loader, load_split
 from timm_lm.training.options import parse_options

@@ -16,8 +16,9 @@ import yaml
 from safetensors.torch import load_file
 
 from timm_lm import cli
-from timm_lm.data import ImageSet, load_images
+from timm_lm.data import load_images
 from timm_lm.hub import load_folder, verify_folder
+from timm_lm.image_set import ImageSet
 from timm_lm.loader import MemoryLoader, normalize
 from timm_lm.precision import cpu_has_bfloat16
 from timm_lm.training.evaluate import evaluate

@@ -17,8 +17,9 @@ from timm.data.loader import fast_collate
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .augment import BatchMixup, Values, normalize, pad_crop, random_erase, random_hflip, random_vflip, to_device
-from .data import EncodedImages, ImageSet
+from .encoded import EncodedImages
 from .errors import UserError
+from .image_set import ImageSet
 
 IGNORE_LABEL = -100  # of the rows that fill up the last batch of an evaluation; cross entropy leaves it out
 

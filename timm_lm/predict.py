@@ -8,7 +8,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.data.readers.img_extensions import get_img_extensions
 
-from .data import UNREADABLE_IMAGE, convert_image, image_mode
+from .encoded import UNREADABLE_IMAGE, convert_image, image_mode
 from .errors import UserError, one_line
 from .hub import TimmModel
 from .splits import files_below

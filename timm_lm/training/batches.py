@@ -7,9 +7,11 @@ from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
 
 from timm_lm.augment import BatchMixup
-from timm_lm.data import EncodedImages, ImageSet, TooLarge, is_class_folder, load_images, open_images
+from timm_lm.data import TooLarge, is_class_folder, load_images, open_images
+from timm_lm.encoded import EncodedImages
 from timm_lm.errors import UserError, one_line
 from timm_lm.hub import TimmModel
+from timm_lm.image_set import ImageSet
 from timm_lm.loader import Augmentation, BatchLoader, MemoryLoader, WorkerLoader
 from timm_lm.splits import check_split_folder
 

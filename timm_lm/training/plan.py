@@ -6,8 +6,9 @@ from typing import Any, Dict, List, Optional, Sequence, Union
 import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from timm_lm.data import EncodedImages, ImageSet
+from timm_lm.encoded import EncodedImages
 from timm_lm.hub import TimmModel
+from timm_lm.image_set import ImageSet
 from timm_lm.loader import BatchLoader, MemoryLoader
 
 from .option_rules import not_in_memory
