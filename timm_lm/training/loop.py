@@ -8,9 +8,7 @@ from typing import Any, Dict, Iterator, List, NoReturn, Optional, Tuple
 
 import torch
 from accelerate.utils import DistributedType, gather_object
-from timm import scheduler as timm_scheduler
 from timm.models import model_parameters
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import dispatch_clip_grad, distribute_bn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,9 +30,9 @@ from .factory import begin_momentum, create_optimizer
 from .losses import create_loss
 from .processes import on_main
 from .run_log import LiveLine
+from .schedule import create_schedule, load_schedule, schedule_state
 from .signals import Interrupted, StopSignals
 
-_PLATEAU: Any = getattr(timm_scheduler, 'PlateauLRScheduler', ())  # newer timm means to leave it out
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SOME = StateDictOptions(full_state_dict=True, strict=False)
 
@@ -87,15 +85,7 @@ class Training:
                             ) from e
         if accelerator.scaler is not None and not self.sharded:  # PyTorch's sharded SGD is not fused
             begin_momentum(self.plain_optimizer)
-        try:
-            self.scheduler, self.num_epochs = create_scheduler_v2(
-                self.plain_optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch)
-            if args.sched != 'none' and self.scheduler is None:  # in older timm
-                raise ValueError(f"Unknown scheduler '{args.sched}'")
-        except (AssertionError, TypeError, ValueError) as e:
-            raise UserError(f'The schedule {args.sched} can not be made with these options ({e or type(e).__name__}); '
-                            'there are cosine, multistep, step, poly, tanh, plateau and none, in newer timm also '
-                            'constant, rsqrt and wsd.') from e
+        self.scheduler, self.num_epochs = create_schedule(args, self.plain_optimizer, self.updates_per_epoch)
         for name, value, last in (('mixup-off', args.mixup_off_epoch, self.num_epochs),
                                   ('two-step', args.two_step_epoch, self.num_epochs - 1)):
             if value > last:
@@ -178,7 +168,7 @@ class Training:
             batches=len(self.loader),
             epochs=self.num_epochs,
             facts=self.facts,
-            scheduler=_scheduler_state(self.scheduler),
+            scheduler=schedule_state(self.scheduler),
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         )
         updates = progress.epoch * self.updates_per_epoch + -(-progress.batch // self.args.grad_accum_steps)
@@ -213,7 +203,7 @@ class Training:
         if self.average:
             self.average.module.load_state_dict(checkpoint.group('average'))
         if self.scheduler is not None:
-            _load_scheduler(self.scheduler, checkpoint.state['scheduler'])
+            load_schedule(self.scheduler, checkpoint.state['scheduler'])
         if self.accelerator.scaler is not None and checkpoint.state['scaler']:
             self.accelerator.scaler.load_state_dict(checkpoint.state['scaler'])
         self.best = checkpoint.state['best']
@@ -508,20 +498,3 @@ def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
             if isinstance(value, torch.Tensor):
                 like = parameter if value.shape == parameter.shape else value
                 state[name] = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
-
-
-def _scheduler_state(scheduler: Any) -> Optional[Dict[str, Any]]:
-    """State of a schedule for JSON; that of timm's plateau is not whole, so the inner one is taken."""
-    if scheduler is None:
-        return None
-    if isinstance(scheduler, _PLATEAU):
-        return dict(plateau=scheduler.lr_scheduler.state_dict(), restore_lr=scheduler.restore_lr)
-    return scheduler.state_dict()
-
-
-def _load_scheduler(scheduler: Any, state: Dict[str, Any]) -> None:
-    if isinstance(scheduler, _PLATEAU):
-        scheduler.lr_scheduler.load_state_dict(state['plateau'])
-        scheduler.restore_lr = state['restore_lr']
-    else:
-        scheduler.load_state_dict(state)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Union
 
 import torch
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_lm.encoded import EncodedImages
 from timm_lm.hub import TimmModel
@@ -13,6 +12,7 @@ from timm_lm.loader import BatchLoader, MemoryLoader
 
 from .option_rules import not_in_memory
 from .places import start_word
+from .schedule import create_schedule
 
 WIDTH, HEIGHT = 72, 8  # characters of the picture
 PRECISIONS = {'no': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16'}  # by Accelerate's names
@@ -22,8 +22,7 @@ _BARS = ' ▁▂▃▄▅▆▇█'
 def rates(args: argparse.Namespace, updates_per_epoch: int) -> List[float]:
     """The learning rate at the start of each epoch, or with ``sched_on_updates`` of up to 1,000 points in time."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
-    scheduler, epochs = create_scheduler_v2(
-        optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
+    scheduler, epochs = create_schedule(args, optimizer, updates_per_epoch)
     if scheduler is None:
         return [args.lr] * epochs
     found = []

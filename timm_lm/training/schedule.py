@@ -1,0 +1,57 @@
+"""The schedule of the learning rate: one of timm's, and its state."""
+import argparse
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from timm import scheduler as timm_scheduler
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
+from timm_lm.errors import UserError
+
+_PLATEAU: Any = getattr(timm_scheduler, 'PlateauLRScheduler', ())  # newer timm means to leave it out
+
+
+def create_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer,
+                    updates_per_epoch: int) -> Tuple[Any, int]:
+    """The schedule that the options name, as timm makes it.
+
+    Args:
+        args: Options.
+        optimizer: Whose rates it moves.
+        updates_per_epoch: Updates of an epoch, of which schedules on updates have as many steps.
+
+    Returns:
+        The schedule, None for ``--sched none``, and the epochs that it has.
+
+    Raises:
+        UserError: If timm has no such schedule, or it can not be made with these options.
+    """
+    try:
+        scheduler, epochs = create_scheduler_v2(
+            optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
+        if args.sched != 'none' and scheduler is None:  # in older timm
+            raise ValueError(f"Unknown scheduler '{args.sched}'")
+    except (AssertionError, TypeError, ValueError) as e:
+        raise UserError(f'The schedule {args.sched} can not be made with these options ({e or type(e).__name__}); '
+                        'there are cosine, multistep, step, poly, tanh, plateau and none, in newer timm also '
+                        'constant, rsqrt and wsd.') from e
+    return scheduler, epochs
+
+
+def schedule_state(scheduler: Any) -> Optional[Dict[str, Any]]:
+    """State of a schedule for JSON; that of timm's plateau is not whole, so the inner one is taken."""
+    if scheduler is None:
+        return None
+    if isinstance(scheduler, _PLATEAU):
+        return dict(plateau=scheduler.lr_scheduler.state_dict(), restore_lr=scheduler.restore_lr)
+    state: Dict[str, Any] = scheduler.state_dict()
+    return state
+
+
+def load_schedule(scheduler: Any, state: Dict[str, Any]) -> None:
+    """Put a state of ``schedule_state`` back."""
+    if isinstance(scheduler, _PLATEAU):
+        scheduler.lr_scheduler.load_state_dict(state['plateau'])
+        scheduler.restore_lr = state['restore_lr']
+    else:
+        scheduler.load_state_dict(state)
