@@ -681,6 +681,18 @@ def test_wandb_keeps_an_offline_run(run, tmp_path, monkeypatch):
     assert all(word in content for word in (b'eval_top1', b'train_loss', b'epoch', b'digits'))
 
 
+def test_wandb_without_a_key_is_told_and_the_run_can_go_on(few_digits, tmp_path, fails, command, monkeypatch):
+    for name in ('API_KEY', 'MODE'):
+        monkeypatch.delenv(f'WANDB_{name}', raising=False)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('NETRC', str(tmp_path / 'none'))
+    argv = 'train', *BASE, '--data-dir', few_digits, '--output', tmp_path / 'output', '--experiment', 'run'
+    line = fails(*argv, '--log-wandb')
+    assert 'Weights & Biases could not begin (No API key' in line and 'WANDB_MODE=offline' in line
+    code, _, err = command(*argv, '--resume', 'auto')
+    assert code == 0, err
+
+
 @pytest.mark.parametrize('name', ['tensorboard', 'wandb'])
 def test_a_tracker_that_is_not_installed_is_named(few_digits, tmp_path, fails, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)  # as Python itself marks what can not be imported

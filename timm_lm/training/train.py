@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from timm_lm.allocator import keep_freed_memory, release_freed_memory
 from timm_lm.data import TooLarge, check_class_names, check_labels
-from timm_lm.errors import UserError
+from timm_lm.errors import UserError, one_line
 from timm_lm.files import writing
 from timm_lm.hub import TimmModel
 from timm_lm.loader import BatchLoader
@@ -243,7 +243,17 @@ def _start_trackers(args: argparse.Namespace, accelerator: Any, folder: Path) ->
         wandb.update(id=args.wandb_resume_id, resume='must')
     plain = bool, int, float, str
     options = {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()}
-    accelerator.init_trackers(args.wandb_project or 'timm-lm', config=options, init_kwargs=dict(wandb=wandb))
+
+    def start() -> None:
+        try:
+            accelerator.init_trackers(args.wandb_project or 'timm-lm', config=options, init_kwargs=dict(wandb=wandb))
+        except Exception as e:
+            if not type(e).__module__.startswith('wandb.'):
+                raise
+            raise UserError(f'Weights & Biases could not begin ({one_line(e)}); log in, keep its log on disk by '
+                            'WANDB_MODE=offline, or leave --log-wandb out, and go on with --resume auto.') from e
+
+    on_main(accelerator, start)
 
 
 def _tracked(epoch: int, train: Dict[str, float], evaluation: Optional[Dict[str, float]], lr: float,
