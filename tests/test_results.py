@@ -86,15 +86,17 @@ def test_page_says_whether_a_network_beats_its_twin(results, tmp_path, error, ve
     assert f'`lm_resnet20` {verdict} its plain twin' in (tmp_path / 'results.md').read_text()
 
 
-def test_network_of_a_table_that_starts_from_other_weights(results, tmp_path):
-    """Its row is filled by runs from these weights, and by no others; its command names them."""
+def test_network_of_a_table_that_changes_its_recipe(results, tmp_path):
+    """Its row is filled by runs with these changes, and by no others; its command names them."""
     path = results / 'tables.yaml'
     path.write_text(yaml.safe_dump([dict(
         title='Taught', dataset='cifar10', recipe='distill_c10', pairs=[['preact_resnet20', 'lm_resnet20']],
-        starts=dict(lm_resnet20='lm_resnet20.best_c10'), published=[])]))
+        changes=dict(lm_resnet20=dict(kd_model_name='y', grow_from='lm_resnet20.best_c10')), published=[])],
+        sort_keys=False))
     rows = [row(name, error, epochs=36, recipe=recipe, run=error) for name, error, recipe in (
         ('lm_resnet20', '6.01', 'distill_c10'), ('lm_resnet20', '6.02', 'distill_c10 with grow_from x'),
-        ('lm_resnet20', '6.03', 'distill_c10 with grow_from lm_resnet20.best_c10'),
+        ('lm_resnet20', '6.03', 'distill_c10 with kd_model_name y, grow_from lm_resnet20.best_c10'),
+        ('lm_resnet20', '6.05', 'distill_c10 with grow_from lm_resnet20.best_c10'),
         ('preact_resnet20', '6.04', 'distill_c10 with grow_from lm_resnet20.best_c10'))]
     add_rows(rows, results)
     write_report(results, tmp_path / 'results.md')
@@ -102,7 +104,7 @@ def test_network_of_a_table_that_starts_from_other_weights(results, tmp_path):
     lm, plain = (next(line for line in table.splitlines() if line.startswith(f'| `{name}`'))
                  for name in ('lm_resnet20', 'preact_resnet20'))
     assert '| 6.03 (one seed) |' in lm and '| `lm_resnet20` | cifar10 | `distill_c10` | 6.03 (one seed) |  |' in head
-    assert '-c lm_resnet20.distill_c10 --grow-from lm_resnet20.best_c10 --data-dir DIR`' in lm
+    assert '-c lm_resnet20.distill_c10 --kd-model-name y --grow-from lm_resnet20.best_c10 --data-dir DIR`' in lm
     assert '|  |  | `timm-lm train -c preact_resnet20.distill_c10 --data-dir DIR` |' in plain
 
 
@@ -125,9 +127,15 @@ def test_commands_of_the_tables_are_understood(table):
         assert (path.stem, model) == (table['recipe'], network)
         assert table['recipe'] in model_tags(network) or not network.startswith(('lm_', 'preact_')) or (
             table['recipe'] == 'paper_in1k')
-    for network, start in table.get('starts', {}).items():
-        name, _, tag = start.partition('.')
-        assert network in sum(table['pairs'], []) and tag in model_tags(name)
+    for network, changes in table.get('changes', {}).items():
+        assert network in sum(table['pairs'], [])
+        for start in changes.values():
+            name, _, tag = start.partition('.')
+            assert tag in model_tags(name)
+        options = sum(([f"--{option.replace('_', '-')}", value] for option, value in changes.items()), [])
+        run = vars(parse_options(['-c', f"{network}.{table['recipe']}", *options]))
+        assert list(changes) == [option for option in run if option in changes]  # the order of the record
+        assert run | changes == run
 
 
 def test_a_run_is_added_once_with_what_it_left(run_folder, tmp_path):

@@ -112,8 +112,8 @@ def _section(table: Dict[str, Any], runs: List[Row], published: List[Row]) -> Li
         for name in filter(None, (plain, lm)):
             found = finished(runs, name, _recipe(table, name))
             pair.append(found)
-            start = _start(table, name)
-            options = f' --grow-from {start}' if start else ''
+            options = ''.join(
+                f" --{option.replace('_', '-')} {value}" for option, value in _changes(table, name).items())
             rows.append([
                 f'`{name}`', found[0]['param_count'] + ' M' if found else '',
                 *(_published(published, source, table['dataset'], name, recipe) for source in sources),
@@ -128,16 +128,16 @@ def _section(table: Dict[str, Any], runs: List[Row], published: List[Row]) -> Li
     return text + ([' '.join(verdicts), ''] if verdicts else [])
 
 
-def _start(table: Dict[str, Any], network: str) -> Optional[str]:
-    """The weights that a table has a network start from, None for those of the recipe."""
-    start: Optional[str] = table.get('starts', {}).get(network)
-    return start
+def _changes(table: Dict[str, Any], network: str) -> Dict[str, str]:
+    """The options of its recipe that a table changes for a network, in the order of the record."""
+    changes: Dict[str, str] = table.get('changes', {}).get(network, {})
+    return changes
 
 
 def _recipe(table: Dict[str, Any], network: str) -> str:
     """What the record calls the recipe of a table where it trains a network."""
-    start = _start(table, network)
-    return table['recipe'] + (f' with grow_from {start}' if start else '')
+    changes = ', '.join(f'{option} {value}' for option, value in _changes(table, network).items())
+    return table['recipe'] + (f' with {changes}' if changes else '')
 
 
 def _verdict(lm: str, plain_runs: List[Row], lm_runs: List[Row]) -> str:

@@ -705,7 +705,7 @@ _TAGS: Mapping[str, Mapping[str, Callable[..., Dict[str, Any]]]] = {
     'lm_resnet32': _cifar_tags('distill_c10', 'grow_c10', 'grow_c100', 'paper_c10', 'plain_first_c10'),
     'lm_resnet44': _cifar_tags('distill_c10', 'grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10', 'plain_first_c10'),
     'lm_resnet56': _cifar_tags(
-        'grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10', 'plain_first_c10', 'sd_c10', 'noise_c10'),
+        'distill_c10', 'grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10', 'plain_first_c10', 'sd_c10', 'noise_c10'),
     'lm_resnet110': _cifar_tags(
         'grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10', 'plain_first_c10', 'sd_c10', 'noise_c10'),
     'lm_resnet164': _C100_TAGS,
@@ -714,7 +714,8 @@ _TAGS: Mapping[str, Mapping[str, Callable[..., Dict[str, Any]]]] = {
     'preact_resnet20': _cifar_tags('distill_c10', 'distill_c100', 'grow_c100', 'paper_c10', 'demo_c10'),
     'preact_resnet32': _cifar_tags('distill_c10', 'grow_c10', 'grow_c100', 'paper_c10'),
     'preact_resnet44': _cifar_tags('distill_c10', 'grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10'),
-    'preact_resnet56': _cifar_tags('grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10', 'sd_c10', 'noise_c10'),
+    'preact_resnet56': _cifar_tags(
+        'distill_c10', 'grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10', 'sd_c10', 'noise_c10'),
     'preact_resnet110': _cifar_tags('grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10', 'sd_c10', 'noise_c10'),
     'preact_resnet164': _C100_TAGS,
     'preact_resnext29_8x64d': _RESNEXT_TAGS,
