@@ -1,5 +1,6 @@
 """Data in memory: finding and decoding splits, and the cache."""
 import io
+import json
 import os
 import pickle
 import shutil
@@ -8,13 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import timm
 import timm.data
 import torch
 from PIL import Image
 
 from timm_lm import data as data_module
 from timm_lm import encoded
-from timm_lm.data import load_images, open_images
+from timm_lm.data import check_class_names, load_images, open_images
 from timm_lm.errors import UserError
 from timm_lm.splits import find_parquet
 
@@ -51,6 +53,20 @@ def test_pixels_labels_and_names_come_through(digits):
     theirs = torch.tensor(source.images * (255 / 16)).to(torch.uint8).flatten(1).sort(dim=0).values
     assert torch.equal(ours, theirs)
     assert torch.equal(torch.cat([train.labels, test.labels]).bincount(), torch.tensor(source.target).bincount())
+
+
+def test_crabs_of_cifar100_on_the_hub_have_their_name(tmp_path, images):
+    """Its files misspell it, which is no other class; names of other data are left as they are."""
+    shared = timm.get_pretrained_cfg('lm_resnet20.best_c100').label_names
+    misspelt = ['cra' if name == 'crab' else name for name in shared]
+    for names, known in ((misspelt, shared), (['cra', 'b'], ('cra', 'b'))):
+        path = tmp_path / str(len(names)) / 'test-00000-of-00001.parquet'
+        write_parquet(path, images[:2])
+        info = json.dumps(dict(info=dict(features=dict(label=dict(names=names, _type='ClassLabel')))))
+        pq.write_table(pq.read_table(path).replace_schema_metadata({'huggingface': info}), path)
+        loaded = load_images('test', path.parent)
+        assert loaded.class_names == known
+    assert check_class_names(load_images('test', tmp_path / '100'), shared, of='lm_resnet20.best_c100') == ''
 
 
 def test_shards_are_read_in_order_from_any_depth(tmp_path, images):

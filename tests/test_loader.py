@@ -1,6 +1,7 @@
 """Batches: from memory and from worker processes, what they depend on, and which of the two a training takes."""
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -263,10 +264,16 @@ def test_each_reading_of_an_image_is_augmented_anew(tmp_path):
     assert torch.cat(seen).unique(dim=0).shape == (24, 3, 32, 32)
 
 
+@pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='Windows can not fork')
 def test_worker_that_is_killed_is_told(few_digits, tmp_path, fails, monkeypatch):
     monkeypatch.setattr('timm_lm.loader._Seeded.__getitem__', lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--loader', 'timm', '--workers', 1,
-                 '--output', tmp_path)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method('fork', force=True)  # so that the worker is a copy with what was set
+    try:
+        line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--loader', 'timm', '--workers', 1,
+                     '--output', tmp_path)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
     assert 'The processes that read images failed (DataLoader worker (pid' in line and 'use fewer --workers' in line
 
 
@@ -446,7 +453,7 @@ def test_labels_are_known_without_decoding(tmp_path):
     with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
         tar.add(folder / 'test', '.')
     data = open_images('test', tmp_path / 'all.tar', dataset='folder')
-    assert data.labels.tolist() == [0, 0, 0, 1, 1]
+    assert data.labels.tolist() == [0, 0, 0, 1, 1] and data.class_names == ('cat', 'dog')
 
 
 def test_images_of_a_tar_file(tmp_path):
@@ -456,6 +463,17 @@ def test_images_of_a_tar_file(tmp_path):
     loaded = load_images('test', tmp_path / 'all.tar', dataset='folder')
     assert torch.equal(loaded.images, load_images('test', folder).images)
     assert loaded.images[1].permute(1, 2, 0).tolist() == noise(2).tolist()
+    (tmp_path / 'cut.tar').write_bytes((tmp_path / 'all.tar').read_bytes()[:700])
+    with pytest.raises(UserError, match='timm could not open the split'):
+        load_images('test', tmp_path / 'cut.tar', dataset='folder')
+
+
+def test_training_on_a_tar_file_is_not_validated_on_its_own_images(tmp_path, fails):
+    with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
+        tar.add(image_folder(tmp_path, [png(noise(i)) for i in range(4)]) / 'test', '.')
+    line = fails('train', '--model', 'lm_resnet20', '--dataset', 'folder', '--data-dir', tmp_path / 'all.tar',
+                 '--num-classes', 2, '--output', tmp_path / 'runs')
+    assert 'all.tar is one archive without splits' in line and not (tmp_path / 'runs').exists()
 
 
 # Which of them a training takes

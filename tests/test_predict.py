@@ -1,7 +1,10 @@
 """Classes of single images, and the networks as files of other tools, through the command line."""
 import io
 import json
+import os
 import shutil
+import struct
+import subprocess
 import sys
 
 import numpy as np
@@ -80,19 +83,37 @@ def test_names_of_another_head_are_not_taken(pictures):
     assert {name for name, _ in prediction.classes} == {str(i) for i in range(12)}
 
 
+def tiff(pixels, bits, signed=False):
+    """A grey TIFF of 12 packed bits, or of 16."""
+    height, width = pixels.shape
+    values = pixels.astype(np.uint16).ravel()
+    if bits == 12:
+        first, second = values[0::2] << 4, values[1::2] << 4
+        data = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    else:
+        data = (values << 7 if signed else values * 257).astype('<u2').tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data),
+            339: 2 if signed else 1}
+    entries = b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack('<2sHI', b'II', 42, 8 + len(data)) + data + struct.pack('<H', len(tags)) + entries + bytes(4)
+
+
 def test_16_bits_are_scaled(pictures, weights, tmp_path, command):
     with Image.open(pictures / '0.png') as image:
         pixels = np.asarray(image)
     Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / '0.png')
     header = f'P5 {pixels.shape[1]} {pixels.shape[0]} 65535\n'.encode()
     (tmp_path / '0.pgm').write_bytes(header + (pixels.astype('>u2') * 257).tobytes())
-    assert {Image.open(tmp_path / name).mode for name in ('0.png', '0.pgm')}.isdisjoint({'L'})
+    for name, kind in {'12.tif': (12,), '16.tif': (16,), 'signed.tif': (16, True)}.items():
+        (tmp_path / name).write_bytes(tiff(pixels, *kind))
+    names = '0.png', '0.pgm', '12.tif', '16.tif', 'signed.tif'
+    assert {Image.open(tmp_path / name).mode for name in names}.isdisjoint({'L'})
     answers = []
-    for path in (pictures / '0.png', tmp_path / '0.png', tmp_path / '0.pgm'):
+    for path in (pictures / '0.png', *(tmp_path / name for name in names)):
         code, out, err = command('predict', path, '--model', weights, '--json', '--topk', 10)
         assert code == 0, err
         answers.append(json.loads(out)['classes'])
-    assert answers[0] == answers[1] == answers[2]
+    assert all(answer == answers[0] for answer in answers)
 
 
 def test_broken_images_are_named_and_the_rest_go_on(pictures, weights, tmp_path, command, monkeypatch):
@@ -127,6 +148,15 @@ def test_names_that_the_terminal_can_not_show(pictures, weights, tmp_path, monke
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(written, encoding='ascii'))
     assert main(['predict', str(path), '--model', str(weights)]) == 0
     assert written.getvalue().startswith(f'{tmp_path}/s\\xfc\\xdf.png  '.encode())
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems have no such names')
+def test_names_from_a_pipe_need_not_be_text(pictures, weights, tmp_path):
+    path = os.fsencode(tmp_path) + b'/caf\xe9.png'
+    shutil.copy(pictures / '0.png', path)
+    done = subprocess.run([sys.executable, '-m', 'timm_lm.cli', 'predict', '-', '--model', weights], input=path + b'\n',
+                          capture_output=True, env=os.environ | dict(PYTHONUTF8='1', PYTHONIOENCODING='utf-8:strict'))
+    assert done.returncode == 0 and b'caf' in done.stdout, done.stderr
 
 
 def test_bad_input_of_predict(tmp_path, weights, fails):
@@ -223,4 +253,11 @@ def test_network_for_other_channels_than_images_have(pictures):
     model = timm.create_model('lm_resnet20', in_chans=4, layers=(1, 1, 1)).eval()
     model.pretrained_cfg = model.pretrained_cfg | dict(input_size=(4, 32, 32), mean=(0.5,) * 4, std=(0.5,) * 4)
     with pytest.raises(UserError, match='decoded to 1 or 3 channels, not 4'):
+        next(predict(model, [pictures]))
+
+
+def test_interpolation_that_there_is_not(pictures):
+    model = timm.create_model('lm_resnet20', layers=(1, 1, 1)).eval()
+    model.pretrained_cfg = model.pretrained_cfg | dict(interpolation='sharp')
+    with pytest.raises(UserError, match="names the interpolation 'sharp', which there is not"):
         next(predict(model, [pictures]))

@@ -226,8 +226,7 @@ def _parquet_folder(data_dir: Optional[Union[str, Path]], dataset: str, split: s
     is_hub_name = dataset.startswith('hfds/')
     kind = dataset.partition('/')[0]
     is_bare = '/' not in dataset
-    is_archive = is_bare and data_dir is not None and Path(data_dir).is_file()
-    if dataset and (is_bare or kind not in _KINDS) and not is_archive:  # timm would read the folder, whatever it is
+    if dataset and (is_bare or kind not in _KINDS) and not is_archive(data_dir, dataset):  # timm would read it
         raise UserError(f"There is no kind '{kind}' of data sets; --dataset begins with {'/, '.join(_KINDS)}/. Leave "
                         'it out for a folder of images.')
     if data_dir is None:
@@ -241,6 +240,11 @@ def _parquet_folder(data_dir: Optional[Union[str, Path]], dataset: str, split: s
     if is_hub_name:
         return folder
     return None if dataset or is_image_folder(folder, dataset) else folder
+
+
+def is_archive(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
+    """Whether the options name a tar file of images, which has no splits."""
+    return bool(dataset) and '/' not in dataset and data_dir is not None and Path(data_dir).is_file()
 
 
 def is_image_folder(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:

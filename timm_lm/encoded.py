@@ -5,20 +5,25 @@ import json
 import os
 from pathlib import Path
 from pickle import PickleError
+from tarfile import TarError
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from timm.data import create_dataset, get_img_extensions
 from torch.utils.data import Dataset, IterableDataset
 
 from .errors import UserError, one_line
+from .models._labels import CIFAR100
 from .splits import SPLIT_NAMES, check_split_folder, split_of_part, unnamed_images, unread_images
 
 # What opening and decoding an image that is none, or is damaged, may raise.
 UNREADABLE_IMAGE = (
-    UnidentifiedImageError, Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, TypeError, ValueError)
+    UnidentifiedImageError, Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, TarError, TypeError,
+    ValueError)
+_TIFF_BITS = 258  # the tag of TIFF that tells the bits of each value
 _TORCH_FOLDERS = ('torch/folder', 'torch/image_folder')
 # Data sets of torchvision for which timm takes every name of a split but those of training for the test split.
 _TRAIN_OR_TEST = {f'torch/{name}' for name in ('cifar10', 'cifar100', 'fashion_mnist', 'kmnist', 'mnist', 'qmnist')}
@@ -36,10 +41,17 @@ def image_mode(channels: int) -> str:
 
 
 def convert_image(image: Image.Image, mode: str) -> Image.Image:
-    """An image in Pillow's mode 'RGB' or 'L'. Values of 16 bits are scaled to 8; Pillow itself cuts them off at 255."""
-    # 'I' are PNG in older Pillow, and PGM
-    if image.mode.startswith('I;16') or image.mode == 'I' and image.format in ('PNG', 'PPM'):
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    """An image in Pillow's mode 'RGB' or 'L'.
+
+    Values of 16 bits are scaled to 8, as are the 12 bits of some TIFF; Pillow itself cuts them off at 255. Negative
+    values are black.
+    """
+    bits = image.tag_v2.get(_TIFF_BITS) if isinstance(image, TiffImageFile) else None
+    # 'I' are PNG in older Pillow, PGM, and TIFF of signed values
+    if image.mode.startswith('I;16') or image.mode == 'I' and (image.format in ('PNG', 'PPM') or bits == (16,)):
+        shift = 4 if bits == (12,) else 7 if bits == (16,) and image.mode in ('I', 'I;16S') else 8
+        values = np.asarray(image).astype(np.int32).clip(0) >> shift
+        image = Image.fromarray(values.clip(max=255).astype(np.uint8))
     return image.convert(mode)
 
 
@@ -110,13 +122,18 @@ class EncodedImages(Dataset):
 # Parquet
 
 
+# uoft-cs/cifar100 on the Hub calls its crabs so, and all else as torchvision and the authors' own files do.
+_MISSPELT_CIFAR100 = tuple('cra' if name == 'crab' else name for name in CIFAR100)
+
+
 def _class_names(schema: Any, target_key: str) -> Optional[Tuple[str, ...]]:
     """Names of the labels, which the Hub's files carry in the schema's metadata."""
     try:
         info = json.loads((schema.metadata or {})[b'huggingface'])
-        return tuple(info['info']['features'][target_key]['names'])
+        names = tuple(info['info']['features'][target_key]['names'])
     except (KeyError, TypeError, ValueError):
         return None
+    return CIFAR100 if names == _MISSPELT_CIFAR100 else names
 
 
 def _find_column(schema: Any, key: Optional[str], wanted: str, guesses: Sequence[str], path: Path) -> str:
@@ -245,11 +262,12 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
                             'or hfds/')
         len(images)
     except (AssertionError, EOFError, ImportError, KeyError, NotImplementedError, OSError, PickleError, RuntimeError,
-            TypeError, ValueError) as e:
+            TarError, TypeError, ValueError) as e:
         reason = one_line(e, 1000).replace('download=True', '--dataset-download')
         raise UserError(
             f"timm could not open the split '{split}' of the data set '{dataset or root}' ({reason}).") from e
-    numbers = getattr(getattr(images, 'reader', images), 'class_to_idx', None) or {}
+    reader = getattr(images, 'reader', images)
+    numbers = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}  # of a tar file
     if is_folder:
         root = getattr(getattr(images, 'reader', None), 'root', '')
         endings = keys.get('input_key')

@@ -50,7 +50,7 @@ def cache_path(source: Sequence[str], settings: Dict[str, Any]) -> Optional[Path
         settings: How it is decoded.
     """
     from huggingface_hub import cached_assets_path
-    key = hashlib.sha256(json.dumps([3, source, settings], sort_keys=True).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([4, source, settings], sort_keys=True).encode()).hexdigest()[:32]
     try:
         return cached_assets_path('timm-lm', namespace='decoded') / f'{key}.safetensors'
     except (OSError, ValueError):

@@ -72,10 +72,14 @@ def predict(model: TimmModel, paths: Sequence[Union[str, Path]], topk: int = 5,
         A prediction for each file; one that is not readable has an error, and the others go on.
 
     Raises:
-        UserError: If the network is neither for colour nor for grey images.
+        UserError: If the network is neither for colour nor for grey images, or its config names an interpolation that
+            there is not.
     """
     config = resolve_data_config({}, model=model)
-    transform: Any = create_transform(**config)
+    try:
+        transform: Any = create_transform(**config)
+    except KeyError as e:
+        raise UserError(f'The config of the network names the interpolation {e}, which there is not; mend it.') from e
     mode = image_mode(config['input_size'][0])
     names = model.pretrained_cfg.get('label_names') or ()
     if len(names) != model.num_classes:  # none, or those of the head that this one took the place of

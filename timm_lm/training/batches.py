@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
 
 from timm_lm.augment import BatchMixup
-from timm_lm.data import TooLarge, is_class_folder, load_images, open_images
+from timm_lm.data import TooLarge, is_archive, is_class_folder, load_images, open_images
 from timm_lm.encoded import EncodedImages
 from timm_lm.errors import UserError, one_line
 from timm_lm.hub import TimmModel
@@ -77,10 +77,16 @@ def load_split(
         is_training: The split is trained on.
         device: Where it is to be kept if it is held in memory.
         kind: How it is read, as ``--loader`` names it; None for what the options say.
+
+    Raises:
+        UserError: If there is no such split, or the images to train on would be those to validate on.
     """
     kind = kind or args.loader
     if is_class_folder(args.data_dir, args.dataset):  # with a validation, each split has a folder of its own
         check_split_folder(args.data_dir, split, required=bool(args.val_split), is_training=is_training)
+    if args.val_split and is_archive(args.data_dir, args.dataset):
+        raise UserError(f"{args.data_dir} is one archive without splits, so the images to train on would be those to "
+                        "validate on; unpack it into folders train and validation, or give --val-split ''.")
     source: Dict[str, Any] = dict(
         data_dir=args.data_dir,
         dataset=args.dataset,
