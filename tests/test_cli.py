@@ -78,6 +78,8 @@ def test_recipe_lists_prints_and_locates(command):
     assert command('recipe', 'lm_resnet20.paper_c10', '--path')[1] == path
     code, other, _ = command('recipe', 'preact_resnet56.paper_c10')
     assert other == out.replace('model: lm_resnet20', 'model: preact_resnet56') != out
+    code, tuned, _ = command('recipe', r'runs\demo.finetune')
+    assert code == 0 and r'model: runs\demo' in tuned.splitlines()
 
 
 def test_demonstration_that_is_stopped(tmp_path):

@@ -88,6 +88,17 @@ def tune(command, tmp_path):
     return run
 
 
+def test_run_of_a_weights_folder_without_a_name(tune, command, tmp_path):
+    """The default run folder is named after the network, which may itself come from the weights of a run."""
+    data = image_folder(tmp_path / 'data', 32, 'RGB', train=2, validation=2)
+    weights, _ = tune(data)
+    for model in (weights, f'local-dir:{weights}'):
+        code, out, err = command('train', '--pretrained', '--model', model, '--num-classes', 10, '--data-dir', data,
+                                 *QUICK, '--output', tmp_path / 'more', '--dry-run')
+        assert code == 0, err
+        assert re.search(r'more/\d{8}-\d{6}-run-32\b', out)
+
+
 # Sizes and channels
 
 

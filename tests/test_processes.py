@@ -295,6 +295,11 @@ def test_run_folder_that_one_process_does_not_see_is_told(driven, output):
     assert not (output / 'other_disk').exists()
 
 
+def test_run_without_a_name_has_one_folder(driven):
+    first, second = (facts['unnamed'] for facts in driven.facts)
+    assert first == second and '/20000101-000000-lm_resnet20-32' in first
+
+
 def test_disk_of_the_main_process_that_is_full_ends_all(driven, output):
     for facts in driven.facts:
         assert facts['full'][0] == 2 and 'could not be written (No space left on device)' in facts['full'][1]

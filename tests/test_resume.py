@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+from pathlib import Path
 from unittest.mock import Mock
 
 import psutil
@@ -19,11 +20,13 @@ from safetensors.torch import load_file
 
 from timm_lm.errors import UserError
 from timm_lm.results import read_run
+from timm_lm.training import train as train_module
 from timm_lm.training.checkpoint import CheckpointStore, Progress, random_states
 from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
 from timm_lm.training.run_folder import own_run_folder
 from timm_lm.training.run_log import EVALUATION, RunLog
+from timm_lm.training.signals import StopSignals
 from timm_lm.training.train import train
 
 # A network with dropped paths and noise, so that random states count; float32 on the CPU.
@@ -273,6 +276,18 @@ with StopSignals(several={several}) as signals:
     assert ('went on' in out) == several and ('KeyboardInterrupt' in err) == (number == signal.SIGINT)
 
 
+def test_handlers_that_are_not_of_python_are_no_error():
+    """Python knows none of those that were set before it began, and says None."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with StopSignals() as signals:
+            signals.before[signal.SIGTERM] = None
+        assert signal.getsignal(signal.SIGINT) == before[signal.SIGINT]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_compiled_run_resumes_bit_for_bit(few_digits, tmp_path, command):
     def words(name):
         return arguments(few_digits, tmp_path / name, '--resume', 'auto', '--torchcompile', '--model-kwargs',
@@ -314,6 +329,52 @@ def test_damaged_newest_checkpoint_is_passed_over(few_digits, left_alone, tmp_pa
     (flipped / 'state.json').write_text(text.replace('"epoch": 3', '"epoch": 2'))
     with pytest.raises(UserError, match='is not whole .its digest differs'):
         store.read(flipped)
+
+
+def test_run_without_a_readable_checkpoint_does_not_begin_anew(few_digits, left_alone, tmp_path):
+    """All of them damaged, or one that the disk does not give; nothing is changed then."""
+    folder = shutil.copytree(left_alone / 'run', tmp_path / 'run')
+
+    def refused(message):
+        before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+        code, _, err = Command(*arguments(few_digits, tmp_path, '--resume', 'auto')).wait()
+        assert code == 2 and message in err.splitlines()[-1]
+        assert before == {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+    newest = checkpoints(tmp_path)[-1] / 'state.safetensors'
+    text = newest.read_bytes()
+    newest.unlink()
+    newest.mkdir()  # reading it is an error of the system
+    with pytest.raises(UserError, match='can not be read .*see to the disk'):
+        CheckpointStore(folder / 'checkpoints').newest()
+    refused('can not be read')
+    newest.rmdir()
+    newest.write_bytes(text)
+    for path in checkpoints(tmp_path):
+        (path / 'state.json').write_text('{')
+    refused('No checkpoint in')
+
+
+@pytest.mark.parametrize('begun', [False, True])
+def test_run_that_went_on_meanwhile_is_left_alone(few_digits, left_alone, tmp_path, monkeypatch, fails, begun):
+    """By another process that has ended, so that the folder is free again, while this one read the data."""
+    folder = tmp_path / 'run'
+    if begun:
+        shutil.copytree(left_alone / 'run', folder)
+        shutil.rmtree(checkpoints(tmp_path)[-1])
+    load = train_module.load_split
+
+    def meanwhile(*args, **kwargs):
+        shutil.copytree(left_alone / 'run', folder, dirs_exist_ok=True)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(train_module, 'load_split', meanwhile)
+    line = fails(*arguments(few_digits, tmp_path, '--resume', 'auto'), *([] if begun else ['--seed', '7']))
+    assert f'Another process went on with the run in {folder} in the meantime; start again' in line
+    names = {path.relative_to(folder) for path in folder.rglob('*')} - {Path('.lock')}
+    assert names == {path.relative_to(left_alone / 'run') for path in (left_alone / 'run').rglob('*')} - {Path('.lock')}
+    assert all((folder / name).read_bytes() == (left_alone / 'run' / name).read_bytes()
+               for name in names if (folder / name).is_file())
 
 
 def test_checkpoint_holds_what_moves_and_no_more_than_asked_are_kept(left_alone):
@@ -411,6 +472,14 @@ def test_going_back_sets_later_checkpoints_aside(few_digits, left_alone, tmp_pat
     aside = sorted((tmp_path / 'run' / 'checkpoints').glob('set-aside-*'))
     assert [path.name[-14:] for path in aside] == [path.name for path in later]
     assert all(f'A later checkpoint is now {path}' in out for path in aside)
+    assert final_state(tmp_path) == final_state(left_alone)
+    # and the other way round: from one that was set aside, with those before it as they are
+    before = checkpoints(tmp_path)
+    code, out, err = Command(*command, '--resume', aside[0]).wait()
+    assert code == 0, err
+    assert not aside[0].exists() and later[0].exists()
+    assert [path for path in before if path.name < later[0].name] == [
+        path for path in checkpoints(tmp_path) if path.name < later[0].name]
     assert final_state(tmp_path) == final_state(left_alone)
 
 

@@ -11,9 +11,11 @@ import sys
 import time
 import traceback
 import zlib
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import copy, deepcopy
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import torch
@@ -24,7 +26,8 @@ from accelerate.utils import DistributedType, set_seed
 from timm_lm import cli
 from timm_lm.errors import UserError
 from timm_lm.loader import IGNORE_LABEL, BatchLoader
-from timm_lm.training import loop
+from timm_lm.training import loop, run_folder
+from timm_lm.training import train as train_module
 from timm_lm.training.batches import create_loader, load_split, resolve_input_config
 from timm_lm.training.checkpoint import CheckpointStore
 from timm_lm.training.factory import create_accelerator, create_model
@@ -207,6 +210,17 @@ def on_a_full_disk(data, output):
     return [code, told.getvalue()]
 
 
+def unnamed(data, output, rank):
+    """The folder of a run without a name, which has the time in it, by clocks that differ."""
+    run_folder.datetime = SimpleNamespace(now=lambda: datetime(2000, 1, 1 + rank))
+    try:
+        words = train_command(data, output, '', '--dry-run')[1:]
+        with redirect_stdout(io.StringIO()):
+            return str(train_module.train(parse_options(words)))
+    finally:
+        run_folder.datetime = datetime
+
+
 def poison_one_process():
     """Make the third batch of the second epoch of process 1 unusable."""
     batches = BatchLoader.batches
@@ -258,6 +272,7 @@ def main(data, output, port):
               '--model-ema-decay', '0.5')
     facts['apart'] = apart(data, output, rank)
     facts['full'] = on_a_full_disk(data, output)
+    facts['unnamed'] = unnamed(data, output, rank)
     facts['written'] = [path for path in written if str(output) in path]
     (output / f'facts{rank}.json').write_text(json.dumps(facts))
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
-from .errors import UserError, one_line
+from .errors import RESUME, UserError, one_line
 
 EXIT_USER_ERROR = 2
 PATIENCE = 10  # seconds that other processes of a machine leave the first one to tell of an end
@@ -55,7 +55,7 @@ def _recipe(argv: List[str]) -> None:
         print(path)
         return
     text = path.read_text(encoding='utf-8')
-    print(re.sub('(?m)^model: .*', f'model: {model}', text) if model else text, end='')
+    print(re.sub('(?m)^model: .*', lambda _: f'model: {model}', text) if model else text, end='')
 
 
 def _validate(argv: List[str]) -> None:
@@ -244,6 +244,8 @@ def _predict(argv: List[str]) -> int:
     from .names import load_model
     from .predict import find_images, predict
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors='surrogateescape')  # names of files that are not of the terminal's encoding
     paths = find_images(args.images, sys.stdin)
     model = load_model(args.model).to(_device(args.device))
     width = max(map(len, map(str, paths)), default=0)
@@ -466,11 +468,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                   'smaller network.')
         elif _is_of_a_worker(e):
             _tell(f'timm-lm: error: The processes that read images failed ({one_line(e)}), maybe for want of memory, '
-                  'or of room in /dev/shm; use fewer --workers. A training goes on with --resume auto.')
+                  f'or of room in /dev/shm; use fewer --workers. A training goes on {RESUME}.')
         elif _is_of_a_device(e):
             _tell(f'timm-lm: error: The device failed ({one_line(e)}), maybe through another process on it; start '
-                  'again. A training goes on with --resume auto, or without an --experiment with --resume '
-                  'RUN/checkpoints/step-...')
+                  f'again. A training goes on {RESUME}.')
         else:
             raise
         return EXIT_USER_ERROR

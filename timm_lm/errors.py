@@ -1,6 +1,9 @@
 """The error of this package: bad input, told in one line."""
 from typing import Sequence
 
+# How a training goes on, for messages.
+RESUME = 'with --resume auto, or without an --experiment with --resume RUN/checkpoints/step-...'
+
 
 class UserError(RuntimeError):
     """Bad input. The message is one line that says what was wrong and what to do.

@@ -6,6 +6,7 @@ averaged weights, sums of the running epoch, random states), ``state.json`` the 
 import hashlib
 import json
 import os
+import re
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from timm_lm.errors import UserError
+from timm_lm.errors import RESUME, UserError
 from timm_lm.files import atomic_folder, replaced, sha256
 
 TENSORS, STATE = 'state.safetensors', 'state.json'
@@ -110,6 +111,16 @@ def _has_device(name: str) -> bool:
     return getattr(torch.backends if name == 'mps' else torch, name).is_available()
 
 
+class Damaged(UserError):
+    """A checkpoint that is not whole."""
+
+
+def name_with_step(folder: Path) -> Optional[str]:
+    """The name of a checkpoint without what it has from being set aside, None if a folder is not named like one."""
+    found = re.search(rf'(?:^|-)({PREFIX}\d+)$', folder.name)
+    return found and found[1]
+
+
 class CheckpointStore:
     """The checkpoints of one run, in a folder of their own."""
 
@@ -175,8 +186,8 @@ class CheckpointStore:
         except (OSError, SafetensorError) as e:
             earlier = next((path for path in self.newest_first() if path != folder), None)
             hint = f'the last whole one is {earlier}' if earlier else 'there is no earlier one'
-            raise UserError(f'The checkpoint {folder} could not be written ({e}); {hint}. Make room, then go on with '
-                            '--resume auto.') from e
+            raise UserError(f'The checkpoint {folder} could not be written ({e}); {hint}. Make room, then go on '
+                            f'{RESUME}.') from e
         for old in self.newest_first()[self.keep:]:
             if old.name != also_keep:
                 try:
@@ -205,17 +216,22 @@ class CheckpointStore:
         """
         aside = []
         now = f'{datetime.now():%Y%m%d-%H%M%S-%f}'
+        came = '' if checkpoint is None else checkpoint.folder.name
+        own = '' if checkpoint is None else name_with_step(checkpoint.folder) or ''
         for folder in self.newest_first():
-            if checkpoint is None or folder.name > checkpoint.folder.name:
+            if folder.name > own or folder.name == own != came:
                 place = folder.with_name(f'set-aside-{now}-{folder.name}')
                 aside.append(folder.rename(place))
+        if own and own != came:  # one that was set aside counts again
+            (self.folder / came).rename(self.folder / own)
         return aside
 
     def read(self, folder: Path) -> Checkpoint:
         """Read one checkpoint.
 
         Raises:
-            UserError: If it is not there or not whole.
+            UserError: If it is not there or can not be read.
+            Damaged: If it is not whole.
         """
         if not folder.is_dir():
             raise UserError(f'There is no checkpoint {folder}; give RUN/checkpoints/step-..., or --resume auto.')
@@ -225,8 +241,11 @@ class CheckpointStore:
             if sha256(folder / TENSORS) != state['sha256'] or told not in (None, state_digest(state)):
                 raise ValueError('its digest differs')
             return Checkpoint(folder, load_file(folder / TENSORS), state)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-            raise UserError(f'The checkpoint {folder} is not whole ({e}).') from e
+        except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as e:
+            raise Damaged(f'The checkpoint {folder} is not whole ({e}).') from e
+        except OSError as e:
+            raise UserError(f'The checkpoint {folder} can not be read ({e}); see to the disk, or the rights to it, and '
+                            'try again.') from e
 
     def newest_state(self) -> Dict[str, Any]:
         """What the newest readable checkpoint tells beside its tensors, which are not read; nothing without one."""
@@ -236,12 +255,19 @@ class CheckpointStore:
         return {}
 
     def newest(self, tell: Any = print) -> Optional[Checkpoint]:
-        """The newest whole checkpoint, None if there is none; each one that is passed over is told."""
-        for folder in self.newest_first():
+        """The newest whole checkpoint, None if there are no checkpoints; each one that is passed over is told.
+
+        Raises:
+            UserError: If one can not be read, or all of them are damaged.
+        """
+        folders = self.newest_first()
+        for folder in folders:
             try:
                 return self.read(folder)
-            except UserError as e:
+            except Damaged as e:
                 tell(f'{e} It is passed over for the one before.')
+        if folders:
+            raise UserError(f'No checkpoint in {self.folder} is whole; restore one, or remove them to begin anew.')
         return None
 
 

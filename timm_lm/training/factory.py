@@ -48,13 +48,13 @@ def import_modules(args: argparse.Namespace) -> None:
     """Import the modules that the options name, as some register networks.
 
     Raises:
-        UserError: If there is none of this name.
+        UserError: If there is none of this name, or it can not be imported.
     """
     for module in args.device_modules or ():
         try:
             importlib.import_module(module)
-        except ImportError as e:
-            raise UserError(f'--device-modules {module} can not be imported ({e}).') from e
+        except (ImportError, SyntaxError, TypeError, ValueError) as e:  # the latter two of a name that none can have
+            raise UserError(f"--device-modules '{module}' can not be imported ({one_line(e)}).") from e
 
 
 def settle_precision(args: argparse.Namespace) -> str:

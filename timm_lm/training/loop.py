@@ -80,7 +80,7 @@ class Training:
             raise UserError('--clip-mode agc can not clip sharded weights; use norm or value, or train without FSDP.')
         try:
             self.plain_optimizer = create_optimizer(args, model, self.sharded)
-        except (AssertionError, ImportError, KeyError, TypeError, ValueError) as e:
+        except (AssertionError, ImportError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise UserError(f'The optimizer {args.opt} can not be made with these options ({e or type(e).__name__}).'
                             ) from e
         if accelerator.scaler is not None and not self.sharded:  # PyTorch's sharded SGD is not fused
@@ -173,9 +173,9 @@ class Training:
         )
         updates = progress.epoch * self.updates_per_epoch + -(-progress.batch // self.args.grad_accum_steps)
         also_keep = self.best['checkpoint'] if self.best else None
-        folder = on_main(self.accelerator, lambda: self.store.save(
+        on_main(self.accelerator, lambda: self.store.save(
             updates, progress, tensors, optimizer, states, rest, also_keep))
-        return folder or self.store.folder
+        return self.store.folder / self.store.name(updates)
 
     def resume(self, checkpoint: Checkpoint) -> Progress:
         """Go back to a checkpoint.

@@ -91,8 +91,9 @@ def _check_ranges(args: argparse.Namespace) -> None:
     check(['drop_path'], lambda x: 0 <= x < 1, 'must be at least 0 and less than 1, not')
     check(['aug_repeats'], lambda x: x == 0 or x >= 1, 'must be 0 or at least 1, not')
     check(['seed'], lambda x: x < 2 ** 32, 'must be less than 2**32, not')
-    if args.opt_betas is not None and len(args.opt_betas) < 2:
-        raise UserError(f'--opt-betas takes at least two numbers, not {args.opt_betas}.')
+    info = _optimizer_info(args.opt)
+    if args.opt_betas is not None and info is not None and info.has_betas and len(args.opt_betas) != info.num_betas:
+        raise UserError(f'--opt-betas takes {info.num_betas} numbers with --opt {args.opt}, not {args.opt_betas}.')
     if args.cutmix_minmax is not None and not 0 <= args.cutmix_minmax[0] < args.cutmix_minmax[1] <= 1:
         raise UserError(f'--cutmix-minmax takes two increasing shares of a side, not {args.cutmix_minmax}.')
     for name in ('scale', 'ratio'):
@@ -122,6 +123,12 @@ def _check_schedule(args: argparse.Namespace) -> None:
     if args.sched == 'plateau' and args.patience_epochs >= max(args.epochs, USUAL_PATIENCE + 1):
         raise UserError(f'The schedule is longer than the run: --patience-epochs {args.patience_epochs} with --epochs '
                         f'{args.epochs}; change one of them.')
+    if args.sched in ('cosine', 'tanh', 'poly') and args.lr_cycle_mul < 1:
+        cycles = sum(args.epochs * args.lr_cycle_mul ** i for i in range(args.lr_cycle_limit))
+        most = args.epochs / (1 - args.lr_cycle_mul)  # of all that there could be
+        if int(cycles) + args.cooldown_epochs >= most:
+            raise UserError(f'--lr-cycle-mul {args.lr_cycle_mul:g} makes cycles so short that they come to an end '
+                            f'before --cooldown-epochs {args.cooldown_epochs} do; change one of them.')
     if args.warmup_epochs >= args.epochs and args.sched != 'none' and not args.warmup_prefix:
         raise UserError(f'--warmup-epochs {args.warmup_epochs} leave nothing of --epochs {args.epochs}.')
 
@@ -188,10 +195,17 @@ def unread(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
 
 
 @cache
-def _unread_by_optimizer(opt: str) -> List[Tuple[str]]:
+def _optimizer_info(opt: str) -> Any:
+    """What timm's registry tells of an optimizer, None if it does not know it, which is told when it is made."""
     try:
-        info = get_optimizer_info(opt.lower().split('_')[-1])  # lookahead_... is the optimizer that it looks ahead of
-    except ValueError:  # unknown, which is told when it is made
+        return get_optimizer_info(opt.lower().split('_')[-1])  # lookahead_... is the optimizer that it looks ahead of
+    except ValueError:
+        return None
+
+
+def _unread_by_optimizer(opt: str) -> List[Tuple[str]]:
+    info = _optimizer_info(opt)
+    if info is None:
         return []
     read = dict(momentum=info.has_momentum, opt_eps=info.has_eps, opt_betas=info.has_betas)
     return [(name,) for name, is_read in read.items() if not is_read]

@@ -14,7 +14,8 @@ def last_name(source: str) -> str:
     if source.startswith('hf-hub:'):
         return source
     path = Path(source)
-    return path.parent.name if path.name == 'weights' else path.name  # that of the run
+    name = path.parent.name if path.name == 'weights' else path.name  # that of the run
+    return folder_name(source) if name in ('', '..') else name
 
 
 def start_word(model: str, grow_from: str) -> str:

@@ -35,6 +35,13 @@ def on_main(accelerator: Any, work: Callable[[], Result]) -> Optional[Result]:
     return result
 
 
+def from_main(accelerator: Any, value: Result) -> Result:
+    """What a value is in the main process."""
+    if accelerator.num_processes > 1:
+        (value,) = broadcast_object_list([value])
+    return value
+
+
 @contextmanager
 def first_of_machine_first(accelerator: Any) -> Iterator[None]:
     """As ``local_main_process_first``, but the others are let go too if the first one fails, to fail likewise."""

@@ -13,8 +13,9 @@ from timm_lm.errors import UserError, one_line
 from timm_lm.files import write_text
 from timm_lm.hub import TimmModel
 
-from .checkpoint import Checkpoint, CheckpointStore
+from .checkpoint import Checkpoint, CheckpointStore, name_with_step
 from .option_rules import unread
+from .places import last_name
 
 try:
     import fcntl
@@ -37,7 +38,7 @@ def run_folder(args: argparse.Namespace, model: TimmModel) -> Path:
         UserError: If a run is to be gone on with and none is named, or two are.
     """
     if args.resume not in ('', 'auto'):
-        if Path(args.resume).parent.name != 'checkpoints':
+        if Path(args.resume).parent.name != 'checkpoints' or name_with_step(Path(args.resume)) is None:
             raise UserError(f'--resume {args.resume} is not a checkpoint; give RUN/checkpoints/step-..., or auto for '
                             'the newest of a run.')
         folder = Path(args.resume).parent.parent
@@ -49,12 +50,19 @@ def run_folder(args: argparse.Namespace, model: TimmModel) -> Path:
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto looks in the folder of a run; name it with --experiment.')
     size = model.pretrained_cfg['input_size'][-1]
-    name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}-{size}'
+    name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{_safe_name(args.model)}-{size}'
     folder = Path(args.output or 'output/train') / name
     if {*'#?'} & {*str(folder)} and parse_model_name(f'local-dir:{folder}')[1] != str(folder):
         raise UserError(f'This timm can not load weights from {folder}, as it cuts paths at # and ?; choose another '
                         '--output and --experiment.')
     return folder
+
+
+def _safe_name(model: str) -> str:
+    """The name of a network as a part of a file's name: that of a repo, of a run or folder, or of timm's registry."""
+    if model.startswith('hf-hub:'):
+        return safe_model_name(model)
+    return safe_model_name(last_name(model.removeprefix('local-dir:')), remove_source=False)
 
 
 def find_checkpoint(args: argparse.Namespace, folder: Path, store: CheckpointStore,
@@ -106,8 +114,15 @@ def _compare_options(args: argparse.Namespace, folder: Path) -> None:
 
 
 @contextmanager
-def own_run_folder(folder: Path, args: argparse.Namespace, resumed: bool) -> Iterator[None]:
+def own_run_folder(folder: Path, args: argparse.Namespace, resumed: bool,
+                   check: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Make the folder, keep other processes out of it, and write the options of a new run.
+
+    Args:
+        folder: The run folder.
+        args: Options.
+        resumed: The run goes on from a checkpoint.
+        check: Called when others are kept out, before anything is written; what it raises is passed on.
 
     The lock is one of POSIX: the system takes it back however the process ends, and workers do not inherit it. Windows
     and disks without locks go without.
@@ -121,6 +136,7 @@ def own_run_folder(folder: Path, args: argparse.Namespace, resumed: bool) -> Ite
             folder.mkdir(parents=True, exist_ok=True)
             (folder / 'checkpoints').mkdir(exist_ok=bool(args.resume))  # by the first of several that start at once
             _lock(stack.enter_context(open(folder / '.lock', 'a')), folder)
+            check()
             if not resumed:
                 left_out = ('config', 'resume', 'dry_run')
                 options = {name: value for name, value in vars(args).items() if name not in left_out}

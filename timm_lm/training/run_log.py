@@ -9,9 +9,10 @@ from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional
 from timm.utils import update_summary
 from tqdm import tqdm
 
+from timm_lm.errors import RESUME
 from timm_lm.files import save_figure, write_text, writing
 
-MAKE_ROOM = 'Make room, then go on with --resume auto.'
+MAKE_ROOM = f'Make room, then go on {RESUME}.'
 # What evaluate() returns, in its order.
 EVALUATION = ('top1', 'top5', 'loss', 'errors', 'images', 'images_per_second')
 TRAINING = ('loss', 'top1', 'images_per_second')  # of an epoch, the last one if any of it was trained here

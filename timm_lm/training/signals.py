@@ -44,5 +44,6 @@ class StopSignals:
 
     def _give_back(self) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one that was not set from Python can not be given back
+                signal.signal(number, handler)
         self.before = {}

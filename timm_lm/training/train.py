@@ -8,7 +8,7 @@ import shlex
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 from accelerate.utils import DistributedType, gather_object, set_seed
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from timm_lm.allocator import keep_freed_memory, release_freed_memory
 from timm_lm.data import TooLarge, check_class_names, check_labels
-from timm_lm.errors import UserError, one_line
+from timm_lm.errors import RESUME, UserError, one_line
 from timm_lm.files import writing
 from timm_lm.hub import TimmModel
 from timm_lm.loader import BatchLoader
@@ -34,7 +34,7 @@ from .factory import (
 from .loop import Training
 from .places import command_line
 from .plan import describe_data, describe_run, describe_schedule
-from .processes import first_of_machine_first, on_main
+from .processes import first_of_machine_first, from_main, on_main
 from .result import (
     RESULT_NAME,
     describe_trained,
@@ -73,6 +73,8 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     # Device, precision and processes
     remark = settle_precision(args)  # before the options are compared with those of the run, and so the rate
     accelerator = create_accelerator(args, folder)
+    if not (args.experiment or args.resume):
+        folder = from_main(accelerator, folder)  # which has the time in its name
     is_main = accelerator.is_main_process
     if remark and is_main:
         print(f'note: {remark}', flush=True)
@@ -80,6 +82,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
 
     # The checkpoint to go on from
     store = CheckpointStore(folder / 'checkpoints', keep=args.checkpoint_hist)
+    found = store.newest_first()
     checkpoint = find_checkpoint(args, folder, store, tell=tqdm.write if is_main else lambda line: None)
     _compare_checkpoints(accelerator, checkpoint, folder)
 
@@ -137,7 +140,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     accelerator.wait_for_everyone()
     with ExitStack() as stack:
         on_main(accelerator, lambda: stack.enter_context(
-            own_run_folder(folder, args, resumed=checkpoint is not None)))
+            own_run_folder(folder, args, checkpoint is not None, partial(_check_unchanged, store, found))))
         _run(args, accelerator, training, eval_loader, folder, checkpoint, progress, finished)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -229,6 +232,12 @@ def _tell_best(training: Training) -> None:
                'are those of the last epoch')
 
 
+def _check_unchanged(store: CheckpointStore, found: List[Path]) -> None:
+    """Another process may have run there until now, while this one read the checkpoint and the data."""
+    if store.newest_first() != found:
+        raise UserError(f'Another process went on with the run in {store.folder.parent} in the meantime; start again.')
+
+
 def _compare_checkpoints(accelerator: Any, checkpoint: Optional[Checkpoint], folder: Path) -> None:
     if accelerator.num_processes > 1 and len(set(gather_object([checkpoint and checkpoint.state['sha256']]))) > 1:
         raise UserError(f'The processes do not find the same checkpoint in {folder}; the folder of a run must lie on a '
@@ -251,7 +260,7 @@ def _start_trackers(args: argparse.Namespace, accelerator: Any, folder: Path) ->
             if not type(e).__module__.startswith('wandb.'):
                 raise
             raise UserError(f'Weights & Biases could not begin ({one_line(e)}); log in, keep its log on disk by '
-                            'WANDB_MODE=offline, or leave --log-wandb out, and go on with --resume auto.') from e
+                            f'WANDB_MODE=offline, or leave --log-wandb out, and go on {RESUME}.') from e
 
     on_main(accelerator, start)
 
