@@ -17,7 +17,7 @@ def autoload() -> None:
         return
     if TARGET in sys.modules:
         _register()
-    elif not any(isinstance(finder, _Finder) and not finder.done for finder in sys.meta_path):
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
@@ -27,21 +27,23 @@ def _register() -> None:
     try:
         importlib.import_module('timm_lm')
     except Exception as e:
-        warnings.warn(
-            f'timm-lm could not register its models ({type(e).__name__}: {e}). `import timm_lm` shows the whole error; '
-            'TIMM_LM_AUTOLOAD=0 turns this off.', stacklevel=2)
+        told = (f'timm-lm could not register its models ({type(e).__name__}: {e}). `import timm_lm` shows the whole '
+                'error; TIMM_LM_AUTOLOAD=0 turns this off.')
+        try:
+            warnings.warn(told, stacklevel=2)
+        except Warning:  # which -W error makes an error; timm is to be imported all the same
+            print(told, file=sys.stderr)
 
 
 class _Finder:
     """Finds ``timm.models`` as the other finders do, under a loader that registers the networks afterwards.
 
-    Then it finds nothing more, and stays: other threads may be going through ``sys.meta_path``.
+    It stays afterwards: other threads may be going through ``sys.meta_path``, and modules may be dropped and imported
+    anew.
     """
 
-    done = False
-
     def find_spec(self, name, path=None, target=None):
-        if name != TARGET or self.done:
+        if name != TARGET or TARGET in sys.modules:
             return None
         # importlib.util.find_spec would wait for all of timm, and two threads that import it for each other
         for finder in sys.meta_path:
@@ -49,7 +51,7 @@ class _Finder:
             spec = find_spec(name, path, target) if find_spec else None
             if spec is not None:
                 if hasattr(spec.loader, 'exec_module'):
-                    spec.loader = _Loader(spec.loader, self)
+                    spec.loader = _Loader(spec.loader)
                 return spec
         return None
 
@@ -57,9 +59,8 @@ class _Finder:
 class _Loader:
     """Loads ``timm.models`` with its own loader, then registers the networks."""
 
-    def __init__(self, loader, finder):
+    def __init__(self, loader):
         self.loader = loader
-        self.finder = finder
 
     def create_module(self, spec):
         return self.loader.create_module(spec)
@@ -67,5 +68,4 @@ class _Loader:
     def exec_module(self, module):
         module.__loader__ = module.__spec__.loader = self.loader
         self.loader.exec_module(module)  # an error of timm passes on; the finder is there for the next try
-        self.finder.done = True
         _register()

@@ -1,7 +1,8 @@
 """Entry points of ``torch.hub``: every network, ``torch.hub.load(<this folder>, 'lm_resnet56', source='local')``.
 
-The networks are those of the package beside this file. Where Python has another version of it, imported or installed,
-loading stops with an error that names both: one process can hold only one of them.
+The networks are those of the package beside this file, or of the same version of it where Python has that imported.
+Where it has another version, imported or installed, loading stops with an error that names both: one process can hold
+only one of them.
 """
 import importlib.machinery
 import pathlib

@@ -89,6 +89,16 @@ def test_no_transform_sees_a_fused_update(can_fuse):
     assert seen[-1]
 
 
+def test_older_gpus_have_no_kernels_in_bfloat16(can_fuse, monkeypatch):
+    device = torch.device('cuda', 0)
+    for capability, has in (((7, 5), False), ((8, 0), True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, 'get_device_capability', lambda device, capability=capability: capability)
+            assert module._has_bfloat16.__wrapped__(device) == has
+            patch.setattr(module, '_has_bfloat16', lambda device, has=has: has)
+            assert can_fuse(*states(2, 4, 3, 3, dtype=torch.bfloat16)) == has and can_fuse(*states(2, 4, 3, 3))
+
+
 def test_kernels_that_do_not_run_are_told_and_passed_by(can_fuse, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(module, 'FUSED_ON', 'cpu')

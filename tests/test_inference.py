@@ -152,6 +152,17 @@ def test_half_precision(act_layer):
         assert difference(optimized(x).float(), model.float()(x.float())) < 0.1
 
 
+def test_shared_convolution_in_half_precision():
+    model = made('lm_resnet20', {}).to(torch.bfloat16)
+    first, second = (model.stages[0].blocks[i] for i in (1, 2))
+    second.conv1 = first.conv1
+    optimized = timm_lm.optimize(model)
+    assert {p.dtype for p in optimized.parameters()} == {torch.bfloat16}
+    x = images(model).to(torch.bfloat16)
+    with torch.no_grad():
+        assert difference(optimized(x).float(), model.float()(x.float())) < 0.1
+
+
 def test_double_precision():
     model = made('lm_resnet20', {}).double()
     x = images(model).double()

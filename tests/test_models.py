@@ -630,7 +630,7 @@ def test_features_with_checkpointing_have_the_same_gradients(monkeypatch):
     for enable in (False, True):
         torch.manual_seed(0)
         model = timm.create_model('lm_resnext29_8x64d', features_only=True, **TINY['resnext'][1]).double().train()
-        model.model.set_grad_checkpointing(enable)
+        model.set_grad_checkpointing(enable)
         sum(out.pow(2).mean() for out in model(images('resnext', dtype=torch.float64))).backward()
         assert recompute.called == enable
         grads.append([p.grad for p in model.parameters()])
@@ -1094,6 +1094,15 @@ def test_weights_of_other_steps_are_refused_with_another_head_too(name, kwargs):
     reason = 'the networks differ in depth' if 'layers' in kwargs else 'those with k belong to a two-step network'
     with pytest.raises(RuntimeError, match=rf'step\.k.*; {reason}'):
         timm.create_model(name, pretrained=True, num_classes=4, **kwargs)
+
+
+@pytest.mark.parametrize('kwargs', [dict(layers=(5, 5, 5)), dict(layers=(2, 2, 2)), dict(two_step=False)])
+def test_weights_of_other_steps_are_taken_as_far_as_they_go_where_that_is_asked_for(kwargs):
+    whole = timm.create_model('lm_resnet20', pretrained=True).state_dict()
+    model = timm.create_model('lm_resnet20', pretrained=True, pretrained_strict=False, **kwargs)
+    state = model.state_dict()
+    shared = state.keys() & whole.keys()
+    assert len(shared) > 50 and all(torch.equal(state[name], whole[name]) for name in shared)
 
 
 def test_other_missing_weights_are_not_filled(tmp_path):

@@ -99,6 +99,12 @@ def test_copies_and_files_go_without_the_packed_weights():
     file.seek(0)
     for other in (copy.deepcopy(packed), torch.load(file, weights_only=False)):
         assert torch.equal(other(x), expected)
+    packed.compile(backend='eager')  # which is not copied by other modules either
+    other = copy.deepcopy(packed)
+    with torch.no_grad():
+        other.weight.zero_()
+        other.bias.zero_()
+    assert not other(x).any()
 
 
 def test_gradients_flow():

@@ -34,7 +34,7 @@ assert (type(model).__module__, type(model).__name__) == ('timm_lm.models.lm_res
 assert 'lm_resnet20' in timm.list_models('lm_resnet*')
 hooks = [finder for finder in sys.meta_path if type(finder).__module__ == '_timm_lm_autoload']
 (hook,) = hooks
-assert hook.find_spec('timm.models', timm.__path__) is None, 'the hook is one-shot'
+assert hook.find_spec('timm.models', timm.__path__) is None, 'the hook is for the import alone'
 assert timm.models.__spec__.loader is timm.models.__loader__
 assert type(timm.models.__loader__) is type(timm.data.__loader__), 'timm.models has its own loader back'
 import timm_lm
@@ -123,6 +123,17 @@ timm.create_model('lm_resnet20')
     assert result.stderr == ''
 
 
+def test_modules_that_are_dropped_are_imported_anew(python):
+    python('-c', """
+import sys
+import timm
+for name in [name for name in sys.modules if name.startswith('timm')]:
+    del sys.modules[name]
+import timm
+timm.create_model('lm_resnet20')
+""")
+
+
 def test_broken_package_costs_timm_one_warning(python, tmp_path):
     broken = tmp_path / 'broken'
     (broken / 'timm_lm').mkdir(parents=True)
@@ -143,6 +154,9 @@ except OSError as e:
 else:
     raise AssertionError('timm_lm was imported')
 """, PYTHONPATH=str(broken))
+    result = python('-W', 'error::UserWarning', '-c', "import timm; assert timm.is_model('resnet18')",
+                    PYTHONPATH=str(broken))  # the line is no error of timm's
+    assert result.stderr.startswith('timm-lm could not register its models (OSError: broken package)')
 
 
 @pytest.fixture

@@ -92,7 +92,8 @@ def _fold(block: ResidualBlock, conv_name: str, norm_name: str) -> None:
         return
     dtype = conv.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    fused = fuse_conv_bn_eval(conv.to(wide), norm.to(wide))  # type: ignore[arg-type]
+    own_conv, own_norm = copy.deepcopy(conv), copy.deepcopy(norm)  # as blocks may share them
+    fused = fuse_conv_bn_eval(own_conv.to(wide), own_norm.to(wide))  # type: ignore[arg-type]
     setattr(block, conv_name, fused.to(dtype))
     setattr(block, norm_name, norm.act.to(dtype))
 

@@ -85,4 +85,4 @@ class PackedConv2d(nn.Conv2d):
 
     def __getstate__(self) -> Dict[str, Any]:
         """Without the copy: it can be neither copied nor saved."""
-        return {**self.__dict__, '_packed': None}
+        return {**super().__getstate__(), '_packed': None}  # type: ignore[dict-item]

@@ -30,7 +30,17 @@ def can_fuse(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Te
         and f.stride() == x.stride() == x_prev.stride()
         and any(x.is_contiguous(memory_format=layout) for layout in (torch.contiguous_format, torch.channels_last))
         and k.numel() == 1 and f.device == x.device == x_prev.device == k.device
+        and (x.dtype != torch.bfloat16 or _has_bfloat16(x.device))
         and _has_triton(x.device))
+
+
+@functools.cache
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether kernels can store bfloat16, which PyTorch's operations emulate on older GPUs of NVIDIA.
+
+    It is not tried, as a compiler that has no instruction for it may end the process.
+    """
+    return bool(device.type != 'cuda' or torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 @functools.cache

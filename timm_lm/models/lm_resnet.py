@@ -23,7 +23,7 @@ from timm.layers import (
     get_norm_act_layer,
 )
 from timm.models import build_model_with_cfg, generate_default_cfgs, named_apply, register_model, resolve_pretrained_cfg
-from timm.models._features import FeatureDictNet, FeatureListNet, feature_take_indices
+from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureListNet, feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import nn
 
@@ -598,16 +598,21 @@ def _init_weights(module: nn.Module, name: str = '', zero_init_last: bool = Fals
         module.zero_init_last()
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LMResNet) -> Dict[str, Any]:
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LMResNet, strict: bool = True) -> Dict[str, Any]:
     """Prepare pretrained weights for the network.
 
     The tags ``resnetv2_*`` hold weights of timm's plain ResNetV2, a start for fine-tuning: there, and only there, the
     missing coefficients are filled with ``k = 0``, with which the network computes what timm's does. A network with
     ``k_per_channel`` starts each channel from the block's one ``k``, which computes the same too.
 
+    Args:
+        state_dict: The weights, by name.
+        model: The network.
+        strict: What ``timm.create_model`` was given as ``pretrained_strict``.
+
     Raises:
-        RuntimeError: If two-step weights are for a plain network or the other way round, also where timm lets missing
-            and unexpected weights pass, as it does with another number of classes.
+        RuntimeError: If two-step weights are for a plain network or the other way round and ``strict``, also where timm
+            lets missing and unexpected weights pass, as it does with another number of classes.
     """
     state_dict = dict(state_dict)
     wanted = {f'{name}.step.k': step.k.shape for name, step in model._steps()}
@@ -616,16 +621,24 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LMResNet) -> Dict[st
             state_dict.setdefault(key, torch.zeros(shape))
     found = {key for key in state_dict if key.endswith('.step.k')}
     missing, unexpected = sorted(wanted.keys() - found), sorted(found - wanted.keys())
-    if missing or unexpected:
+    if strict and (missing or unexpected):
         reason = (
             'the networks differ in depth, or in history_proj' if found and wanted else
             'those with k belong to a two-step network, those without to a plain one (two_step=False)')
         raise RuntimeError(
             f'The weights are not of these steps (missing keys: {missing}, unexpected keys: {unexpected}); {reason}.')
-    for key, shape in wanted.items():
+    for key in wanted.keys() & found:
         if state_dict[key].shape == (1,):
-            state_dict[key] = state_dict[key].expand(shape)
+            state_dict[key] = state_dict[key].expand(wanted[key])
     return state_dict
+
+
+class _FeatureGetter(FeatureGetterNet):
+    """timm's getter of features, with the switch that timm's other wrappers have."""
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.model.set_grad_checkpointing(enable)
 
 
 def _create_lm_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> LMResNet:
@@ -644,13 +657,15 @@ def _create_lm_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> 
         raise ValueError(
             f"feature_cls={kwargs['feature_cls']!r} rebuilds a network as a chain of modules, but {variant} carries a "
             "pair (state, history) from block to block; use feature_cls 'getter', 'hook' or 'fx'.")
+    if feature_cls == 'getter':
+        kwargs['feature_cls'] = _FeatureGetter
     num_features = len(kwargs['layers']) + 1
     return build_model_with_cfg(
         LMResNet,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=tuple(range(num_features)), feature_cls='getter'),
+        pretrained_filter_fn=partial(checkpoint_filter_fn, strict=kwargs.get('pretrained_strict', True)),
+        feature_cfg=dict(out_indices=tuple(range(num_features)), feature_cls=_FeatureGetter),
         **kwargs,
     )
 
