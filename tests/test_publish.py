@@ -373,12 +373,14 @@ def test_all_are_published_where_that_can_not_be_recorded(hub, done, refused, tr
     done('push', '--all', '--owner', 'owner')  # so that there is a record
     record = tree / 'published.json'
     record.rename(record.with_suffix('.aside'))
-    record.mkdir()  # stands for a package that others have installed
     try:
+        record.mkdir()  # stands for a package that others have installed
         line = refused('push', '--all', '--owner', 'owner', '--revision', 'unrecorded')
-    finally:
         record.rmdir()
-        record.with_suffix('.aside').rename(record)
+        record.write_text('[]')
+        assert 'can not be written' in refused('push', '--all', '--owner', 'owner', '--revision', 'unrecorded')
+    finally:
+        record.with_suffix('.aside').replace(record)
     assert f'owner/{NAME} is published, but {record} can not be written' in line
     assert all(hub.repos[f'owner/{name}'].find('unrecorded') for name in (NAME, 'lm_resnet20.small'))
 
@@ -418,6 +420,9 @@ def test_branches_and_pull_requests(hub, done, refused, folder):
     done('push', folder, '--repo-id', 'owner/branches', '--revision', 'next')
     assert repo.refs['main'] == main and b'## To cite' in repo.files('next')[CARD_NAME]
     assert 'nothing to do' in done('push', folder, '--repo-id', 'owner/branches', '--revision', 'next')
+    done('push', folder, '--repo-id', 'owner/equal')  # a new branch of a main that is equal has no commit of its own
+    assert 'nothing to do' in done('push', folder, '--repo-id', 'owner/equal', '--revision', 'next')
+    assert hub.repos['owner/equal'].refs['next'] == hub.repos['owner/equal'].refs['main']
     # anybody may open a pull request
     out = done('push', folder, '--repo-id', 'owner/branches', '--create-pr', HF_TOKEN='hf_of_a_reader')
     assert out.endswith('/owner/branches/discussions/1\n')

@@ -22,6 +22,7 @@ from timm_lm.halve import halve
 from timm_lm.halve import main as halve_main
 from timm_lm.hub import load_folder, verify_folder
 from timm_lm.models._weights import read_digests
+from timm_lm.publish import prepare_tree
 from timm_lm.results import read_rows, read_run
 from timm_lm.ship import ship
 from timm_lm.training.options import parse_options
@@ -122,6 +123,14 @@ def test_what_can_not_ship_leaves_everything_as_it_was(run, places, monkeypatch)
     file = run / 'weights' / 'model.safetensors'
     file.write_bytes(file.read_bytes()[:-1])
     refused('not a whole safetensors file')
+
+
+def test_what_a_killed_process_left_is_not_taken_for_weights(run, places):
+    weights, results = places
+    shutil.copytree(run / 'weights', weights / '.lm_resnet20.paper_c10.0abc')
+    ship(run, *places)
+    assert list(read_digests(weights)) == ['lm_resnet20.paper_c10/model.safetensors']
+    assert [upload.folder.name for upload in prepare_tree(weights, 'owner')] == ['lm_resnet20.paper_c10']
 
 
 def test_digests_are_those_of_the_weights_even_if_the_row_can_not_be_written(run, places):

@@ -406,16 +406,17 @@ print('loaded')
     assert result.stderr.count('published.json is damaged') == 1
 
 
-def test_folder_that_can_not_be_replaced_stays(weights, tmp_path, monkeypatch):
+@pytest.mark.parametrize('error', [OSError, KeyboardInterrupt])
+def test_folder_that_can_not_be_replaced_stays(weights, tmp_path, monkeypatch, error):
     folder, replace = shutil.copytree(weights, tmp_path / 'weights'), os.replace
 
     def not_into_place(source, target):
         if target == folder and source.parent == tmp_path:
-            raise OSError('no')
+            raise error('no')
         replace(source, target)
 
     monkeypatch.setattr(os, 'replace', not_into_place)
-    with pytest.raises(OSError, match='no'), atomic_folder(folder) as new:
+    with pytest.raises(error, match='no'), atomic_folder(folder) as new:
         (new / 'model.safetensors').write_bytes(b'half')
     verify_folder(folder)
     assert list(tmp_path.iterdir()) == [folder]

@@ -27,7 +27,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         names = {path.partition('/')[0] for path in read_digests(weights_dir())}
         if not names:
             raise UserError(f'{weights_dir()} has no table of digests; restore it.')
-        for name in sorted(names | {path.parent.name for path in weights_dir().glob('*/config.json')}):
+        for name in sorted(names | {path.parent.name for path in weights_dir().glob('[!.]*/config.json')}):
             wrong += not _check(weights_dir() / name, args.data)
     except UserError as e:
         print(f'check-weights: error: {e}', file=sys.stderr)

@@ -47,9 +47,10 @@ def _put_in_place(new: Path, folder: Path) -> None:
     os.replace(folder, aside / folder.name)
     try:
         os.replace(new, folder)
-    except OSError:
-        os.replace(aside / folder.name, folder)
-        aside.rmdir()
+    except BaseException:  # an interrupt too, which may come after it
+        if not folder.exists():
+            os.replace(aside / folder.name, folder)
+        shutil.rmtree(aside)  # not reached if the old one could not be put back
         raise
     shutil.rmtree(aside)
 

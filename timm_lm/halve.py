@@ -10,7 +10,7 @@ from .card import CARD_NAME
 from .errors import UserError
 from .hub import TimmModel, load_folder, verify_folder
 from .results import Row, add_rows, read_rows, with_result
-from .ship import put_each, put_weights, save_half
+from .ship import count_half, put_each, put_weights, save_half
 from .training.options import parse_options
 from .training.result import run_card
 
@@ -41,7 +41,8 @@ def halve(name: str, weights: Path, results: Path, data: Path) -> Row:
         raise UserError(f'The weights {name} are in half precision already.')
     with tempfile.TemporaryDirectory(prefix='timm-lm-halve-') as temporary:
         half = Path(temporary) / name
-        row = with_result(row, save_half(folder, half, told, args, str(data / row['dataset'])))
+        save_half(folder, half)
+        row = with_result(row, count_half(half, told, args, str(data / row['dataset'])))
         put_weights(half, weights)
     add_rows([row], results)
     return row

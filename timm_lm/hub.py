@@ -275,7 +275,8 @@ def verify_folder(folder: Union[str, Path]) -> Dict[str, float]:
 def write_digests(folder: Optional[Path] = None) -> Dict[str, str]:
     """Write ``SHA256SUMS`` for all weights of a folder of weights folders, the shipped ones by default."""
     folder = weights_dir() if folder is None else folder
-    digests = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.glob(f'*/{WEIGHTS_NAME}'))}
+    found = sorted(folder.glob(f'[!.]*/{WEIGHTS_NAME}'))  # what a killed process leaves begins with a point
+    digests = {path.relative_to(folder).as_posix(): sha256(path) for path in found}
     if digests != read_digests(folder):
         write_text(folder / DIGESTS_NAME, ''.join(f'{digest}  {path}\n' for path, digest in digests.items()))
     return digests

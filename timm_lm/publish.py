@@ -102,7 +102,7 @@ def prepare_tree(tree: Optional[Path], owner: str) -> List[Upload]:
     tree = weights_dir() if tree is None else Path(tree)
     if not tree.is_dir():
         raise UserError(f'The folder {tree} does not exist; give one that holds weights folders.')
-    folders = [path for path in sorted(tree.iterdir()) if any((path / name).is_file() for name in FILES)]
+    folders = [path for path in sorted(tree.glob('[!.]*')) if any((path / name).is_file() for name in FILES)]
     if not folders:
         raise UserError(f'There are no weights folders in {tree}; give a folder that holds some.')
     return [prepare(folder, f'{owner}/{folder.name}') for folder in folders]
@@ -214,11 +214,12 @@ def _push(api: HfApi, upload: Upload, private: bool, revision: Optional[str], cr
     with _told(repo_id):
         is_private = _find_or_create(api, repo_id, private, create_pr)
         there = _digests(api, repo_id, revision)
+        if there is None and not create_pr:
+            api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+            there = _digests(api, repo_id, revision)  # those of main
         new = {name: content for name, content in upload.files.items()
                if (there or {}).get(name) not in _possible_digests(content)}
         if new:
-            if there is None and not create_pr:
-                api.create_branch(repo_id, branch=str(revision), exist_ok=True)
             commit = api.create_commit(
                 repo_id,
                 [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in new.items()],
@@ -280,7 +281,7 @@ def _record(folder: Path, repo_id: str, revision: str) -> bool:
             return False
         published[folder.resolve().name] = record
         write_text(path, json.dumps(dict(sorted(published.items())), indent=2) + '\n')
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, AttributeError, TypeError) as e:  # the last two of what is no table of tables
         raise NotRecorded(f'{repo_id} is published, but {path} can not be written ({one_line(e)}); mend that and '
                         f'{AGAIN}.') from e
     return True

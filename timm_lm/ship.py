@@ -66,16 +66,16 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
     verify_folder(source)
     with tempfile.TemporaryDirectory(prefix='timm-lm-ship-') as temporary:
         folder = Path(temporary) / row['model']
-        if told['parameters'] < HALF_FROM and not half:
-            shutil.copytree(source, folder)
-            write_text(folder / CARD_NAME, run_card(told, args, load_folder(folder)))  # by the template of today
+        half = half or told['parameters'] >= HALF_FROM
+        if half:
+            save_half(source, folder)
         else:
-            told |= save_half(source, folder, told, args, data_dir)
-        size = _size(folder) + sum(_size(path) for path in weights.iterdir() if path.name != row['model'])
-        if size > TRACKED_LIMIT:
-            raise UserError(f"With {row['model']} the weights would take {size / 2**20:.1f} MiB, more than "
-                            f'{TRACKED_LIMIT / 2**20:.0f}; ship it in half precision, save others so by make halve, or '
-                            f'take another folder out of {weights} first.')
+            shutil.copytree(source, folder)
+        _check_size(folder, weights, half)
+        if half:
+            told |= count_half(folder, told, args, data_dir)
+        else:
+            write_text(folder / CARD_NAME, run_card(told, args, load_folder(folder)))  # by the template of today
         row = with_result(row, told)
         check_rows([row], results)
         put_weights(folder, weights)
@@ -92,16 +92,29 @@ def put_weights(folder: Path, weights: Path) -> None:
         write_digests(weights)
 
 
-def save_half(source: Path, folder: Path, told: Dict[str, Any], args: Dict[str, Any],
-              data_dir: Optional[str]) -> Dict[str, Any]:
-    """Save a weights folder in half precision, with a card of its own; returns its count of errors and its ``k``."""
+def save_half(source: Path, folder: Path) -> None:
+    """Save a weights folder in half precision, without a card."""
     save_folder(load_folder(source), folder, '', saved_model_args(str(source)), dtype=torch.float16)
+
+
+def count_half(folder: Path, told: Dict[str, Any], args: Dict[str, Any], data_dir: Optional[str]) -> Dict[str, Any]:
+    """Count the errors of a folder in half precision, and write a card of them; returns the count and ``k``."""
     model = load_folder(folder)
     counts: Dict[str, Any] = count_errors(
         folder, args['val_split'], data_dir=data_dir or args['data_dir'], dataset=args['dataset'],
         input_key=args['input_key'], target_key=args['target_key'], class_map=args['class_map'])
     write_text(folder / CARD_NAME, run_card(told | counts, args, model, 'float16'))
     return counts | dict(k=mean_k(model))
+
+
+def _check_size(folder: Path, weights: Path, half: bool) -> None:
+    """Before errors are counted, which takes its time; the card is yet to come, and is small."""
+    others = [path for path in weights.iterdir() if path.name != folder.name and not path.name.startswith('.')]
+    size = _size(folder) + sum(map(_size, others))
+    if size > TRACKED_LIMIT:
+        cure = '' if half else 'ship it in half precision, or '
+        raise UserError(f'With {folder.name} the weights would take {size / 2**20:.1f} MiB, more than '
+                        f'{TRACKED_LIMIT / 2**20:.0f}; {cure}take another folder out of {weights} first.')
 
 
 def _size(path: Path) -> int:
