@@ -1,4 +1,5 @@
 """The benchmarks run and write their figures; the bytes kept for backward, which no clock tells, are as promised."""
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -75,6 +76,18 @@ def test_checkpointing_keeps_less(tmp_path):
     less = figures(tmp_path, 'training.py', *options, '--grad-checkpointing')['rows']
     assert all(float(row['KiB an image kept']) < float(whole['KiB an image kept']) / 2
                for row, whole in zip(less, (plain, lm), strict=True))
+
+
+def test_update(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import update
+
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: function)  # the compiler takes its time
+    args = argparse.Namespace(dtype='float32', device='cpu', rounds=1)
+    rows = update.measure_shape((2, 4, 8, 8), args)
+    assert [row[0] for row in rows] == ['copy', *(f'{name}, {work}' for name in (
+        'plain', 'two-step', 'two-step, compiled') for work in ('forward', 'forward and backward'))]
+    assert rows[0][-1] == '1.00' and all(float(row[-1]) > 0 for row in rows)
 
 
 def test_inference(tmp_path):
