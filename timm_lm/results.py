@@ -87,7 +87,7 @@ def _recipe(args: Dict[str, Any], processes: int) -> str:
     """Name of the recipe of a run, with what was changed in it; the batch is that of all processes."""
     from .training.option_rules import unread
     from .training.options import parse_options
-    from .training.places import without_place
+    from .training.places import last_name, without_place
     from .training.recipes import list_recipes
     from .training.run_folder import FREE_OPTIONS
     if args['tag'] not in list_recipes():
@@ -95,8 +95,10 @@ def _recipe(args: Dict[str, Any], processes: int) -> str:
     shipped = yaml.safe_load(yaml.safe_dump(vars(parse_options(['-c', args['tag']]))))
     run = args | dict(batch_size=args['batch_size'] * processes)
     idle = {name for names, _ in unread(shipped | run) for name in names}
-    changed = [f'{name} {without_place(str(run[name]))}' for name, value in shipped.items()
+    changed = [name for name, value in shipped.items()
                if name not in (*FREE_OPTIONS, *_SAME_RECIPE, *idle) and name in run and run[name] != value]
+    shown = {name: last_name if name in ('grow_from', 'kd_model_name') else without_place for name in changed}
+    changed = [f'{name} {shown[name](str(run[name]))}' for name in changed]
     return args['tag'] + (f" with {', '.join(changed)}" if changed else '')
 
 
@@ -107,11 +109,19 @@ def _dataset(args: Dict[str, Any], told: Mapping[str, Any]) -> str:
 
 
 def read_rows(path: Path) -> List[Row]:
-    """The rows of a file, none if there is no such file."""
+    """The rows of a file, none if there is no such file.
+
+    Raises:
+        UserError: If a row has more or fewer values than the file has columns.
+    """
     if not path.is_file():
         return []
     with open(path, newline='', encoding='utf-8') as f:
-        return list(csv.DictReader(f))
+        rows = list(csv.DictReader(f))
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise UserError(f'Row {number} of {path} does not have a value for each column; mend it.')
+    return rows
 
 
 def add_runs(folders: Sequence[Union[str, Path]], results: Path) -> List[Path]:

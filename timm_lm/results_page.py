@@ -27,7 +27,7 @@ def read_frame(results: Path) -> Tuple[List[Dict[str, Any]], str]:
     """The tables of the page and the remarks.
 
     Raises:
-        UserError: If a file is missing or can not be read.
+        UserError: If the tables or the remarks are missing, or a file can not be read.
     """
     name = 'tables.yaml'
     try:
@@ -46,7 +46,7 @@ def write_report(results: Path, page: Path) -> None:
     """Write the page of results and its pictures, from the files of a folder of results.
 
     Raises:
-        UserError: If a file is missing or can not be read.
+        UserError: If the tables or the remarks are missing, or a file can not be read.
     """
     tables, remarks = read_frame(results)
     published = read_rows(results / 'published.csv')
@@ -129,9 +129,8 @@ def _section(table: Dict[str, Any], runs: List[Row], published: List[Row]) -> Li
 
 
 def _changes(table: Dict[str, Any], network: str) -> Dict[str, str]:
-    """The options of its recipe that a table changes for a network, in the order of the record."""
-    changes: Dict[str, str] = table.get('changes', {}).get(network, {})
-    return changes
+    """The options of its recipe that a table changes for a network, in the order of the record, that of their names."""
+    return dict(sorted(table.get('changes', {}).get(network, {}).items()))
 
 
 def _recipe(table: Dict[str, Any], network: str) -> str:
