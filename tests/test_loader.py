@@ -264,7 +264,6 @@ def test_each_reading_of_an_image_is_augmented_anew(tmp_path):
     assert torch.cat(seen).unique(dim=0).shape == (24, 3, 32, 32)
 
 
-@pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='Windows can not fork')
 def test_worker_that_is_killed_is_told(few_digits, tmp_path, fails, monkeypatch):
     monkeypatch.setattr('timm_lm.loader._Seeded.__getitem__', lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     before = multiprocessing.get_start_method()

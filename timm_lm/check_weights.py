@@ -6,7 +6,8 @@ from typing import Optional, Sequence
 
 from .card import recorded_error
 from .errors import UserError
-from .hub import verify_folder
+from .files import whole_entries
+from .hub import CONFIG_NAME, verify_folder
 from .models._weights import read_digests, weights_dir
 
 # Id of a data set on the Hub, as cards name it, to its folder.
@@ -27,7 +28,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         names = {path.partition('/')[0] for path in read_digests(weights_dir())}
         if not names:
             raise UserError(f'{weights_dir()} has no table of digests; restore it.')
-        for name in sorted(names | {path.parent.name for path in weights_dir().glob('[!.]*/config.json')}):
+        found = {path.name for path in whole_entries(weights_dir()) if (path / CONFIG_NAME).is_file()}
+        for name in sorted(names | found):
             wrong += not _check(weights_dir() / name, args.data)
     except UserError as e:
         print(f'check-weights: error: {e}', file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The error of this package: bad input, told in one line."""
+"""The error of this package, bad input told in one line, and words for its messages."""
 from typing import Sequence
 
 # How a training goes on, for messages.

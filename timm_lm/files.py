@@ -55,6 +55,11 @@ def _put_in_place(new: Path, folder: Path) -> None:
     shutil.rmtree(aside)
 
 
+def whole_entries(folder: Path) -> List[Path]:
+    """What lies in a folder, sorted, without what a killed process left there unfinished or set aside."""
+    return sorted(folder.glob('[!.]*'))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file beside its place, and rename it."""
     temporary = path.with_name(f'.{path.name}.new')

@@ -17,7 +17,7 @@ from timm.models._hub import save_config_for_hf
 
 from .card import CARD_NAME
 from .errors import UserError, one_line
-from .files import atomic_folder, sha256, write_text
+from .files import atomic_folder, sha256, whole_entries, write_text
 from .models._weights import DIGESTS_NAME, WEIGHTS_NAME, check_shipped, read_digests, weights_dir
 
 TimmModel = Any  # a torch.nn.Module with the attributes that timm gives it
@@ -275,7 +275,7 @@ def verify_folder(folder: Union[str, Path]) -> Dict[str, float]:
 def write_digests(folder: Optional[Path] = None) -> Dict[str, str]:
     """Write ``SHA256SUMS`` for all weights of a folder of weights folders, the shipped ones by default."""
     folder = weights_dir() if folder is None else folder
-    found = sorted(folder.glob(f'[!.]*/{WEIGHTS_NAME}'))  # what a killed process leaves begins with a point
+    found = [path / WEIGHTS_NAME for path in whole_entries(folder) if (path / WEIGHTS_NAME).is_file()]
     digests = {path.relative_to(folder).as_posix(): sha256(path) for path in found}
     if digests != read_digests(folder):
         write_text(folder / DIGESTS_NAME, ''.join(f'{digest}  {path}\n' for path, digest in digests.items()))

@@ -28,7 +28,7 @@ from yaml import YAMLError
 from . import __version__
 from .card import CARD_NAME, CARD_TEMPLATE, recorded_error
 from .errors import UserError, one_line
-from .files import write_text
+from .files import whole_entries, write_text
 from .hub import CHECK_NAME, CONFIG_NAME, HUB_ERRORS, verify_folder
 from .models._weights import PUBLISHED_NAME, WEIGHTS_NAME, weights_dir
 
@@ -102,7 +102,7 @@ def prepare_tree(tree: Optional[Path], owner: str) -> List[Upload]:
     tree = weights_dir() if tree is None else Path(tree)
     if not tree.is_dir():
         raise UserError(f'The folder {tree} does not exist; give one that holds weights folders.')
-    folders = [path for path in sorted(tree.glob('[!.]*')) if any((path / name).is_file() for name in FILES)]
+    folders = [path for path in whole_entries(tree) if any((path / name).is_file() for name in FILES)]
     if not folders:
         raise UserError(f'There are no weights folders in {tree}; give a folder that holds some.')
     return [prepare(folder, f'{owner}/{folder.name}') for folder in folders]

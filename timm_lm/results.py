@@ -95,10 +95,13 @@ def _recipe(args: Dict[str, Any], processes: int) -> str:
     shipped = yaml.safe_load(yaml.safe_dump(vars(parse_options(['-c', args['tag']]))))
     run = args | dict(batch_size=args['batch_size'] * processes)
     idle = {name for names, _ in unread(shipped | run) for name in names}
-    changed = [name for name, value in shipped.items()
+
+    def told(name: str) -> str:
+        shorten = last_name if name in ('grow_from', 'kd_model_name') else without_place
+        return f'{name} {shorten(str(run[name]))}'
+
+    changed = [told(name) for name, value in shipped.items()
                if name not in (*FREE_OPTIONS, *_SAME_RECIPE, *idle) and name in run and run[name] != value]
-    shown = {name: last_name if name in ('grow_from', 'kd_model_name') else without_place for name in changed}
-    changed = [f'{name} {shown[name](str(run[name]))}' for name in changed]
     return args['tag'] + (f" with {', '.join(changed)}" if changed else '')
 
 

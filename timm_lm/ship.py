@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from .card import CARD_NAME
 from .errors import UserError
-from .files import atomic_folder, write_text
+from .files import atomic_folder, whole_entries, write_text
 from .hub import load_folder, save_folder, verify_folder, write_digests
 from .models._weights import weights_dir
 from .names import check_name, our_models, saved_model_args
@@ -109,7 +109,7 @@ def count_half(folder: Path, told: Dict[str, Any], args: Dict[str, Any], data_di
 
 def _check_size(folder: Path, weights: Path, half: bool) -> None:
     """Before errors are counted, which takes its time; the card is yet to come, and is small."""
-    others = [path for path in weights.iterdir() if path.name != folder.name and not path.name.startswith('.')]
+    others = [path for path in whole_entries(weights) if path.name != folder.name]
     size = _size(folder) + sum(map(_size, others))
     if size > TRACKED_LIMIT:
         cure = '' if half else 'ship it in half precision, or '

@@ -206,7 +206,7 @@ class CheckpointStore:
 
     def set_aside_after(self, checkpoint: Optional[Checkpoint]) -> List[Path]:
         """Rename the checkpoints after the one that a run goes on from, damaged ones or those of another way, so that
-        they do not count as its newest.
+        they do not count as its newest. If it goes on from one that was set aside before, that gets its name back.
 
         Args:
             checkpoint: The one it goes on from, None if it starts anew.
