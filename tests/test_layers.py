@@ -30,6 +30,16 @@ def test_update_is_the_formula(states, k):
     torch.testing.assert_close(two_step(f, x, x_prev, k), f + (1 - k) * x + k * x_prev, rtol=0, atol=1e-14)
 
 
+def test_update_makes_one_state_and_leaves_what_it_is_given(states, k):
+    given = [t.clone() for t in (*states, k)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out = two_step(*states, k)
+    taken = {event.name: event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0}
+    assert taken == {'aten::lerp': out.nbytes}
+    for tensor, before in zip((*states, k), given):
+        assert torch.equal(tensor, before)
+
+
 def test_k_zero_is_euler_and_k_one_takes_the_history_alone(states):
     f, x, x_prev = states
     assert torch.equal(two_step(f, x, x_prev, torch.tensor(0.)), EulerStep()(f, x, x_prev))
@@ -97,6 +107,13 @@ def test_vmap_over_k(states):
     ks = torch.linspace(-0.9, 0.9, 5, dtype=torch.float64)
     batched = torch.func.vmap(two_step, in_dims=(None, None, None, 0))(*states, ks)
     torch.testing.assert_close(batched, torch.stack([two_step(*states, k) for k in ks]))
+
+
+def test_vmap_over_the_branch_alone(states, k):
+    f, x, x_prev = states
+    fs = torch.stack([f, 2 * f])
+    batched = torch.func.vmap(two_step, in_dims=(0, None, None, None))(fs, x, x_prev, k)
+    torch.testing.assert_close(batched, torch.stack([two_step(f, x, x_prev, k) for f in fs]))
 
 
 def test_compiled_gradients_by_k_of_each_image(states, k):

@@ -8,9 +8,17 @@ from typing import Tuple, Union
 import torch
 from torch import nn
 
+from timm_lm.eager import runs_eagerly
+
 from .fused_two_step import can_fuse, fused_two_step
 
 KInit = Union[float, Tuple[float, float]]
+
+
+@torch.jit.unused
+def _can_hold_sum(mixed: torch.Tensor, f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether the sum can take the memory of the mixed states: not where a transform makes a batch of ``f`` alone."""
+    return runs_eagerly(f, x, x_prev, k) and f.dtype == mixed.dtype
 
 
 def two_step(
@@ -43,7 +51,10 @@ def two_step(
     if not torch.jit.is_scripting() and torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
         k = k.expand(x.shape[-3], 1, 1).expand(x.shape).to(x.dtype)  # dk by channel, as norms sum their gradients
         return f + (x + (k * x_prev - k * x))
-    return f + torch.lerp(x, x_prev, k.to(x.dtype))
+    mixed = torch.lerp(x, x_prev, k.to(x.dtype))
+    if not torch.jit.is_scripting() and _can_hold_sum(mixed, f, x, x_prev, k):
+        return mixed.add_(f)
+    return f + mixed
 
 
 class TwoStep(nn.Module):
