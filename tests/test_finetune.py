@@ -273,6 +273,8 @@ def test_sources(tune, command, tmp_path, make, options, names):
     data = make(tmp_path / 'data')
     weights, config = tune(data, *options)
     assert config.get('label_names') == names
+    split = 'test' if make is mnist_folder else 'validation'  # timm takes the one for the other
+    assert f'on the split `{split}`' in ' '.join((weights / 'README.md').read_text().split())
     errors = json.loads((weights.parent / 'result.json').read_text())['errors']
     source = options if '--dataset' in options else []
     code, out, err = command('validate', weights, '--data-dir', data, '--val-split', 'validation', *source)

@@ -124,6 +124,8 @@ def test_pipeline_prepares_the_image_and_names_the_classes(photo):
 def test_large_parquet_through_datasets(tmp_path, monkeypatch):
     """As it is read from 4 GiB on: the same images and labels, also of a part and in batches."""
     needs('datasets')
+    folder = tmp_path / 'Images'  # older timm turns names into lower case
+    folder.mkdir()
     rng = np.random.default_rng(0)
     for split, count in (('train', 12), ('test', 8)):
         arrays = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(count)]
@@ -132,14 +134,14 @@ def test_large_parquet_through_datasets(tmp_path, monkeypatch):
         features = dict(img={'_type': 'Image'}, coarse_label={'_type': 'Value', 'dtype': 'int64'},
                         fine_label={'_type': 'ClassLabel', 'names': ['cat', 'dog', 'hog', 'pig']})
         metadata = dict(huggingface=json.dumps(dict(info=dict(features=features))))
-        pq.write_table(table.replace_schema_metadata(metadata), tmp_path / f'{split}-00000-of-00001.parquet')
+        pq.write_table(table.replace_schema_metadata(metadata), folder / f'{split}-00000-of-00001.parquet')
 
     def read(split, **keys):
-        opened = open_images(split, tmp_path, **keys)
+        opened = open_images(split, folder, **keys)
         return opened.labels.tolist(), opened.class_names, [np.asarray(image).tolist() for image, _ in opened]
 
     def batches():
-        args = parse_options(['--data-dir', str(tmp_path), '--loader', 'timm', '--workers', '1', '--batch-size', '4'])
+        args = parse_options(['--data-dir', str(folder), '--loader', 'timm', '--workers', '1', '--batch-size', '4'])
         config = dict(input_size=(3, 32, 32), crop_pct=1., interpolation='bilinear', mean=(.5,) * 3, std=(.2,) * 3)
         data = load_split(args, 'train', config, False, True)
         return list(create_loader(args, data, config, Accelerator(cpu=True), 4, True))

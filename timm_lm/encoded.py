@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
-from timm.data import create_dataset, get_img_extensions
+from timm.data import ImageDataset, create_dataset, get_img_extensions
 from torch.utils.data import Dataset, IterableDataset
 
 from .errors import UserError, one_line
 from .models._labels import CIFAR100
-from .splits import SPLIT_NAMES, check_split_folder, split_of_part, unnamed_images, unread_images
+from .splits import SPLIT_NAMES, TRAIN_OR_TEST, check_split_folder, split_of_part, unnamed_images, unread_images
 
 # What opening and decoding an image that is none, or is damaged, may raise.
 UNREADABLE_IMAGE = (
@@ -25,8 +25,6 @@ UNREADABLE_IMAGE = (
     ValueError)
 _TIFF_BITS = 258  # the tag of TIFF that tells the bits of each value
 _TORCH_FOLDERS = ('torch/folder', 'torch/image_folder')
-# Data sets of torchvision for which timm takes every name of a split but those of training for the test split.
-_TRAIN_OR_TEST = {f'torch/{name}' for name in ('cifar10', 'cifar100', 'fashion_mnist', 'kmnist', 'mnist', 'qmnist')}
 
 
 def image_mode(channels: int) -> str:
@@ -242,7 +240,7 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
         raise UserError(f"'{split}' is a part of a split, which only Parquet has; name a whole one.")
     if is_folder or is_torch_folder(data_dir, dataset):
         check_split_folder(str(data_dir), split)
-    if dataset.lower() in _TRAIN_OR_TEST and split not in sum(SPLIT_NAMES, ()):
+    if dataset.lower() in TRAIN_OR_TEST and split not in sum(SPLIT_NAMES, ()):
         raise UserError(f"{dataset} has no split '{split}'; there are train and test.")
     if dataset.startswith('torch/') and class_map:
         raise UserError(f'timm takes no --class-map for {dataset}; leave it out.')
@@ -255,8 +253,7 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
         if told:
             remarks.append(f'{told} say nothing of {dataset or root}, which has no columns.')
     try:
-        images: Any = create_dataset(
-            dataset, root=root, split=split, class_map=class_map, download=download, **keys)  # type: ignore[arg-type]
+        images = _create_dataset(dataset, root, split, class_map, download, keys)
         if isinstance(images, IterableDataset):
             raise TypeError('it can be read from end to end only; give Parquet, a folder of images, or one of torch/ '
                             'or hfds/')
@@ -282,6 +279,16 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
     return EncodedImages(
         source.read, _dataset_labels(images), _names_in_order(numbers), mode, source.place,
         ' '.join(filter(None, remarks)), [os.path.abspath(path) for path, _ in samples or ()])
+
+
+def _create_dataset(dataset: str, root: Optional[str], split: str, class_map: str, download: bool,
+                    keys: Dict[str, str]) -> Any:
+    if dataset.startswith('hfds/'):  # as create_dataset of older timm (1.0.26 for one) has all of the name in lower case
+        from timm.data.readers.reader_hfds import ReaderHfds
+        name = dataset.removeprefix('hfds/')
+        return ImageDataset(root, reader=ReaderHfds(name, root=root, split=split, class_map=class_map, **keys))
+    return create_dataset(
+        dataset, root=root, split=split, class_map=class_map, download=download, **keys)  # type: ignore[arg-type]
 
 
 def _names_in_order(numbers: Mapping[Any, int]) -> Optional[Tuple[str, ...]]:

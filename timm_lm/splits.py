@@ -17,6 +17,8 @@ _NUMBERED = re.compile(r'\d{4,5}$')  # train/0000, as on the Hub's branch of con
 _PART = re.compile(r'(?P<split>[^\[\]]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]$')
 # Names of a split that timm takes for one another in a folder of images.
 SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'), ('test',))
+# Data sets of torchvision for which timm takes every name of a split but those of training for the test split.
+TRAIN_OR_TEST = {f'torch/{name}' for name in ('cifar10', 'cifar100', 'fashion_mnist', 'kmnist', 'mnist', 'qmnist')}
 
 
 def files_below(folder: Union[str, Path]) -> Iterator[Path]:

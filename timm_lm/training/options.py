@@ -13,6 +13,7 @@ from typing import Any, Dict, NoReturn, Optional, Sequence, Type
 import yaml
 
 from timm_lm.errors import UserError, one_line
+from timm_lm.splits import SPLIT_NAMES, TRAIN_OR_TEST
 
 from .option_rules import (
     ONLY_WITH,
@@ -477,6 +478,8 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
         raise UserError(f"Unknown argument '{unknown[0]}'; {hint}")
     for name in REFUSED:
         delattr(args, name)
+    if args.val_split in SPLIT_NAMES[1] and args.dataset.lower() in TRAIN_OR_TEST:
+        args.val_split = 'test'  # which timm takes for any other name, and validation is its default
     if args.no_aug:
         args.hflip, args.vflip, args.pad_crop, args.reprob = 0., 0., 0, 0.
     if args.decay_epochs == _usual_decay_epochs(args.sched):
