@@ -9,6 +9,11 @@ CARD_NAME = 'README.md'
 CARD_TEMPLATE = Path(__file__).with_name('MODEL_CARD.md')
 
 
+def is_ours(architecture: str) -> bool:
+    """Whether a network is one of this package's, which timm knows by it."""
+    return architecture.startswith(('lm_', 'preact_'))
+
+
 def render_card(
         name: str,
         dataset: str,
@@ -51,8 +56,9 @@ def render_card(
         **named, library_name='timm', pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm-lm', 'transformers'],
         datasets=[dataset] if dataset else None, metrics=['accuracy'], model_name=name, eval_results=results)
+    architecture = name.partition('.')[0]
     return str(ModelCard.from_template(
-        data, template_path=str(CARD_TEMPLATE), name=name, architecture=name.partition('.')[0],
+        data, template_path=str(CARD_TEMPLATE), name=name, architecture=architecture, ours=is_ours(architecture),
         dataset=dataset, dataset_name=dataset_name, split=split, error=error, error_count=error_count,
         num_images=num_images, **fields))
 

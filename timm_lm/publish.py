@@ -26,10 +26,10 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from yaml import YAMLError
 
 from . import __version__
-from .card import CARD_NAME, CARD_TEMPLATE, recorded_error
+from .card import CARD_NAME, CARD_TEMPLATE, is_ours, recorded_error
 from .errors import UserError, one_line
 from .files import whole_entries, write_text
-from .hub import CHECK_NAME, CONFIG_NAME, HUB_ERRORS, verify_folder
+from .hub import CHECK_NAME, CONFIG_NAME, HUB_ERRORS, read_config, verify_folder
 from .models._weights import PUBLISHED_NAME, WEIGHTS_NAME, weights_dir
 
 FILES = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, CHECK_NAME)  # what is published; nothing else ever is
@@ -77,7 +77,7 @@ def prepare(folder: Union[str, Path], repo_id: str) -> Upload:
     _check_repo_id(repo_id)
     folder = Path(folder)
     verify_folder(folder)
-    card = published_card(_read_card(folder), repo_id)
+    card = published_card(_read_card(folder), repo_id, is_ours(read_config(folder)['architecture']))
     files: Dict[str, Union[Path, bytes]] = {name: folder / name for name in FILES}
     files[CARD_NAME] = card.encode()
     remarks = []
@@ -140,11 +140,16 @@ def _read_card(folder: Path) -> str:
     return text
 
 
-def published_card(text: str, repo_id: str) -> str:
+def published_card(text: str, repo_id: str, ours: bool = True) -> str:
     """The card of a folder as that of a repo: the section on use of the card's template, with the name of the repo.
 
     A section on use that is neither of the local folder nor, word for word, of another repo is its author's own and
     stays.
+
+    Args:
+        text: The card.
+        repo_id: ``OWNER/NAME`` of the repo.
+        ours: The network is one of this package's.
     """
     template = _USE.search(CARD_TEMPLATE.read_text(encoding='utf-8'))
     assert template is not None
@@ -153,8 +158,8 @@ def published_card(text: str, repo_id: str) -> str:
     def renewed(match: 're.Match[str]') -> str:
         found = match.group()
         other = re.search(r'hf-hub:[\w.-]+/[\w.-]+', found)
-        is_made = LOCAL_SOURCE in found or other and found.strip() == section.render(source=other.group()).strip()
-        return section.render(source=f'hf-hub:{repo_id}') if is_made else found
+        is_made = LOCAL_SOURCE in found or other and found.strip() == section.render(source=other.group(), ours=ours).strip()
+        return section.render(source=f'hf-hub:{repo_id}', ours=ours) if is_made else found
 
     return _USE.sub(renewed, text, count=1)
 
