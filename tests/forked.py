@@ -65,8 +65,11 @@ class Command:
         return self._process.pid
 
     def signal_when(self, condition, number):
-        """Send a signal as soon as the condition holds, if the command runs then."""
+        """Send a signal as soon as the condition holds, if the command runs then; one that hangs is killed."""
+        end = time.monotonic() + TIMEOUT
         while self._process.is_alive() and not condition():
+            if time.monotonic() > end:
+                self._process.kill()
             time.sleep(0.0005)
         if self._process.is_alive():
             (os.killpg if self._own_group else os.kill)(self._process.pid, number)

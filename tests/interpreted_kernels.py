@@ -87,7 +87,7 @@ def network_that_recomputes():
         model.set_grad_checkpointing()
         model(torch.randn(2, 3, 8, 8)).logsumexp(1).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert module._has_triton(torch.device('cpu'))
+    assert module._has_triton.cache_info().currsize  # an update asked for the kernels
     norm = max(right.norm() for right in gradients[1])
     return [((found - right).norm() / norm).item() for found, right in zip(*gradients)]
 

@@ -64,6 +64,7 @@ def test_compiler_is_the_one_that_pytorch_takes(tmp_path, monkeypatch):
     ('triton', '--torchcompile needs the package triton'), ('gcc', '--torchcompile needs a C compiler for this GPU'),
     ('cores', '--torchcompile needs a GPU of compute capability 7.0 or newer')])
 def test_what_compiling_for_a_gpu_needs_is_told(monkeypatch, missing, message):
+    monkeypatch.setattr(torch.version, 'cuda', '12.8')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (6, 1) if missing == 'cores' else (7, 0))
     monkeypatch.setattr(compiler.importlib.util, 'find_spec', lambda name: None if missing == 'triton' else name)

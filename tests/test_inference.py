@@ -120,9 +120,9 @@ def test_pruned_convolution_stays(name, used):
     assert type(conv) is nn.Conv2d and (conv.weight == 0).float().mean() > 0.25
 
 
-@pytest.mark.parametrize('name', ['conv1', 'norm2'])
+@pytest.mark.parametrize('name', ['conv1', 'norm2', 'step', 'drop_path', 'noise'])
 def test_hooks_are_called(name):
-    model = made('lm_resnet20', {})
+    model = made('lm_resnet20', dict(drop_path_rate=0.1, state_noise=0.1))
     called = []
     getattr(model.stages[0].blocks[1], name).register_forward_hook(lambda *args: called.append(name))
     optimized = timm_lm.optimize(model)

@@ -770,6 +770,11 @@ def test_get_and_reset_classifier():
 @pytest.mark.parametrize('training', [False, True])
 def test_reset_classifier_keeps_device_dtype_and_mode(training):
     model = create('basic').train(training).to(dtype=torch.bfloat16)
+    called = []
+    model.head.global_pool.register_forward_hook(lambda *args: called.append(1))
+    model.reset_classifier(3)
+    model(images('basic').bfloat16())
+    assert called == [1]
     model.reset_classifier(5, 'avgmax')
     assert model.get_classifier().weight.dtype == torch.bfloat16
     assert all(m.training == training for m in model.modules())

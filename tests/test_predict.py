@@ -16,11 +16,12 @@ import torch
 from forked import Command
 from PIL import Image, features
 
+from timm_lm import export
 from timm_lm.cli import main
 from timm_lm.data import load_images
 from timm_lm.errors import UserError
 from timm_lm.export import export_model
-from timm_lm.hub import load_folder
+from timm_lm.hub import image_config, load_folder, save_folder
 from timm_lm.loader import normalize
 from timm_lm.models import LMResNet
 from timm_lm.predict import find_images, predict
@@ -82,6 +83,33 @@ def test_names_of_another_head_are_not_taken(pictures):
     assert len(model.pretrained_cfg['label_names']) == 10
     (prediction,) = predict(model, [pictures / '0.png'], topk=12)
     assert {name for name, _ in prediction.classes} == {str(i) for i in range(12)}
+
+
+def test_names_in_a_table(pictures, weights, tmp_path, command):
+    """timm's config may name classes by number."""
+    folder = shutil.copytree(weights, tmp_path / 'named')
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(config | dict(label_names={str(9 - i): f'nr {9 - i}' for i in range(10)})))
+    code, out, err = command('predict', pictures / '0.png', '--model', folder, '--json', '--topk', 10)
+    assert code == 0, err
+    named = {entry['class']: entry['probability'] for entry in json.loads(out)['classes']}
+    _, out, _ = command('predict', pictures / '0.png', '--model', weights, '--json', '--topk', 10)
+    assert {f"nr {entry['class']}": entry['probability'] for entry in json.loads(out)['classes']} == named
+
+
+def test_grey_network_with_the_config_of_a_coloured_one(pictures, tmp_path):
+    """As a user makes it, and as timm writes it for the Hub: the channels are those of the network."""
+    model = timm.create_model('lm_resnet20.best_c10', pretrained=True, in_chans=1).eval()
+    (prediction,) = predict(model, [pictures / '0.png'])
+    assert prediction.error is None and prediction.classes[0][0] in model.pretrained_cfg['label_names']
+    assert export_model(model, 'torch-export', tmp_path / 'model.pt2') < 1e-4
+    save_folder(model, tmp_path / 'grey', 'card')
+    config = json.loads((tmp_path / 'grey' / 'config.json').read_text())
+    assert config['model_args']['in_chans'] == 1
+    config['pretrained_cfg'] |= dict(input_size=[3, 32, 32], mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4])
+    (tmp_path / 'grey' / 'config.json').write_text(json.dumps(config))
+    (again,) = predict(load_folder(tmp_path / 'grey'), [pictures / '0.png'])
+    assert again.error is None and image_config(model)['mean'] != (0.5,)
 
 
 def tiff(pixels, bits, signed=False):
@@ -192,7 +220,12 @@ def test_exported_file_computes_the_same(kind, ending, weights, tmp_path, comman
 def test_exported_run_is_named_after_it(run_folder, tmp_path, command, monkeypatch):
     run = shutil.copytree(run_folder, tmp_path / 'tuned')
     monkeypatch.chdir(tmp_path)
-    code, out, err = command('export', run / 'weights', '--format', 'torch-export')
+    monkeypatch.setattr(export, 'export_model', lambda model, kind, path: path.write_text(kind) and 0.)
+    for source in (run / 'weights', 'tuned/weights'):
+        code, out, err = command('export', source, '--format', 'torch-export')
+        assert code == 0 and out.startswith('tuned.pt2: '), err
+    monkeypatch.chdir(run / 'weights')
+    code, out, err = command('export', '.', '--format', 'torch-export')
     assert code == 0 and out.startswith('tuned.pt2: '), err
 
 
@@ -201,8 +234,6 @@ def test_export_that_fails_leaves_nothing(weights, tmp_path, fails, monkeypatch)
     assert 'choose another --output' in fails('export', weights, '--output', tmp_path / 'file' / 'model.onnx')
     for folder in (tmp_path, '.', '/'):
         assert f'{folder} is a folder; name a file with --output' in fails('export', weights, '--output', folder)
-    import timm_lm.export as export
-
     def not_for_scripts(self, *images):
         return images[0]
 
@@ -222,12 +253,6 @@ def test_export_of_what_is_no_number_is_refused(weights, tmp_path):
     with pytest.raises(UserError, match='computes something else .difference nan'):
         export_model(model, 'torch-export', tmp_path / 'model.pt2')
     assert not list(tmp_path.iterdir())
-
-
-def test_export_of_this_folder_is_named_after_it(weights, tmp_path, command, monkeypatch):
-    monkeypatch.chdir(shutil.copytree(weights, tmp_path / 'tuned'))
-    code, out, err = command('export', '.', '--format', 'torch-export')
-    assert code == 0 and out.startswith('tuned.pt2: '), err
 
 
 @pytest.mark.parametrize('kind', ['onnx', 'torch-export', 'torchscript'])

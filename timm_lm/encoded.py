@@ -283,10 +283,10 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
 
 def _create_dataset(dataset: str, root: Optional[str], split: str, class_map: str, download: bool,
                     keys: Dict[str, str]) -> Any:
-    if dataset.startswith('hfds/'):  # as create_dataset of older timm (1.0.26 for one) has all of the name in lower case
+    if dataset.startswith('hfds/'):  # as create_dataset of older timm (1.0.26) has all of the name in lower case
         from timm.data.readers.reader_hfds import ReaderHfds
         name = dataset.removeprefix('hfds/')
-        return ImageDataset(root, reader=ReaderHfds(name, root=root, split=split, class_map=class_map, **keys))
+        return ImageDataset(root, reader=ReaderHfds(name, root=root, split=split, class_map=class_map, **keys))  # type: ignore[arg-type]
     return create_dataset(
         dataset, root=root, split=split, class_map=class_map, download=download, **keys)  # type: ignore[arg-type]
 

@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Tuple
 import torch
 
 from .errors import UserError, one_line
-from .hub import TimmModel
+from .hub import TimmModel, image_config
 
 TOLERANCE = 1e-4  # of the largest logit: other kernels add in another order
 
@@ -97,7 +97,7 @@ def export_model(model: TimmModel, kind: str, path: Path) -> float:
     if not path.name or path.is_dir():
         raise UserError(f'{path} is a folder; name a file with --output.')
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(5, *model.pretrained_cfg['input_size'], generator=generator)
+    images = torch.randn(5, *image_config(model)['input_size'], generator=generator)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:

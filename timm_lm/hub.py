@@ -6,13 +6,14 @@ features, pre_logits, output), with the SHA-256 of the weights in its metadata.
 """
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from timm.data import resolve_data_config
 from timm.models._hub import save_config_for_hf
 
 from .card import CARD_NAME
@@ -64,12 +65,32 @@ def describe(
         cfg['pool_size'] = tuple(-(-side // model.feature_info[-1]['reduction']) for side in input_size[1:])
 
 
+def label_names(model: TimmModel) -> Tuple[str, ...]:
+    """Names of the classes as the config of a network has them, in the order of their numbers; none if it has none."""
+    names = model.pretrained_cfg.get('label_names') or ()
+    if isinstance(names, Mapping):  # number -> name; in JSON numbers are text
+        numbered = {int(number): str(name) for number, name in names.items()}
+        names = [numbered.get(i, str(i)) for i in range(len(numbered))]
+    return tuple(names)
+
+
+def image_config(model: TimmModel) -> Dict[str, Any]:
+    """Size, resizing, mean and standard deviation of images for a network: timm's data config, for its own channels."""
+    config = resolve_data_config({}, model=model)
+    channels = getattr(model, 'in_chans', config['input_size'][0])
+    config['input_size'] = (channels, *config['input_size'][1:])
+    for key in ('mean', 'std'):
+        if len(config[key]) != channels:  # those of a network that was made with other channels
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    return config
+
+
 def _write_config(model: TimmModel, path: Any, model_args: Dict[str, Any], dtype: torch.dtype) -> None:
-    label_names = model.pretrained_cfg.get('label_names')
+    names = label_names(model)
     save_config_for_hf(
         model,
         path,
-        model_config=dict(label_names=list(label_names)) if label_names else {},
+        model_config=dict(label_names=list(names)) if names else {},
         model_args=dict(model_args),
     )
     config = json.loads(path.read_text())
@@ -130,7 +151,7 @@ def save_folder(
         (temporary / CARD_NAME).write_text(card, encoding='utf-8')
         reloaded = timm.create_model(f'local-dir:{temporary}', pretrained=True).eval()
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(CHECK_BATCH, *model.pretrained_cfg['input_size'], generator=generator)
+        images = torch.randn(CHECK_BATCH, *image_config(model)['input_size'], generator=generator)
         tensors = {name: tensor.contiguous() for name, tensor in _check_tensors(reloaded, images).items()}
         (temporary / CHECK_NAME).parent.mkdir()
         save_file(tensors, temporary / CHECK_NAME, metadata=dict(model_sha256=sha256(weights)))
@@ -155,7 +176,7 @@ def read_config(folder: Path) -> Dict[str, Any]:
         if not isinstance(architecture, str) or not isinstance(cfg, dict):
             raise TypeError('architecture must be a name, pretrained_cfg a table')
         channels = (cfg.get('input_size') or [3])[0]
-        if any(len(cfg.get(key) or [0] * channels) != channels for key in ('mean', 'std')):
+        if any(len(cfg.get(key) or [0]) not in (1, channels) for key in ('mean', 'std')):
             raise ValueError(f'mean and std must have {channels} values')
     except FileNotFoundError:
         raise UserError(f'{folder} has no {CONFIG_NAME}; give a weights folder as `timm-lm train` writes it.') from None

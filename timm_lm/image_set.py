@@ -102,5 +102,7 @@ def write_cache(path: Optional[Path], data: ImageSet, content: str = '') -> None
         sync(Path(temporary))
         os.replace(temporary, path)
     except (OSError, SafetensorError):
-        if temporary is not None:
+        pass
+    finally:
+        if temporary is not None:  # which has its name no more once it is whole
             Path(temporary).unlink(missing_ok=True)

@@ -30,7 +30,7 @@ def optimize(model: Network) -> Network:
     The copy is in evaluation mode without parameters to train. It can be compiled, exported and scripted as the network
     could; its state dict is its own: it loads into another optimized copy, not into the network. Networks around one of
     ours (timm's ``features_only``, but for its ``feature_cls='fx'``, or a segmentation network) are taken too; their
-    other parts stay as they are, and so do convolutions with hooks, such as pruned ones.
+    other parts stay as they are, and so do convolutions with hooks, such as pruned ones. Other modules' hooks go on.
 
     Args:
         model: A network with floating-point weights, whose residual blocks are this package's. It is not changed.
@@ -57,11 +57,11 @@ def optimize(model: Network) -> Network:
         for conv, norm in _branch_pairs(block):
             _fold(block, conv, norm)
         if isinstance(block.step, TwoStep):
-            block.step = FixedTwoStep(block.step.k, block.step.per_channel)
+            block.step = _with_hooks(FixedTwoStep(block.step.k, block.step.per_channel), block.step)
         if isinstance(block.drop_path, DropPath):
-            block.drop_path = nn.Identity()
+            block.drop_path = _with_hooks(nn.Identity(), block.drop_path)
         if isinstance(block.noise, StateNoise):
-            block.noise = nn.Identity()
+            block.noise = _with_hooks(nn.Identity(), block.noise)
         if can_pack:
             _pack(block)
     return model.to(memory_format=torch.channels_last)
@@ -80,6 +80,13 @@ def _is_plain(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def _with_hooks(module: Network, replaced: nn.Module) -> Network:
+    """A module with the forward hooks of the one it takes the place of."""
+    vars(module).update({name: value for name, value in vars(replaced).items()
+                         if name.startswith('_forward_') and 'hooks' in name})
+    return module
 
 
 def _fold(block: ResidualBlock, conv_name: str, norm_name: str) -> None:

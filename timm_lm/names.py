@@ -71,6 +71,7 @@ def load_model(source: str, pretrained: bool = True, **kwargs: Any) -> TimmModel
     if names_folder(source):
         return load_folder(source.removeprefix('local-dir:'), **kwargs)
     if not source.startswith('hf-hub:'):
+        source = timm.models.get_deprecated_models().get(source) or source
         check_name(source)
         cfg = timm.get_pretrained_cfg(source)
         if pretrained and not (cfg and cfg.has_weights):

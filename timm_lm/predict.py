@@ -5,12 +5,12 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tupl
 
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from timm.data.readers.img_extensions import get_img_extensions
 
 from .encoded import UNREADABLE_IMAGE, convert_image, image_mode
 from .errors import UserError, one_line
-from .hub import TimmModel
+from .hub import TimmModel, image_config, label_names
 from .splits import files_below
 
 
@@ -75,13 +75,13 @@ def predict(model: TimmModel, paths: Sequence[Union[str, Path]], topk: int = 5,
         UserError: If the network is neither for colour nor for grey images, or its config names an interpolation that
             there is not.
     """
-    config = resolve_data_config({}, model=model)
+    config = image_config(model)
     try:
         transform: Any = create_transform(**config)
     except KeyError as e:
         raise UserError(f'The config of the network names the interpolation {e}, which there is not; mend it.') from e
     mode = image_mode(config['input_size'][0])
-    names = model.pretrained_cfg.get('label_names') or ()
+    names: Sequence[str] = label_names(model)
     if len(names) != model.num_classes:  # none, or those of the head that this one took the place of
         names = [str(i) for i in range(model.num_classes)]
     device = next(model.parameters()).device

@@ -153,13 +153,13 @@ def published_card(text: str, repo_id: str, ours: bool = True) -> str:
     """
     template = _USE.search(CARD_TEMPLATE.read_text(encoding='utf-8'))
     assert template is not None
-    section = jinja2.Template(template.group(), keep_trailing_newline=True)
+    render = jinja2.Template(template.group(), keep_trailing_newline=True).render
 
     def renewed(match: 're.Match[str]') -> str:
         found = match.group()
         other = re.search(r'hf-hub:[\w.-]+/[\w.-]+', found)
-        is_made = LOCAL_SOURCE in found or other and found.strip() == section.render(source=other.group(), ours=ours).strip()
-        return section.render(source=f'hf-hub:{repo_id}', ours=ours) if is_made else found
+        is_made = LOCAL_SOURCE in found or other and found.strip() == render(source=other.group(), ours=ours).strip()
+        return render(source=f'hf-hub:{repo_id}', ours=ours) if is_made else found
 
     return _USE.sub(renewed, text, count=1)
 

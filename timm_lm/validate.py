@@ -2,13 +2,13 @@
 from typing import Any, Callable, Dict, List
 
 import torch
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from tqdm import tqdm
 
 from .allocator import keep_freed_memory
 from .compiler import check_compiler
 from .data import TooLarge, check_class_names, check_labels, load_images, open_images
-from .hub import TimmModel
+from .hub import TimmModel, image_config, label_names
 from .loader import BatchLoader, MemoryLoader, WorkerLoader
 from .names import load_model
 from .precision import no_bfloat16
@@ -54,7 +54,7 @@ def validate(
     loader = _create_loader(model, split, source, workers, batch_size=batch_size, device=device,
                             channels_last=channels_last)
     check_labels(loader.data, model.num_classes)
-    remarks = [loader.data.remark, check_class_names(loader.data, model.pretrained_cfg.get('label_names'), of=name)]
+    remarks = [loader.data.remark, check_class_names(loader.data, label_names(model), of=name)]
     if amp and no_bfloat16(device.type):
         amp = False
         remarks.append(f'{no_bfloat16(device.type)}; validated in float32, as without --amp.')
@@ -83,7 +83,7 @@ def validate(
 
 def _create_loader(model: TimmModel, split: str, source: Dict[str, Any], workers: int, **common: Any) -> BatchLoader:
     """Batches of a split in memory, or by worker processes where it does not fit."""
-    config = resolve_data_config({}, model=model)
+    config = image_config(model)
     common.update(mean=config['mean'], std=config['std'])
     size = {name: config[name] for name in ('input_size', 'crop_pct', 'crop_mode', 'interpolation')}
     try:

@@ -481,7 +481,10 @@ class LMResNet(nn.Module):
             self.num_features, num_classes, pool_type=pool_type, use_conv=True, device=like.device, dtype=like.dtype)
         head.train(self.training)
         if isinstance(self.head, ClassifierHead):  # its hooks and dropout stay
-            for name in ('in_features', 'num_features', 'global_pool', 'flatten', 'fc'):
+            names = ['in_features', 'num_features', 'fc']
+            if pool_type != self.head.global_pool.pool_type:
+                names += ['global_pool', 'flatten']
+            for name in names:
                 setattr(self.head, name, getattr(head, name, None))
         else:
             self.head = head

@@ -17,6 +17,8 @@ from timm_lm.splits import check_split_folder
 
 from .option_rules import mixes, not_in_memory
 
+MAX_CROP_PCT = 2.  # images are padded beyond 1, as some networks of timm have it
+
 
 def resolve_input_config(args: argparse.Namespace, model: TimmModel) -> Dict[str, Any]:
     """Size, mean, standard deviation and resizing of the images: the options, then the network's own.
@@ -30,7 +32,7 @@ def resolve_input_config(args: argparse.Namespace, model: TimmModel) -> Dict[str
     except AssertionError as e:
         raise UserError(f'--mean and --std need one value, or one for each of the {in_chans} channels.') from e
     config.pop('crop_mode', None)
-    if min(config['input_size'][1:]) < config['crop_pct']:
+    if config['crop_pct'] > MAX_CROP_PCT:
         raise UserError(f"--crop-pct is a share of the side, such as 0.875, not {config['crop_pct']:g}.")
     if config['input_size'][0] != in_chans:
         config['input_size'] = (in_chans, *config['input_size'][1:])

@@ -176,7 +176,8 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Model')
-    group.add_argument('--model', metavar='NAME', default='lm_resnet20', help='name in timm, weights folder or hf-hub:OWNER/NAME (default: lm_resnet20)')
+    group.add_argument('--model', metavar='NAME', default='lm_resnet20',
+                       help='name in timm, weights folder or hf-hub:OWNER/NAME (default: lm_resnet20)')
     group.add_argument('--pretrained', action=_FLAG, default=False, help='start from its pretrained weights')
     group.add_argument('--pretrained-path', metavar='FILE', help='a file to take the pretrained weights from')
     group.add_argument('--initial-checkpoint', metavar='FILE', default='', help='start from these weights')
@@ -265,7 +266,8 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--decay-epochs', type=float, metavar='N',
                        help='interval of step (default: 90); length of the decay of wsd and rsqrt, below 1 a share of '
                             'the run (default: 0.2)')
-    group.add_argument('--decay-rate', '--dr', type=float, default=0.1, metavar='X', help='factor of a drop; the power of poly')
+    group.add_argument('--decay-rate', '--dr', type=float, default=0.1, metavar='X',
+                       help='factor of a drop; the power of poly')
     group.add_argument('--patience-epochs', type=int, default=USUAL_PATIENCE, metavar='N', help='patience of plateau')
     group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help='epochs at the smallest rate')
 

@@ -7,14 +7,13 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import timm
 import torch
-from timm.data import resolve_data_config
 from tqdm import tqdm
 
 import timm_lm
 from timm_lm.card import CARD_NAME, render_card
 from timm_lm.data import load_images
 from timm_lm.files import write_text
-from timm_lm.hub import TimmModel, describe, load_folder, save_folder
+from timm_lm.hub import TimmModel, describe, image_config, load_folder, save_folder
 from timm_lm.loader import BatchLoader, MemoryLoader
 from timm_lm.names import saved_model_args
 from timm_lm.precision import asked_precision
@@ -155,7 +154,7 @@ def count_errors(weights: Path, split: str, **source: Any) -> Dict[str, float]:
         **source: Where it is, as in ``load_images``.
     """
     model = load_folder(weights)
-    config = resolve_data_config({}, model=model)
+    config = image_config(model)
     size = {name: config[name] for name in ('input_size', 'crop_pct', 'crop_mode', 'interpolation')}
     images = load_images(split, **size, **source)
     return evaluate(model, MemoryLoader(images, COUNT_BATCH_SIZE, config['mean'], config['std']))
