@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import signal
 import tarfile
 from contextlib import nullcontext
@@ -297,6 +298,15 @@ def test_split_must_fit_machine_and_device(photos, monkeypatch):
             load_images('train', photos, device=kept)
 
 
+def test_split_must_fit_the_container(photos, monkeypatch, tmp_path):
+    size = len(load_images('train', photos)) * 3 * 32 * 32
+    monkeypatch.setattr(data_module, '_CONTAINER_LIMITS', [tmp_path / 'memory.max', tmp_path / 'nowhere'])
+    for limit, fits in (('max', True), (f'{4 * size}', True), (f'{4 * size - 4}', False)):
+        (tmp_path / 'memory.max').write_text(f'{limit}\n')
+        with nullcontext() if fits else pytest.raises(TooLarge, match='more than the 0.0 GiB held in memory'):
+            load_images('train', photos)
+
+
 @pytest.mark.parametrize('kind', ['memory', 'timm'])
 @pytest.mark.parametrize('option, dim', [('--hflip', 3), ('--vflip', 2)])
 def test_flips_are_done_once(photos, kind, option, dim):
@@ -414,6 +424,13 @@ def test_a_training_on_an_image_that_a_worker_can_not_read(few_digits, tmp_path,
                  '--model-kwargs', 'layers=(1,1,1)', '--output', tmp_path, '--experiment', 'run')
     assert line.startswith(f"timm-lm: error: Row 20 of {data / 'train.parquet'} is not a readable image")
     assert {path.name for path in (tmp_path / 'run').iterdir()} <= {'.lock', 'args.yaml', 'checkpoints'}
+
+
+def test_augmentation_that_images_are_too_small_for(few_digits, tmp_path, fails):
+    """timm's blur is 23 pixels wide, and mirrors the image at its sides."""
+    line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--input-size', 1, 8, 8, '--workers', 1,
+                 '--gaussian-blur-prob', 1, '--pad-crop', 0, '--output', tmp_path)
+    assert re.search(r'Row \d+ of .*parquet can not be augmented by these options \(.*Padding size', line)
 
 
 def broken_png():

@@ -89,7 +89,8 @@ def test_names_in_a_table(pictures, weights, tmp_path, command):
     """timm's config may name classes by number."""
     folder = shutil.copytree(weights, tmp_path / 'named')
     config = json.loads((folder / 'config.json').read_text())
-    (folder / 'config.json').write_text(json.dumps(config | dict(label_names={str(9 - i): f'nr {9 - i}' for i in range(10)})))
+    config['label_names'] = {str(i): f'nr {i}' for i in reversed(range(10))}
+    (folder / 'config.json').write_text(json.dumps(config))
     code, out, err = command('predict', pictures / '0.png', '--model', folder, '--json', '--topk', 10)
     assert code == 0, err
     named = {entry['class']: entry['probability'] for entry in json.loads(out)['classes']}

@@ -295,6 +295,13 @@ def test_run_folder_that_one_process_does_not_see_is_told(driven, output):
     assert not (output / 'other_disk').exists()
 
 
+def test_images_that_fit_in_the_memory_of_one_process_alone(driven, output):
+    for facts in driven.facts:
+        code, told = facts['little']
+        assert code == 2 and 'fit into the memory of some processes and not of others; give --loader timm' in told
+    assert not (output / 'little').exists()
+
+
 def test_run_without_a_name_has_one_folder(driven):
     first, second = (facts['unnamed'] for facts in driven.facts)
     assert first == second and '/20000101-000000-lm_resnet20-32' in first

@@ -32,14 +32,14 @@ DRIVER = '''
 import contextlib, io, json, os, sys, time
 
 time.sleep = lambda seconds: None  # the client waits between tries
-from timm_lm import publish
+from timm_lm import hub_client, publish
 from timm_lm.cli import main
 
 for line in sys.stdin:
     argv, env = json.loads(line)
     before = dict(os.environ)
     os.environ.update(env)
-    publish.SILENCE = float(os.environ.get('SILENCE', 60))
+    hub_client.SILENCE = float(os.environ.get('SILENCE', 60))
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(argv)
@@ -544,6 +544,19 @@ def test_connection_cut_while_something_is_loaded(hub, refused, package, few_dig
     line = refused('train', '-c', 'demo_digits', '--dataset', 'hfds/owner/cut', '--output', tmp_path / 'runs')
     assert 'The data set owner/cut could not be downloaded from the Hub (' in line
     assert not list(tmp_path.iterdir())
+
+
+def test_data_set_of_a_hub_that_says_nothing(hub, refused, few_digits, tmp_path):
+    hub.add('datasets/owner/silent', few_digits)
+    hub.stall('GET /api/datasets', times=100)
+    line = refused('train', '-c', 'demo_digits', '--dataset', 'hfds/owner/silent', '--output', tmp_path, SILENCE='0.3')
+    assert 'The data set owner/silent could not be downloaded from the Hub (' in line and 'timed out' in line
+
+
+def test_pull_request_to_a_gated_repo(hub, refused, folder):
+    hub.fail('GET /api/models/owner/gated', status=403, code='GatedRepo')
+    line = refused('push', folder, '--repo-id', 'owner/gated', '--create-pr')
+    assert 'gives access to owner/gated on request only' in line
 
 
 @pytest.mark.parametrize('fault, message', [

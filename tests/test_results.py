@@ -149,6 +149,13 @@ def test_a_run_is_added_once_with_what_it_left(run_folder, tmp_path):
     assert float(found['top1']) + float(found['top1_err']) == pytest.approx(100, abs=0.01)
 
 
+def test_a_run_is_added_from_within_its_folder(run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(run_folder / 'weights')
+    assert read_run('..')['run'] == 'run'
+    monkeypatch.chdir(run_folder)
+    assert read_run('.')['run'] == read_run('')['run'] == 'run'
+
+
 def test_another_run_of_the_same_name_is_refused(run_folder, tmp_path):
     for name, value in (('seed', 'seed: 43'), ('model', 'model: preact_resnet20')):
         run = shutil.copytree(run_folder, tmp_path / name / 'run')
@@ -171,9 +178,12 @@ def test_what_a_run_changed_in_its_recipe_is_recorded(run_folder, few_digits, tm
         'demo_digits with epochs 2, model_kwargs {\'layers\': [2, 2, 2]}, warmup_epochs 0')
     run = shutil.copytree(run_folder, tmp_path / 'run')
     options = vars(parse_options(['-c', 'demo_digits', '--data-dir', str(few_digits), '--seed', '7', '--no-amp',
-                                  '--val-interval', '10']))
+                                  '--val-interval', '10', '--eval-metric', 'loss', '--dataset-download']))
     (run / 'args.yaml').write_text(yaml.safe_dump(options))
     assert read_run(run)['recipe'] == 'demo_digits'
+    (run / 'args.yaml').write_text(yaml.safe_dump(options | dict(sched='plateau')))
+    assert 'eval_metric loss' in read_run(run)['recipe']  # which then lowers the rate
+    (run / 'args.yaml').write_text(yaml.safe_dump(options))
     # the batch of a run is that of all processes
     result = json.loads((run / 'result.json').read_text())
     assert result['processes'] == 1

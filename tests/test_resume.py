@@ -43,7 +43,7 @@ import os
 import subprocess
 import sys
 
-from timm_lm import cli
+from timm_lm import cli, hub
 from timm_lm.training import checkpoint, loop, run_log
 
 function, is_there = {call}, lambda {where}
@@ -150,6 +150,19 @@ def test_killed_at_several_places(few_digits, left_alone, tmp_path):
     for row, other in zip(rows, alone, strict=True):
         assert row['epoch'] == other['epoch'] and row['k'] == other['k'] and row['lr'] == other['lr']
         assert row['train']['loss'] == other['train']['loss'] and row['eval']['errors'] == other['eval']['errors']
+
+
+def test_killed_while_it_writes_the_weights(few_digits, left_alone, tmp_path):
+    shutil.copytree(left_alone / 'run', tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run' / 'weights')
+    words = arguments(few_digits, tmp_path, '--resume', 'auto')
+    code, _, err = signalled(words, tmp_path, signal.SIGKILL, 'hub._write_config', 'model, path, *_: True').wait()
+    assert code == -signal.SIGKILL, err
+    (unfinished,) = (tmp_path / 'run').glob('.weights.*')
+    assert [path.name for path in unfinished.iterdir()] == ['model.safetensors']
+    assert 'all epochs are done, the weights are written again' in finish(few_digits, tmp_path)
+    assert final_state(tmp_path) == final_state(left_alone)
+    assert not list((tmp_path / 'run').glob('.*weights*'))
 
 
 def test_killed_from_outside_at_random(few_digits, left_alone, tmp_path):
@@ -507,10 +520,14 @@ def test_loss_that_is_not_finite_names_batch_rate_and_checkpoint(few_digits, tmp
     assert 'from batch 2 of epoch 1 on' in line and 'there is no good checkpoint yet' in line
 
 
-def test_loss_that_is_not_finite_at_the_end_leaves_no_weights(few_digits, tmp_path, fails):
+@pytest.mark.parametrize('options, message', [
+    ([], 'The loss on test is not finite after the last epoch'),
+    (['--val-split', ''], 'What the network computes is not finite'),
+])
+def test_loss_that_is_not_finite_at_the_end_leaves_no_weights(few_digits, tmp_path, fails, options, message):
     line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, *OPTIONS, '--output', tmp_path, '--lr', '1e20',
-                 '--epochs', '1', '--batch-size', '256')
-    assert 'The loss on test is not finite after the last epoch' in line
+                 '--epochs', '1', '--batch-size', '256', *options)
+    assert message in line
     assert not (tmp_path / 'run' / 'weights').exists()
 
 

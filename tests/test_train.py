@@ -70,6 +70,25 @@ def test_training_learns_the_digits(digits, tmp_path, command):
     assert torch.nn.functional.cross_entropy(logits, data.labels).item() == pytest.approx(result['loss'], rel=1e-4)
 
 
+def test_network_with_shared_weights(few_digits, tmp_path, command):
+    """As timm's CoaT has them; safetensors takes no two names for one memory."""
+    code, _, err = command('train', '--model', 'coat_lite_tiny', '--data-dir', few_digits, '--num-classes', '10',
+                           '--input-size', '3', '32', '32', '--model-kwargs', 'img_size=32', '--no-aug', '--epochs',
+                           '1', '--warmup-epochs', '0', '--val-split', 'test', '--output', tmp_path, '--experiment',
+                           'run')
+    assert code == 0, err
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    code, out, err = command('validate', tmp_path / 'run' / 'weights', '--data-dir', few_digits)
+    assert code == 0 and f"{result['errors']} errors of 64 images" in out, err
+    verify_folder(tmp_path / 'run' / 'weights')
+    (checkpoint,) = (tmp_path / 'run' / 'checkpoints').iterdir()
+    code, out, err = command('weights', checkpoint, '--output', tmp_path / 'again')
+    assert code == 0, err
+    state = load_file(tmp_path / 'run' / 'weights' / 'model.safetensors')
+    again = load_file(tmp_path / 'again' / 'model.safetensors')
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+
+
 def test_counts_of_few_classes_and_of_a_batch_that_is_filled_up():
     images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1)
     labels = torch.tensor([0, 1, 2, 0, 1])

@@ -24,6 +24,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, set_seed
 
 from timm_lm import cli
+from timm_lm import data as data_module
 from timm_lm.errors import UserError
 from timm_lm.loader import IGNORE_LABEL, BatchLoader
 from timm_lm.training import loop, run_folder
@@ -210,6 +211,18 @@ def on_a_full_disk(data, output):
     return [code, told.getvalue()]
 
 
+def little_memory(data, output, rank):
+    """Train where the images fit in the memory of the main process alone; returns what is told."""
+    limit, patience = data_module.MEMORY_LIMIT, cli.PATIENCE
+    data_module.MEMORY_LIMIT, cli.PATIENCE = 0 if rank else limit, 0
+    try:
+        with redirect_stderr(io.StringIO()) as told:
+            code = cli.main(train_command(data, output, 'little', *LONG))
+    finally:
+        data_module.MEMORY_LIMIT, cli.PATIENCE = limit, patience
+    return [code, told.getvalue()]
+
+
 def unnamed(data, output, rank):
     """The folder of a run without a name, which has the time in it, by clocks that differ."""
     run_folder.datetime = SimpleNamespace(now=lambda: datetime(2000, 1, 1 + rank))
@@ -272,6 +285,7 @@ def main(data, output, port):
               '--model-ema-decay', '0.5')
     facts['apart'] = apart(data, output, rank)
     facts['full'] = on_a_full_disk(data, output)
+    facts['little'] = little_memory(data, output, rank)
     facts['unnamed'] = unnamed(data, output, rank)
     facts['written'] = [path for path in written if str(output) in path]
     (output / f'facts{rank}.json').write_text(json.dumps(facts))

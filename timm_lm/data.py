@@ -1,5 +1,6 @@
 """The splits of a data set by their names: opened image by image, or decoded once into uint8 tensors."""
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Union
@@ -18,6 +19,8 @@ from .splits import download_parquet, files_below, find_parquet, rows_of_part, s
 
 LONG_TO_READ = 1 << 30  # bytes of files; whether a split fits is found before they are read
 MEMORY_LIMIT = 4 << 30  # bytes of a decoded split, less where memory is small
+# Where Linux tells a container how much memory it has, by the newer and the older way.
+_CONTAINER_LIMITS = (Path('/sys/fs/cgroup/memory.max'), Path('/sys/fs/cgroup/memory/memory.limit_in_bytes'))
 # What names of timm's data sets begin with.
 _KINDS = ('hfds', 'hfids', 'tfds', 'torch', 'wds')
 
@@ -216,6 +219,9 @@ def _memory_sizes(device: Optional[torch.device]) -> List[int]:
     sizes = []
     if 'SC_PHYS_PAGES' in getattr(os, 'sysconf_names', {}):  # not on Windows
         sizes.append(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
+    for limit in _CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # 'max' is none
+            sizes.append(int(limit.read_text()))
     if device is not None and device.type == 'cuda':
         sizes.append(torch.cuda.get_device_properties(device).total_memory)
     return sizes

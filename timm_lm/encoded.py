@@ -107,14 +107,17 @@ class EncodedImages(Dataset):
         """Image (what ``transform`` makes of it) and class number.
 
         Raises:
-            UserError: If the image is not readable.
+            UserError: If the image is not readable, or the transform does not take it.
         """
         row = self.first + index
         try:
             image = convert_image(self.read(row), self.mode)
         except UNREADABLE_IMAGE as e:
             raise UserError(f'{self.place(row)} is not a readable image ({e}); repair or remove it.') from e
-        return self.transform(image) if self.transform else image, int(self.labels[index])
+        try:
+            return self.transform(image) if self.transform else image, int(self.labels[index])
+        except (RuntimeError, ValueError) as e:  # such as a blur that is wider than the image
+            raise UserError(f'{self.place(row)} can not be augmented by these options ({one_line(e)}).') from e
 
 
 # Parquet

@@ -6,8 +6,9 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, List, Union
+from typing import Any, Dict, Iterator, List, Union
 
+import torch
 from safetensors import SafetensorError
 
 from .errors import UserError
@@ -125,3 +126,13 @@ def atomic_folder(folder: Union[str, Path]) -> Iterator[Path]:
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
+
+
+def own_memory(tensors: Dict[str, torch.Tensor]) -> None:
+    """Copy tensors that share memory with an earlier one, as a network's tied weights do; safetensors refuses them."""
+    seen = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        if place in seen:
+            tensors[name] = tensor.clone()
+        seen.add(place)

@@ -6,11 +6,10 @@ features, pre_logits, output), with the SHA-256 of the weights in its metadata.
 """
 import json
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
@@ -18,7 +17,7 @@ from timm.models._hub import save_config_for_hf
 
 from .card import CARD_NAME
 from .errors import UserError, one_line
-from .files import atomic_folder, sha256, whole_entries, write_text
+from .files import atomic_folder, own_memory, sha256, whole_entries, write_text
 from .models._weights import DIGESTS_NAME, WEIGHTS_NAME, check_shipped, read_digests, weights_dir
 
 TimmModel = Any  # a torch.nn.Module with the attributes that timm gives it
@@ -27,9 +26,7 @@ CONFIG_NAME = 'config.json'
 CHECK_NAME = 'test/rand_tensors.safetensors'
 CHECK_BATCH = 2
 CHECK_TOLERANCE = 1e-4  # of the largest value: float32 convolutions differ that much from one machine to another
-# What a download or an upload may raise. Requests up to huggingface_hub 0.x, httpx from 1.0: the base of what either
-# raises is the base of the Hub's own error too.
-HUB_ERRORS: Tuple[Type[BaseException], ...] = (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)
+
 
 
 # Writing
@@ -135,6 +132,9 @@ def save_folder(
 
     Returns:
         The folder.
+
+    Raises:
+        UserError: If the network does not compute finite numbers.
     """
     args = dict(model_args or {})
     in_chans = getattr(model, 'in_chans', 3)
@@ -144,6 +144,7 @@ def save_folder(
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
+    own_memory(state)
     with atomic_folder(folder) as temporary:
         weights = temporary / WEIGHTS_NAME
         save_file(state, weights, metadata=dict(format='pt'))
@@ -153,6 +154,8 @@ def save_folder(
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(CHECK_BATCH, *image_config(model)['input_size'], generator=generator)
         tensors = {name: tensor.contiguous() for name, tensor in _check_tensors(reloaded, images).items()}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise UserError(f'What the network computes is not finite; {folder} was not written. Use a smaller rate.')
         (temporary / CHECK_NAME).parent.mkdir()
         save_file(tensors, temporary / CHECK_NAME, metadata=dict(model_sha256=sha256(weights)))
         for path in (weights, temporary / CHECK_NAME):

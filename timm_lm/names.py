@@ -9,7 +9,8 @@ import timm
 from safetensors import SafetensorError
 
 from .errors import UserError, one_line
-from .hub import CONFIG_NAME, HUB_ERRORS, TimmModel, load_folder, read_config
+from .hub import CONFIG_NAME, TimmModel, load_folder, read_config
+from .hub_client import HUB_ERRORS
 
 _NOT_LOADED: Tuple[Type[BaseException], ...] = (*HUB_ERRORS, AssertionError, TypeError, SafetensorError)
 

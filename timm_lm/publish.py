@@ -1,10 +1,8 @@
 """Weights folders to the Hub and back: checked, published in one commit, and verified where they are published."""
 import errno
 import hashlib
-import importlib
 import json
 import re
-import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,20 +20,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from . import __version__
 from .card import CARD_NAME, CARD_TEMPLATE, is_ours, recorded_error
 from .errors import UserError, one_line
 from .files import whole_entries, write_text
-from .hub import CHECK_NAME, CONFIG_NAME, HUB_ERRORS, read_config, verify_folder
+from .hub import CHECK_NAME, CONFIG_NAME, read_config, verify_folder
+from .hub_client import HUB_ERRORS, set_up_client
 from .models._weights import PUBLISHED_NAME, WEIGHTS_NAME, weights_dir
 
 FILES = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, CHECK_NAME)  # what is published; nothing else ever is
 CARD_KEYS = ('library_name', 'license', 'tags', 'metrics')  # what the front matter of a card must tell
 LOCAL_SOURCE = 'local-dir:FOLDER'  # how a local card tells to load the network
-SILENCE = 60  # seconds without a byte after which a connection is given up
 SHOWN = 5  # names of files that are left out
 AGAIN = 'run the same command again, what is already there is left alone'
 
@@ -193,7 +191,7 @@ def push(
     Raises:
         UserError: If the Hub can not be reached or refuses.
     """
-    _set_up_client()
+    set_up_client()
     token = get_token()
     owner = uploads[0].repo_id.partition('/')[0]
     if not token:
@@ -245,6 +243,8 @@ def _find_or_create(api: HfApi, repo_id: str, private: bool, create_pr: bool) ->
     """Find a repo or create it; whether it is private."""
     try:
         there = api.model_info(repo_id)
+    except GatedRepoError:  # one that is there
+        raise
     except RepositoryNotFoundError:
         there = None
     if there is None:
@@ -309,7 +309,7 @@ def verify_repo(source: str) -> Dict[str, float]:
     """
     repo_id, _, revision = source.removeprefix('hf-hub:').partition('@')
     _check_repo_id(repo_id)
-    _set_up_client()
+    set_up_client()
     api = HfApi(library_name='timm-lm', library_version=__version__)
     with tempfile.TemporaryDirectory(prefix='timm-lm-') as folder:
         with _told(repo_id, again='run the same command again', writes=False):
@@ -324,33 +324,6 @@ def verify_repo(source: str) -> Dict[str, float]:
 
 
 # What can go wrong on the way
-
-
-def _set_up_client() -> None:
-    """Have huggingface_hub give up on a server that says nothing, and draw no progress bars into files.
-
-    By itself it waits for ever.
-    """
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    modern = hasattr(huggingface_hub, 'set_client_factory')
-    try:
-        http = importlib.import_module('huggingface_hub.utils._http')
-        make: Any = getattr(http, 'default_client_factory' if modern else '_default_backend_factory')
-    except (AttributeError, ImportError):  # it is not public
-        return
-
-    def factory() -> Any:
-        client = make()
-        request = client.request
-        client.timeout = SILENCE
-        client.request = lambda *args, timeout=None, **kwargs: request(*args, timeout=timeout or SILENCE, **kwargs)
-        return client
-
-    if modern:
-        huggingface_hub.set_client_factory(factory)
-    else:
-        getattr(huggingface_hub, 'configure_http_backend')(factory)  # noqa: B009
 
 
 @contextmanager

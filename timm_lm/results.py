@@ -10,6 +10,7 @@ import yaml
 from .errors import UserError
 from .files import write_text
 from .precision import asked_precision
+from .training.places import folder_name
 
 # timm's columns of results, then ours: errors and parameters as timm counts them (%, millions).
 COLUMNS = (
@@ -64,7 +65,7 @@ def _read_run(folder: Path) -> Row:
         epochs=done,
         seen_top1_err=f"{100 - seen['top1']:.2f}" if seen else '',
         precision=asked_precision(args),
-        run=folder.name,
+        run=folder_name(str(folder)),
         status='done' if result else f"stopped after epoch {done} of {args['epochs']}",
         **{name: result.get(name, '') for name in ('minutes', 'hardware', 'versions', 'command')},
     )
@@ -100,13 +101,15 @@ def _recipe(args: Dict[str, Any], processes: int) -> str:
         shorten = last_name if name in ('grow_from', 'kd_model_name') else without_place
         return f'{name} {shorten(str(run[name]))}'
 
+    same = {*FREE_OPTIONS, *_SAME_RECIPE, *idle}
+    if run['sched'] != 'plateau':  # else it only tells which epoch is the best
+        same.add('eval_metric')
     changed = [told(name) for name, value in shipped.items()
-               if name not in (*FREE_OPTIONS, *_SAME_RECIPE, *idle) and name in run and run[name] != value]
+               if name not in same and name in run and run[name] != value]
     return args['tag'] + (f" with {', '.join(changed)}" if changed else '')
 
 
 def _dataset(args: Dict[str, Any], told: Mapping[str, Any]) -> str:
-    from .training.places import folder_name
     name = args['dataset'].removeprefix('hfds/')
     return folder_name(name) if name else told.get('folder') or folder_name(args['data_dir'] or '')
 

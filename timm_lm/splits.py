@@ -118,7 +118,8 @@ def download_parquet(repo_id: str, split: str) -> Path:
     """The folder of a data set repo of the Hub, its Parquet files downloaded into the Hub's cache."""
     from huggingface_hub import snapshot_download
 
-    from .hub import HUB_ERRORS
+    from .hub_client import HUB_ERRORS, set_up_client
+    set_up_client()
     try:
         patterns = [f'*{split}*.parquet', f'*{split}/*.parquet']
         folder = Path(snapshot_download(repo_id, repo_type='dataset', allow_patterns=patterns))

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from timm_lm.errors import RESUME, UserError
-from timm_lm.files import atomic_folder, replaced, sha256
+from timm_lm.files import atomic_folder, own_memory, replaced, sha256
 
 TENSORS, STATE = 'state.safetensors', 'state.json'
 PREFIX = 'step-'
@@ -176,6 +176,7 @@ class CheckpointStore:
             f'{group}/{key}': tensor.detach().cpu().contiguous()
             for group, named in groups.items() for key, tensor in named.items()
         }
+        own_memory(flat)
         state = json.loads(json.dumps(dict(rest, progress=asdict(progress), optimizer=optimizer_rest)))  # as read
         folder = self.folder / self.name(updates)
         try:

@@ -117,6 +117,9 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         )
     except ValueError as e:  # of a precision that the device does not have
         raise UserError(f'Accelerate can not be set up ({e}); give --no-amp, or change its settings.') from e
+    if accelerator.device.type == 'cuda' and accelerator.device.index is not None:
+        # Accelerate does not for that of ACCELERATE_TORCH_DEVICE; random states are those of the current one
+        torch.cuda.set_device(accelerator.device)
     if args.torchcompile and accelerator.num_processes > 1:
         # Small networks gain nothing from graphs that are cut where gradients are sent, and older PyTorch loses sight
         # of the weights in them: CUDA graphs are recorded anew at each step, and gradients may be wrong.

@@ -334,7 +334,8 @@ class Training:
         self.agree(epoch)
         seconds = time.perf_counter() - start
         sums = self._reduced_sums()
-        if accelerator.num_processes > 1 and args.dist_bn and not args.sync_bn:
+        # after a stop during the validation they were sent before it, and a mean of equal numbers may round
+        if first_batch < steps and accelerator.num_processes > 1 and args.dist_bn and not args.sync_bn:
             averages = [self.average.module] if self.average else []
             for model in (self.model, *averages):
                 distribute_bn(model, accelerator.num_processes, args.dist_bn == 'reduce')

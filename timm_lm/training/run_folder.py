@@ -24,8 +24,9 @@ except ImportError:  # on Windows
 
 # Options that may differ between a run and its resumption.
 FREE_OPTIONS = (
-    'config', 'resume', 'output', 'experiment', 'data_dir', 'log_interval', 'recovery_interval', 'checkpoint_hist',
-    'workers', 'pin_mem', 'dry_run', 'log_tensorboard', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id',
+    'config', 'resume', 'output', 'experiment', 'data_dir', 'dataset_download', 'log_interval', 'recovery_interval',
+    'checkpoint_hist', 'workers', 'pin_mem', 'dry_run', 'log_tensorboard', 'log_wandb', 'wandb_project', 'wandb_tags',
+    'wandb_resume_id',
 )
 _OTHER_RUN = ('The run folder {} holds another run; give another --experiment, go on with --resume auto, or remove '
               'it.')

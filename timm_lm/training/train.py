@@ -5,12 +5,14 @@ The loop is an ordinary one on Accelerate, which owns device, precision and proc
 import argparse
 import copy
 import shlex
+import shutil
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, set_seed
 from tqdm import tqdm
 
@@ -19,6 +21,7 @@ from timm_lm.data import TooLarge, check_class_names, check_labels
 from timm_lm.errors import RESUME, UserError, one_line
 from timm_lm.files import writing
 from timm_lm.hub import TimmModel
+from timm_lm.image_set import ImageSet
 from timm_lm.loader import BatchLoader
 
 from .batches import check_input, create_loader, load_split, resolve_input_config
@@ -101,6 +104,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
             raise UserError(f'{str(e).partition(";")[0]}; the run began with its images in memory and can only go on '
                             'where they fit. Start another run with another --experiment.') from e
         eval_set = load(args.val_split) if args.val_split else None
+    _check_same_loader(accelerator, isinstance(train_set, ImageSet))
     for data in (train_set, eval_set):
         if data is not None:
             check_labels(data, model.num_classes)
@@ -122,7 +126,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
             raise UserError(f'{args.model} can not recompute in its backward pass; leave --grad-checkpointing '
                             'out.') from e
     model = share_batch_statistics(args, model, accelerator)
-    set_seed(args.seed, device_specific=True)  # each process drops other paths
+    set_seed((args.seed + accelerator.process_index) % 2 ** 32)  # each process drops other paths
     signals = StopSignals(several=accelerator.num_processes > 1)
     training = Training(args, accelerator, model, train_loader, data_config, store, signals)
     training.facts = run_facts(args, model, command, accelerator.device, accelerator.num_processes)
@@ -204,6 +208,13 @@ def _run(
     on_main(accelerator, end)
 
 
+def _check_same_loader(accelerator: Accelerator, in_memory: bool) -> None:
+    """Each process has its own device and maybe its own machine; images are augmented by other seeds in memory."""
+    if accelerator.num_processes > 1 and len({*gather_object([in_memory])}) > 1:
+        raise UserError('The training images fit into the memory of some processes and not of others; give --loader '
+                        'timm to all of them.')
+
+
 def _clear_way(args: argparse.Namespace, training: Training, log: RunLog, checkpoint: Optional[Checkpoint],
                progress: Progress) -> None:
     """Take what a run left after the checkpoint that it goes on from out of the way, and tell where it goes on."""
@@ -212,6 +223,8 @@ def _clear_way(args: argparse.Namespace, training: Training, log: RunLog, checkp
         (log.folder / RESULT_NAME).unlink(missing_ok=True)  # of a later end
     if args.resume:
         training.store.remove_unfinished()
+        for unfinished in log.folder.glob('.weights.*'):  # by a process that was killed; they are written again
+            shutil.rmtree(unfinished, ignore_errors=True)
     if checkpoint is not None:
         place = f'batch {progress.batch + 1}' if progress.batch < len(training.loader) else 'validation'
         where = (f'epoch {progress.epoch + 1}, {place}' if progress.epoch < training.num_epochs else

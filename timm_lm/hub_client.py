@@ -1,0 +1,40 @@
+"""The client of the Hub: what it may raise, and how long it waits."""
+import importlib
+import sys
+from typing import Any, Tuple, Type
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import disable_progress_bars
+
+SILENCE = 60  # seconds without a byte after which a connection is given up
+# What a download or an upload may raise. Requests up to huggingface_hub 0.x, httpx from 1.0: the base of what either
+# raises is the base of the Hub's own error too.
+HUB_ERRORS: Tuple[Type[BaseException], ...] = (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)
+
+
+def set_up_client() -> None:
+    """Have huggingface_hub give up on a server that says nothing, and draw no progress bars into files.
+
+    By itself it waits for ever.
+    """
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    modern = hasattr(huggingface_hub, 'set_client_factory')
+    try:
+        http = importlib.import_module('huggingface_hub.utils._http')
+        make: Any = getattr(http, 'default_client_factory' if modern else '_default_backend_factory')
+    except (AttributeError, ImportError):  # it is not public
+        return
+
+    def factory() -> Any:
+        client = make()
+        request = client.request
+        client.timeout = SILENCE
+        client.request = lambda *args, timeout=None, **kwargs: request(*args, timeout=timeout or SILENCE, **kwargs)
+        return client
+
+    if modern:
+        huggingface_hub.set_client_factory(factory)
+    else:
+        getattr(huggingface_hub, 'configure_http_backend')(factory)  # noqa: B009
