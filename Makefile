@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-timm check-weights ship halve lint wheel
+.PHONY: demo test test-timm check-weights ship lint wheel
 
 demo: $(STAMP)  ## train, save, reload and evaluate on scikit-learn's digits
 	$(BIN)/timm-lm demo
@@ -21,11 +21,8 @@ test-timm: $(STAMP)  ## timm's own tests of its models, on ours
 check-weights: $(STAMP)  ## count the errors of all shipped weights; DATA holds the folders cifar10 and cifar100
 	$(BIN)/python -m timm_lm.check_weights $(DATA)
 
-ship: $(STAMP)  ## ship weights of finished RUNS; DATA: where the data lies now, HALF=1: in half precision whatever the size
-	$(BIN)/python -m timm_lm.ship $(RUNS) $(if $(DATA),--data-dir $(DATA)) $(if $(HALF),--half)
-
-halve: $(STAMP)  ## save shipped weights NAMES in half precision; DATA holds the folders cifar10 and cifar100
-	$(BIN)/python -m timm_lm.halve $(NAMES) --data $(DATA)
+ship: $(STAMP)  ## ship weights of finished RUNS in half precision; DATA: where the data lies now
+	$(BIN)/python -m timm_lm.ship $(RUNS) $(if $(DATA),--data-dir $(DATA))
 
 lint: $(STAMP)  ## lint and types
 	$(BIN)/ruff check .

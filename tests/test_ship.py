@@ -1,8 +1,7 @@
-"""Weights of runs among those that ship, small ones as they are, large ones in half precision; shipped ones halved."""
+"""Weights of runs among those that ship, in half precision."""
 import csv
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -18,9 +17,7 @@ from timm_lm import check_weights
 from timm_lm import ship as ship_module
 from timm_lm.card import recorded_error
 from timm_lm.errors import UserError
-from timm_lm.halve import halve
-from timm_lm.halve import main as halve_main
-from timm_lm.hub import load_folder, verify_folder
+from timm_lm.hub import verify_folder
 from timm_lm.models._weights import read_digests
 from timm_lm.publish import prepare_tree
 from timm_lm.results import read_rows, read_run
@@ -55,16 +52,6 @@ def places(tmp_path):
     return weights, results
 
 
-def test_small_network_ships_as_it_is(run, places):
-    weights, results = places
-    row = ship(run, *places)
-    folder = weights / 'lm_resnet20.paper_c10'
-    for path in (path for path in (run / 'weights').rglob('*') if path.is_file()):
-        assert (folder / path.relative_to(run / 'weights')).read_bytes() == path.read_bytes()
-    assert list(read_digests(weights)) == ['lm_resnet20.paper_c10/model.safetensors']
-    assert read_rows(results / 'cifar10.csv') == [row] and row['run'] == 'run'
-
-
 def test_run_without_a_validation_is_done_and_does_not_ship(few_digits, places, tmp_path):
     run = train(parse_options(['-c', 'demo_digits', '--data-dir', str(few_digits), *SMALL, '--val-split', '',
                                '--output', str(tmp_path), '--experiment', 'uncounted']))
@@ -74,14 +61,12 @@ def test_run_without_a_validation_is_done_and_does_not_ship(few_digits, places, 
         ship(run, *places)
 
 
-@pytest.mark.parametrize('is_large', [True, False])
-def test_network_that_is_large_or_is_to_ships_in_half_precision_with_its_own_count(run, places, monkeypatch, is_large):
+def test_weights_ship_in_half_precision_with_their_own_count(run, places):
     weights, results = places
-    monkeypatch.setattr(ship_module, 'HALF_FROM', 1 if is_large else 10 ** 9)
     told = json.loads((run / 'result.json').read_text())
     # a count that the saved file can not have: what is recorded must be counted anew
     (run / 'result.json').write_text(json.dumps(told | dict(errors=63, top1=100 / 64, k=[9., 9., 9.])))
-    row = ship(run, *places, half=not is_large)
+    row = ship(run, *places)
     folder = weights / 'lm_resnet20.paper_c10'
     state, whole = load_file(folder / 'model.safetensors'), load_file(run / 'weights' / 'model.safetensors')
     assert {t.dtype for t in state.values() if t.is_floating_point()} == {torch.float16}
@@ -97,7 +82,8 @@ def test_network_that_is_large_or_is_to_ships_in_half_precision_with_its_own_cou
     card = (folder / 'README.md').read_text()
     assert '| weights saved in | float16 |' in card and f"{row['errors']} of 64 images" in card
     assert '| weights saved in | float32 |' in (run / 'weights' / 'README.md').read_text()
-    assert read_rows(results / 'cifar10.csv') == [row]
+    assert list(read_digests(weights)) == ['lm_resnet20.paper_c10/model.safetensors']
+    assert read_rows(results / 'cifar10.csv') == [row] and row['run'] == 'run'
 
 
 def test_what_can_not_ship_leaves_everything_as_it_was(run, places, monkeypatch):
@@ -195,61 +181,14 @@ def test_command_on_bad_input_says_one_line_and_writes_nothing(run, tmp_path, ca
     assert files() == before
 
 
-def test_shipped_weights_are_halved_with_their_own_count(few_digits, places, tmp_path, command, monkeypatch):
-    weights, results = places
-    data = shutil.copytree(few_digits, tmp_path / 'cifar10')
-    code, _, err = command('train', '-c', 'demo_digits', '--data-dir', data, *SMALL, '--tag', 'paper_c10',
-                           '--output', tmp_path, '--experiment', 'told')
-    assert code == 0, err
-    row = ship(tmp_path / 'told', weights, results)
-    name = row['model']
-    folder = weights / name
-    whole, card = load_file(folder / 'model.safetensors'), (folder / 'README.md').read_text()
-
-    def refused(match, name=name):
-        before = {path: path.read_bytes() for path in (*weights.rglob('*'), *results.iterdir()) if path.is_file()}
-        with pytest.raises(UserError, match=match):
-            halve(name, weights, results, tmp_path)
-        assert before == {path: path.read_bytes() for path in before}
-
-    refused('There are no weights lm_resnet20.paper_c11 in', name='lm_resnet20.paper_c11')
-    (folder / 'README.md').write_text(card + 'Trained on a Monday.\n')
-    refused('can not be made anew; restore the record or the card')
-    (folder / 'README.md').write_text(card)
-    counted = dict(top1=50., top5=75., errors=32, images=64)  # which the whole weights do not have
-    monkeypatch.setattr(ship_module, 'count_errors', lambda *args, **kwargs: counted)
-    halved = halve(name, weights, results, tmp_path)
-    verify_folder(folder)
-    state = load_file(folder / 'model.safetensors')
-    assert {tensor.dtype for tensor in state.values() if tensor.is_floating_point()} == {torch.float16}
-    assert all(torch.equal(state[key], whole[key].to(state[key].dtype)) for key in whole)
-    assert (halved['errors'], halved['top1_err'], halved['top5_err']) == ('32', '50.00', '25.00')
-    assert read_rows(results / 'cifar10.csv') == [halved]
-    assert {key for key in row if row[key] != halved[key]} <= {
-        'errors', 'top1', 'top1_err', 'top5', 'top5_err', 'k', 'k_min', 'k_max'}
-    text = (folder / 'README.md').read_text()
-    assert '| weights saved in | float16 |' in text and '50.00 % (32 of 64 images)' in text
-    refused('are in half precision already')
-
-
-def test_halving_on_bad_input_says_one_line(tmp_path, capsys):
-    assert halve_main(['lm_resnet20.paper_c11', '--data', str(tmp_path), '--project', str(CHECKOUT)]) == 2
-    assert capsys.readouterr().err.startswith('halve: error: There are no weights lm_resnet20.paper_c11 in ')
-    assert halve_main(['lm_resnet20.paper_c10', '--data', str(tmp_path), '--project', str(tmp_path)]) == 2
-    assert 'is not the checkout that this package runs from' in capsys.readouterr().err
-
-
-def test_shipped_weights_are_half_precision_from_depth_44_on_and_small():
+def test_shipped_weights_are_in_half_precision_and_small():
     folders = [path for path in (CHECKOUT / 'weights').iterdir() if path.is_dir()]
     assert len(folders) > 5
     for folder in folders:
         state = load_file(folder / 'model.safetensors')
         dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-        depth = int(re.search(r'resne\w*?(\d+)', folder.name).group(1))
-        assert len(dtypes) == 1 and (depth < 44 or dtypes == {torch.float16}), folder.name
-        assert f"| weights saved in | {str(*dtypes).removeprefix('torch.')} |" in (folder / 'README.md').read_text()
-        parameters = sum(p.numel() for p in load_folder(folder).parameters())
-        assert (parameters >= ship_module.HALF_FROM) == (depth >= 44), folder.name
+        assert dtypes == {torch.float16}, folder.name
+        assert '| weights saved in | float16 |' in (folder / 'README.md').read_text()
     size = sum(path.stat().st_size for path in (CHECKOUT / 'weights').rglob('*') if path.is_file())
     assert size <= ship_module.TRACKED_LIMIT
 

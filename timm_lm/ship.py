@@ -5,7 +5,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Union
+from typing import Any, Dict, Optional, Sequence, Union
 
 import torch
 import yaml
@@ -22,23 +22,20 @@ from .results import Row, add_rows, check_rows, read_run, with_result
 from .results_page import write_report
 from .training.result import count_errors, mean_k, run_card
 
-HALF_FROM = 600_000  # parameters; from lm_resnet44 (0.66 million) on weights ship in half precision
 TRACKED_LIMIT = 20 << 20  # bytes of all weights folders together
 
 
-def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional[str] = None,
-         half: bool = False) -> Row:
+def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional[str] = None) -> Row:
     """Put the weights of a finished run among those that ship.
 
-    Large networks are saved in half precision. Their errors are then counted again on what was saved, and it is this
-    figure that the card and the row of results record.
+    They are saved in half precision. Their errors are counted again on what was saved, and it is this figure that the
+    card and the row of results record.
 
     Args:
         run: Folder of the run.
         weights: Holds the weights folders and ``SHA256SUMS``; a folder of the same name is replaced.
         results: Folder of the record of runs.
         data_dir: Where the data is now, None for where it was.
-        half: Save in half precision whatever the size, as where there is no room otherwise.
 
     Returns:
         The row.
@@ -66,24 +63,16 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
     verify_folder(source)
     with tempfile.TemporaryDirectory(prefix='timm-lm-ship-') as temporary:
         folder = Path(temporary) / row['model']
-        half = half or told['parameters'] >= HALF_FROM
-        if half:
-            save_half(source, folder)
-        else:
-            shutil.copytree(source, folder)
-        _check_size(folder, weights, half)
-        if half:
-            told |= count_half(folder, told, args, data_dir)
-        else:
-            write_text(folder / CARD_NAME, run_card(told, args, load_folder(folder)))  # by the template of today
-        row = with_result(row, told)
+        save_folder(load_folder(source), folder, '', saved_model_args(str(source)), dtype=torch.float16)
+        _check_size(folder, weights)
+        row = with_result(row, told | _count(folder, told, args, data_dir))
         check_rows([row], results)
-        put_weights(folder, weights)
+        _put(folder, weights)
     add_rows([row], results)
     return row
 
 
-def put_weights(folder: Path, weights: Path) -> None:
+def _put(folder: Path, weights: Path) -> None:
     """Put a copy of a weights folder among those that ship, in the place of one of its name, with its digest."""
     try:
         with atomic_folder(weights / folder.name) as new:
@@ -92,13 +81,8 @@ def put_weights(folder: Path, weights: Path) -> None:
         write_digests(weights)
 
 
-def save_half(source: Path, folder: Path) -> None:
-    """Save a weights folder in half precision, without a card."""
-    save_folder(load_folder(source), folder, '', saved_model_args(str(source)), dtype=torch.float16)
-
-
-def count_half(folder: Path, told: Dict[str, Any], args: Dict[str, Any], data_dir: Optional[str]) -> Dict[str, Any]:
-    """Count the errors of a folder in half precision, and write a card of them; returns the count and ``k``."""
+def _count(folder: Path, told: Dict[str, Any], args: Dict[str, Any], data_dir: Optional[str]) -> Dict[str, Any]:
+    """Count the errors of a weights folder, and write a card of them; returns the count and ``k``."""
     model = load_folder(folder)
     counts: Dict[str, Any] = count_errors(
         folder, args['val_split'], data_dir=data_dir or args['data_dir'], dataset=args['dataset'],
@@ -107,14 +91,13 @@ def count_half(folder: Path, told: Dict[str, Any], args: Dict[str, Any], data_di
     return counts | dict(k=mean_k(model))
 
 
-def _check_size(folder: Path, weights: Path, half: bool) -> None:
+def _check_size(folder: Path, weights: Path) -> None:
     """Before errors are counted, which takes its time; the card is yet to come, and is small."""
     others = [path for path in whole_entries(weights) if path.name != folder.name]
     size = _size(folder) + sum(map(_size, others))
     if size > TRACKED_LIMIT:
-        cure = '' if half else 'ship it in half precision, or '
         raise UserError(f'With {folder.name} the weights would take {size / 2**20:.1f} MiB, more than '
-                        f'{TRACKED_LIMIT / 2**20:.0f}; {cure}take another folder out of {weights} first.')
+                        f'{TRACKED_LIMIT / 2**20:.0f}; take another folder out of {weights} first.')
 
 
 def _size(path: Path) -> int:
@@ -130,40 +113,23 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog='ship', description='Put weights of runs among those that ship.')
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a finished run')
     parser.add_argument('--data-dir', metavar='DIR', help='where the data is now (default: where it was)')
-    parser.add_argument('--half', action='store_true', help='save in half precision, whatever the size')
     parser.add_argument('--project', type=Path, default=Path(), metavar='DIR', help='a checkout (default: this folder)')
     args = parser.parse_args(argv)
-    return put_each('ship', args.project, args.runs, lambda run, weights, results: ship(
-        run, weights, results, args.data_dir, args.half))
-
-
-def put_each(prog: str, project: Path, sources: Sequence[str], put: Callable[[str, Path, Path], Row]) -> int:
-    """Put weights of each source among those that ship, tell their errors, and renew the pages that tell of them.
-
-    Args:
-        prog: Name of the command, for its line of an error.
-        project: The checkout.
-        sources: What ``put`` is called with, one by one, beside the folders of weights and results; it returns a row.
-        put: Raises ``UserError`` if it can not; those before stay.
-
-    Returns:
-        0, or 2 after an error, with one line.
-    """
-    results = project / 'results'
+    project, results = args.project, args.project / 'results'
     try:
         if weights_dir().resolve() != (project / 'weights').resolve():
             raise UserError(f'{project.resolve()} is not the checkout that this package runs from; change to it.')
         rows = []
         try:
-            for source in sources:
-                rows.append(row := put(source, weights_dir(), results))
+            for run in args.runs:
+                rows.append(row := ship(run, weights_dir(), results, args.data_dir))
                 print(f"{row['model']}: {row['errors']} errors of {row['images']} images ({row['top1_err']} %)")
         finally:
             if rows:  # if need be only those before one that could not be put there
                 write_report(results, project / 'docs' / 'results.md')
                 write_table(results, project / 'README.md')
     except (OSError, SafetensorError, UserError) as e:
-        print(f'{prog}: error: {e}', file=sys.stderr)
+        print(f'ship: error: {e}', file=sys.stderr)
         return 2
     return 0
 
