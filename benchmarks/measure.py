@@ -2,7 +2,6 @@
 import argparse
 import json
 import platform
-import re
 import statistics
 import sys
 import time
@@ -11,8 +10,8 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 
+from timm_lm.machine import processor_name, usable_cores
 from timm_lm.precision import no_bfloat16
-from timm_lm.training.result import usable_cores
 
 torch.backends.cudnn.benchmark = True  # as timm's scripts
 
@@ -49,10 +48,7 @@ def lower_precision(args: argparse.Namespace) -> str:
 
 def machine(device: str) -> Dict[str, Any]:
     """Names of processor and GPU, cores and threads."""
-    cpu = platform.processor() or platform.machine()
-    if Path('/proc/cpuinfo').is_file():
-        cpu = next(iter(re.findall(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())), cpu)
-    return dict(cpu=cpu, cores=usable_cores(), threads=torch.get_num_threads(), system=platform.platform(),
+    return dict(cpu=processor_name(), cores=usable_cores(), threads=torch.get_num_threads(), system=platform.platform(),
                 gpu=torch.cuda.get_device_name() if device == 'cuda' else None)
 
 

@@ -43,16 +43,16 @@ import yaml
 from measure import columns, machine, machine_line
 
 from timm_lm.errors import UserError
+from timm_lm.machine import usable_cores
 from timm_lm.precision import no_bfloat16
 from timm_lm.splits import find_parquet
 from timm_lm.training.factory import can_fuse
 from timm_lm.training.options import parse_options
-from timm_lm.training.result import usable_cores
 
 ONE_TRAINING = Path(__file__).resolve().parent / 'one_training.py'
-# Keys of a recipe that timm's defaults leave off.
 AMP_OPTIONS = ('amp', 'amp_dtype')
 LATE_OPTIONS = ('mixup_off_epoch', 'two_step_epoch')  # epochs that a short run does not reach
+# Keys of a recipe that timm's defaults leave off.
 SPEED_OPTIONS = (*AMP_OPTIONS, 'channels_last', 'torchcompile', 'torchcompile_mode')
 BARE_LINE = re.compile(r'([\d.]+) images/s')  # of an epoch of one_training.py
 # timm's line of a batch: epoch, batch, batches, ..., (mean seconds, mean images/s of the epoch so far)

@@ -1,7 +1,8 @@
 """The ``timm-lm`` command: each subcommand reads its options, calls the package, and prints."""
 import argparse
-import importlib
+import fnmatch
 import io
+import json
 import os
 import re
 import signal
@@ -10,7 +11,16 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
+import timm
+import torch
+
+from . import __version__
+from .card import recorded_error
 from .errors import RESUME, UserError, one_line
+from .hub import verify_folder
+from .models._weights import weights_dir
+from .names import check_name, load_model, model_tags, names_folder, our_models
+from .networks import count_macs, network_size, split_page, write_table
 
 EXIT_USER_ERROR = 2
 PATIENCE = 10  # seconds that other processes of a machine leave the first one to tell of an end
@@ -101,12 +111,6 @@ def _list(argv: List[str]) -> None:
     parser.add_argument('--pretrained', action='store_true', help='only tags that have weights')
     args = parser.parse_args(argv)
 
-    import fnmatch
-
-    import timm
-
-    from .names import model_tags, our_models
-
     rows = []
     for name in fnmatch.filter(our_models(), args.filter):
         for tag in model_tags(name):
@@ -123,11 +127,6 @@ def _info(argv: List[str]) -> None:
     parser = _parser('info', _info)
     parser.add_argument('model', metavar='MODEL_OR_FOLDER', help='as in validate')
     args = parser.parse_args(argv)
-
-    from .card import recorded_error
-    from .models._weights import weights_dir
-    from .names import check_name, load_model, model_tags, names_folder
-    from .networks import count_macs
 
     source = args.model.removeprefix('local-dir:')
     is_folder, is_repo = names_folder(args.model), source.startswith('hf-hub:')
@@ -169,7 +168,6 @@ def _verify(argv: List[str]) -> None:
                         help='a weights folder, or hf-hub:OWNER/NAME, whose files are downloaded to be checked')
     args = parser.parse_args(argv)
 
-    from .hub import verify_folder
     from .publish import verify_repo
 
     for source in args.sources:
@@ -239,9 +237,6 @@ def _predict(argv: List[str]) -> int:
     if args.topk < 1:
         raise UserError(f'--topk must be at least 1, not {args.topk}.')
 
-    import json
-
-    from .names import load_model
     from .predict import find_images, predict
 
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -273,7 +268,6 @@ def _export(argv: List[str]) -> None:
     args = parser.parse_args(argv)
 
     from .export import FORMATS, export_model
-    from .names import load_model, names_folder
 
     model = load_model(args.model, **(dict(scriptable=True) if args.format == 'torchscript' else {}))
     ending = FORMATS[args.format][1]
@@ -297,7 +291,6 @@ def _report(argv: List[str]) -> None:
     parser.add_argument('--readme', type=Path, metavar='FILE', help='renew the table of networks in this file too')
     args = parser.parse_args(argv)
 
-    from .networks import split_page, write_table
     from .results import add_runs
     from .results_page import read_frame, write_report
 
@@ -340,7 +333,7 @@ COMMANDS: Dict[str, Callable[[List[str]], Optional[int]]] = {
 
 
 def _is_out_of_memory(e: BaseException) -> bool:
-    """Whether an error is that of PyTorch, which is not imported here, or of Python when memory runs out."""
+    """Whether an error is that of PyTorch or of Python when memory runs out."""
     told = 'not enough memory', "can't allocate memory", 'out of memory'
     return isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError' or any(text in str(e) for text in told)
 
@@ -357,7 +350,6 @@ def _is_of_a_device(e: BaseException) -> bool:
 
 
 def _device(name: str) -> Any:
-    import torch
     try:
         torch.empty(1, device=name).item()
     except (AssertionError, RuntimeError) as e:
@@ -369,7 +361,6 @@ def _device(name: str) -> Any:
 
 
 def _source(name: str) -> str:
-    import timm
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
         return 'none'
@@ -377,12 +368,6 @@ def _source(name: str) -> str:
 
 
 def _facts(full_name: str) -> List[str]:
-    import timm
-
-    from .card import recorded_error
-    from .models._weights import weights_dir
-    from .networks import network_size
-
     cfg: Any = timm.get_pretrained_cfg(full_name)
     parameters, macs = network_size(full_name.partition('.')[0], cfg.num_classes, cfg.input_size)
     error = recorded_error(weights_dir() / full_name)
@@ -440,7 +425,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal can not show do not end a command
         sys.stdout.reconfigure(errors='backslashreplace')
     if argv[:1] == ['--version']:
-        print(importlib.import_module('timm_lm').__version__)
+        print(__version__)
         return 0
     if not argv or argv[0] in ('-h', '--help'):
         print(_usage())

@@ -696,10 +696,13 @@ def _cifar_cfg(labels: Tuple[str, ...], **kwargs: Any) -> Dict[str, Any]:
 _c10 = partial(_cifar_cfg, _labels.CIFAR10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 _c100 = partial(_cifar_cfg, _labels.CIFAR100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
 
-# The first tag of a name fixes its number of classes; the first one of as many that has weights is the default.
-# They are the names of the recipes of a network.
+
 def _cifar_tags(*further: str) -> Dict[str, Callable[..., Dict[str, Any]]]:
-    best_first = 'distill_c10', 'grow_c10'  # by their errors; the first tag with weights is the default
+    """Tags of a network of small images, which are the names of its recipes, in timm's order.
+
+    The first one fixes the number of classes; the first one of as many classes that has weights is the default.
+    """
+    best_first = 'distill_c10', 'grow_c10'  # by their errors
     tags = sorted(
         (*(tag for tag in best_first if tag in further), 'best_c10', *further, 'best_c100', 'paper_c100'),
         key=lambda tag: tag.endswith('_c100'))

@@ -101,12 +101,11 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
     # of an earlier training in this process, maybe in another precision or on another device
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else 'no'
-    # Accelerate joins processes on the CPU only if told that it is the CPU
     trackers = _trackers(args)
     try:
         accelerator = Accelerator(
             mixed_precision=precision,
-            cpu=on_cpu,
+            cpu=on_cpu,  # else it does not join processes on the CPU
             dynamo_plugin=plugin,
             log_with=trackers or None,
             project_dir=folder,

@@ -1,7 +1,6 @@
 """What a training ends with: a weights folder whose card tells the result and how it was made."""
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -15,6 +14,7 @@ from timm_lm.data import load_images
 from timm_lm.files import write_text
 from timm_lm.hub import TimmModel, describe, image_config, load_folder, save_folder
 from timm_lm.loader import BatchLoader, MemoryLoader
+from timm_lm.machine import processor_name, usable_cores
 from timm_lm.names import saved_model_args
 from timm_lm.precision import asked_precision
 
@@ -187,15 +187,5 @@ def _hardware(device: torch.device) -> str:
         return getattr(torch, device.type).get_device_name(device)
     if device.type != 'cpu':
         return {'mps': 'Apple GPU'}.get(device.type, device.type)
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        name = next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        name = 'CPU'
     threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"

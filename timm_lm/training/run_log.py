@@ -159,14 +159,12 @@ class RunLog:
 
     def plot(self) -> None:
         """Draw ``curves.png``, and ``k.png`` if the network has a ``k``."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         rows = self.rows()
         epochs = [row['epoch'] + 1 for row in rows]
         evaluated = [row for row in rows if row['eval']]
         figure = Figure(figsize=(9, 3.6), layout='constrained')
-        FigureCanvasAgg(figure)
         error, loss = figure.subplots(1, 2)
         error.plot(epochs, [100 - row['train']['top1'] for row in rows], label='train')
         loss.plot(epochs, [row['train']['loss'] for row in rows], label='train')
@@ -183,7 +181,6 @@ class RunLog:
         if not names:
             return
         figure = Figure(figsize=(6, 3.6), layout='constrained')
-        FigureCanvasAgg(figure)
         axes = figure.subplots()
         for name in names:
             axes.plot(epochs, [sum(row['k'][name]) / len(row['k'][name]) for row in rows], label=name)
