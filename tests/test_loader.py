@@ -26,7 +26,7 @@ from timm_lm.data import TooLarge, load_images, open_images
 from timm_lm.errors import UserError
 from timm_lm.image_set import ImageSet
 from timm_lm.loader import IGNORE_LABEL, Augmentation, MemoryLoader, WorkerLoader, _seed
-from timm_lm.training.batches import create_loader, load_split
+from timm_lm.training.batches import _transform, create_loader, load_split
 from timm_lm.training.options import parse_options
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -230,6 +230,50 @@ def test_each_way_to_augment_reaches_the_batches(photos, options):
     before = without.get(options[0] if options[0] in without else options[-2], [])
     changed, plain = (list(loaders(photos, *base, *more)[0]) for more in (options, before))
     assert not any(torch.equal(images, other) for (images, _), (other, _) in zip(changed, plain, strict=True))
+
+
+@pytest.mark.parametrize('option, keyword', [
+    ('--aa rand-m5-inc1', dict(auto_augment='rand-m5-inc1')), ('--aa original', dict(auto_augment='original')),
+    ('--color-jitter 0.9', dict(color_jitter=0.9)),
+    ('--color-jitter-prob 0.3', dict(color_jitter_prob=0.3)), ('--grayscale-prob 0.5', dict(grayscale_prob=0.5)),
+    ('--gaussian-blur-prob 0.5', dict(gaussian_blur_prob=0.5)), ('--scale 0.3 0.5', dict(scale=(0.3, 0.5))),
+    ('--ratio 2 3', dict(ratio=(2, 3))), ('--train-crop-mode rkrc', dict(train_crop_mode='rkrc')),
+    ('--train-interpolation nearest', dict(interpolation='nearest')), ('--hflip 0.2', dict(hflip=0.2)),
+    ('--vflip 0.4', dict(vflip=0.4)), ('--no-aug', dict(no_aug=True, interpolation='bilinear')),
+])
+def test_transform_of_the_options_is_that_of_timm(option, keyword):
+    config = dict(input_size=(3, 32, 32), mean=MEAN, std=STD, crop_pct=0.9, interpolation='bilinear')
+    mine = _transform(parse_options(['--data-dir', 'DIR', *option.split()]), config, is_training=True)
+    # what timm's script gives
+    defaults: dict = dict(color_jitter=0.4, interpolation='random', scale=(0.08, 1.), ratio=(3 / 4, 4 / 3))
+    theirs = create_transform(
+        (3, 32, 32), is_training=True, use_prefetcher=True, mean=MEAN, std=STD, **defaults | keyword)
+    image = Image.fromarray(noise(0)).resize((48, 40))
+    for seed in range(12):
+        found = []
+        for transform in (mine, theirs):
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            found.append(torch.as_tensor(transform(image)))
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize('policy', ['rand-m10-p1-inc1', 'rand-m9-mstd9-p1-inc1', 'augmix-m10', 'original'])
+def test_posterizing_to_no_bits_is_black(policy):
+    """As timm's operation had it before Pillow 13."""
+    config = dict(input_size=(3, 32, 32), mean=MEAN, std=STD, crop_pct=0.9, interpolation='bilinear')
+    transform = _transform(parse_options(['--data-dir', 'DIR', '--aa', policy]), config, is_training=True)
+    (part,) = (part for part in transform.transforms if hasattr(part, 'ops') or hasattr(part, 'policy'))
+    ops = [op for ops in getattr(part, 'policy', None) or [part.ops] for op in ops if op.name.startswith('Posterize')]
+    image = Image.fromarray(noise(0))
+    for op in pickle.loads(pickle.dumps(ops)):
+        for bits, largest in ((8, 255), (1, 128), (0, 0), (-3, 0)):
+            assert np.asarray(op.aug_fn(image, bits, **op.kwargs)).max() == largest
+    assert ops or policy == 'original'
+    random.seed(0)
+    for _ in range(40):
+        transform(image)
 
 
 def test_augmentation_that_can_not_be_made(photos):

@@ -4,7 +4,8 @@ from typing import Any, Dict, Optional, Sequence, Union
 
 import torch
 from accelerate import Accelerator
-from timm.data import create_transform, resolve_data_config
+from PIL import Image
+from timm.data import auto_augment, create_transform, resolve_data_config
 
 from timm_lm.augment import BatchMixup
 from timm_lm.data import TooLarge, is_archive, is_class_folder, load_images, open_images
@@ -165,6 +166,20 @@ def _augmentation(args: argparse.Namespace, num_classes: int, input_size: Sequen
         args.recount, mixup, args.mixup_off_epoch)
 
 
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    return auto_augment.posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def _take_no_bits(transform: Any) -> Any:
+    """Have timm's RandAugment and its kind go on making a black image of 0 bits, which Pillow 13 refuses to make."""
+    for part in getattr(transform, 'transforms', ()):
+        for ops in getattr(part, 'policy', None) or [getattr(part, 'ops', ())]:
+            for op in ops:
+                if getattr(op, 'aug_fn', None) is auto_augment.posterize:
+                    op.aug_fn = _posterize
+    return transform
+
+
 def _transform(args: argparse.Namespace, data_config: Dict[str, Any], is_training: bool) -> Any:
     """timm's transform of an image to uint8 (C, H, W)."""
     common: Dict[str, Any] = dict(input_size=data_config['input_size'], use_prefetcher=True)
@@ -172,7 +187,7 @@ def _transform(args: argparse.Namespace, data_config: Dict[str, Any], is_trainin
         if not is_training:
             return create_transform(
                 crop_pct=data_config['crop_pct'], interpolation=data_config['interpolation'], **common)
-        return create_transform(
+        transform = create_transform(
             is_training=True,
             no_aug=args.no_aug,
             train_crop_mode=args.train_crop_mode,
@@ -190,6 +205,7 @@ def _transform(args: argparse.Namespace, data_config: Dict[str, Any], is_trainin
             std=data_config['std'],
             **common,
         )
+        return _take_no_bits(transform)
     except (AssertionError, KeyError, TypeError, ValueError) as e:
         raise UserError(f'The augmentation can not be made with these options ({type(e).__name__}: {e}); see --aa, '
                         '--train-interpolation and the others of their group.') from e
