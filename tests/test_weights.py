@@ -332,23 +332,23 @@ def test_weights_inside_the_package_go_before_a_folder_of_the_project_around_it(
     assert result.stdout == f'{file}\n', result.stderr
 
 
-@pytest.mark.parametrize('kind', ['hf_hub_id', 'state_dict', 'file'])
-def test_weights_that_a_user_overlays_go_before_those_that_ship(weights, tmp_path, kind):
+def test_weights_that_a_user_overlays_go_before_those_that_ship(weights, tmp_path):
     """Of a network whose name has weights that ship; each source as timm takes it for networks of its own."""
     from hub_server import hub_server
     code = f"""
 import timm
 from safetensors.torch import load_file
 trained = load_file({str(weights / 'model.safetensors')!r})
-source = dict(hf_hub_id='owner/digits', state_dict=trained, file={str(weights / 'model.safetensors')!r})[{kind!r}]
-model = timm.create_model('lm_resnet20', pretrained=True, layers=(2, 2, 2), in_chans=1,
-                          pretrained_cfg_overlay=dict({kind}=source, input_size=(1, 16, 16)))
-print(all((tensor == trained[name]).all() for name, tensor in model.state_dict().items()))
+sources = dict(hf_hub_id='owner/digits', state_dict=trained, file={str(weights / 'model.safetensors')!r})
+for kind, source in sources.items():
+    model = timm.create_model('lm_resnet20', pretrained=True, layers=(2, 2, 2), in_chans=1,
+                              pretrained_cfg_overlay={{kind: source, 'input_size': (1, 16, 16)}})
+    print(kind, all((tensor == trained[name]).all() for name, tensor in model.state_dict().items()))
 """
     with hub_server({'owner/digits': weights}) as endpoint:
         env = dict(os.environ, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE='0', HF_HOME=str(tmp_path), HF_HUB_DISABLE_XET='1')
         result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, cwd=tmp_path)
-    assert result.stdout == 'True\n', result.stderr
+    assert result.stdout == 'hf_hub_id True\nstate_dict True\nfile True\n', result.stderr
 
 
 def test_pretrained_on_the_meta_device_is_a_network_of_shapes():
@@ -393,10 +393,16 @@ def test_hub_repo_loads_through_a_server(weights, tmp_path):
     assert result.stdout == 'True\n', result.stderr
 
 
-@pytest.mark.parametrize('record', ['{', '[]', '{"lm_resnet20.best_c10": {"repo_id": "owner/name"}}'])
-def test_damaged_record_of_published_weights_does_not_stand_in_the_way(copied_package, record):
+@pytest.mark.parametrize('record', ['[]', '{"lm_resnet20.best_c10": {"repo_id": "owner/name"}}'])
+def test_record_of_published_weights_of_another_kind_is_told(tmp_path, record):
+    (tmp_path / 'published.json').write_text(record)
+    with pytest.warns(UserWarning, match='published.json is damaged'):
+        assert _weights._published(tmp_path) == {}
+
+
+def test_damaged_record_of_published_weights_does_not_stand_in_the_way(copied_package):
     file, run = copied_package
-    (file.parents[1] / 'published.json').write_text(record)
+    (file.parents[1] / 'published.json').write_text('{')
     result = run("""
 import timm, timm_lm
 timm.create_model('lm_resnet20.best_c10', pretrained=True)
