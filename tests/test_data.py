@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -66,7 +67,16 @@ def test_crabs_of_cifar100_on_the_hub_have_their_name(tmp_path, images):
         pq.write_table(pq.read_table(path).replace_schema_metadata({'huggingface': info}), path)
         loaded = load_images('test', path.parent)
         assert loaded.class_names == known
-    assert check_class_names(load_images('test', tmp_path / '100'), shared, of='lm_resnet20.best_c100') == ''
+    found = load_images('test', tmp_path / '100').class_names
+    assert check_class_names(found, shared, of='lm_resnet20.best_c100') == ''
+
+
+def test_part_by_a_share_and_a_number_is_refused(tmp_path, images):
+    """The package datasets takes both for shares."""
+    write_parquet(tmp_path / 'train-00000-of-00001.parquet', images)
+    for part in ('train[20%:2]', 'train[1:-25%]'):
+        with pytest.raises(UserError, match='has one bound in % and one in images'):
+            load_images(part, tmp_path)
 
 
 def test_shards_are_read_in_order_from_any_depth(tmp_path, images):
@@ -100,8 +110,8 @@ def test_image_folder_opens_through_timm(tmp_path, images):
 
 
 @pytest.mark.parametrize('part, rows', [
-    ('[:50%]', (0, 3)), ('[50%:]', (3, 6)), ('[-1:]', (5, 6)), ('[1:-25%]', (1, 4)), ('[:]', (0, 6)),
-    ('[20%:2]', (1, 2)),
+    ('[:50%]', (0, 3)), ('[50%:]', (3, 6)), ('[-1:]', (5, 6)), ('[1:-1]', (1, 5)), ('[:]', (0, 6)),
+    ('[20%:-25%]', (1, 4)),
 ])
 def test_part_of_a_split(tmp_path, images, part, rows):
     write_parquet(tmp_path / 'train-00000-of-00002.parquet', images[:4])
@@ -371,6 +381,29 @@ def test_other_images_of_the_same_name_size_and_age_are_not_mistaken(tmp_path):
             os.utime(path, (1, 1))
         seen.append(load_images('test', tmp_path).images.unique().tolist())
     assert seen == [[1], [2]]
+
+
+def test_all_images_that_can_not_be_read_are_told_at_once(tmp_path, images):
+    for i in range(9):
+        path = tmp_path / 'test' / 'cat' / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b'no image' if i in (0, 3, 4) else png(images[0]))
+    with pytest.raises(UserError) as e:
+        load_images('test', tmp_path)
+    first, *_, last = str(e.value).split('; repair or remove it. ')
+    assert '0.png) is not a readable image' in first
+    assert re.fullmatch(r'So it is with 2 more: Image 3 of .*3\.png\), Image 4 of the data \(.*4\.png\)\.', last)
+
+
+def test_classes_that_differ_in_case_alone_have_one_order(tmp_path, images):
+    """timm's own changes from process to process."""
+    letters = 'ABCDEFGH'
+    for name in (*letters, *letters.lower()):
+        (tmp_path / 'test' / name).mkdir(parents=True)
+        (tmp_path / 'test' / name / '0.png').write_bytes(png(np.full((32, 32, 3), ord(name), np.uint8)))
+    loaded = load_images('test', tmp_path)
+    assert ''.join(loaded.class_names) == 'AaBbCcDdEeFfGgHh'
+    assert [chr(image.max()) for image in loaded.images] == [loaded.class_names[label] for label in loaded.labels]
 
 
 def test_image_that_is_a_link_to_nowhere_is_named(tmp_path, images):

@@ -1,6 +1,7 @@
 """Growing a network in depth: the deep one takes the steps of the shallow one in smaller pieces."""
 import copy
 import json
+import shutil
 
 import pytest
 import timm
@@ -209,6 +210,20 @@ def test_training_starts_from_the_grown_weights(few_digits, weights, tmp_path, c
         p.numel() for p in grown.parameters())
     code, out, err = command(*words)
     assert code == 0 and 'Going on from' in out, err
+
+
+def test_grown_network_sees_images_as_the_shallow_one(few_digits, weights, tmp_path, command):
+    shallow = shutil.copytree(weights, tmp_path / 'shallow')
+    config = json.loads((shallow / 'config.json').read_text())
+    config['pretrained_cfg'] |= dict(mean=[0.25], std=[0.75], input_size=[1, 24, 24])
+    (shallow / 'config.json').write_text(json.dumps(config))
+    given = ['--model', 'lm_resnet20', *DEEP, '--in-chans', 1, '--num-classes', 10, '--val-split', 'test', '--data-dir',
+             few_digits, '--grow-from', shallow, '--no-aug', '--epochs', 1, '--warmup-epochs', 0]
+    for more, mean, size in (([], [0.25], 24), (['--mean', 0.5, '--img-size', 16], [0.5], 16)):
+        code, _, err = command('train', *given, *more, '--output', tmp_path, '--experiment', f'run{size}')
+        assert code == 0, err
+        found = json.loads((tmp_path / f'run{size}' / 'weights' / 'config.json').read_text())['pretrained_cfg']
+        assert (found['mean'], found['std'], found['input_size']) == (mean, [0.75], [1, size, size])
 
 
 @pytest.mark.parametrize('options, message', [

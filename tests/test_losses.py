@@ -1,5 +1,7 @@
 """Losses: that timm's own give the same value and gradient, and which teachers fit."""
 
+import json
+
 import pytest
 import timm
 import torch
@@ -160,6 +162,28 @@ def test_teacher_that_does_not_fit_is_refused_in_one_line(teachers, name, kwargs
     with pytest.raises(UserError) as e:
         load_teacher(args, student)
     assert str(e.value) == f'The teacher {teachers / name} {message}'
+
+
+def test_teacher_of_other_classes(teachers, capsys):
+    args = parse_options(['--kd-model-name', str(teachers / 'preact_resnet20')])
+    student = timm.create_model('lm_resnet20', num_classes=CLASSES, layers=(1, 1, 1))
+    names = [str(i) for i in range(CLASSES)]
+
+    def load(theirs, ours):
+        config = json.loads((teachers / 'preact_resnet20' / 'config.json').read_text())
+        changed = config | (dict(label_names=theirs) if theirs else {})
+        (teachers / 'preact_resnet20' / 'config.json').write_text(json.dumps(changed))
+        student.pretrained_cfg = student.pretrained_cfg | dict(label_names=ours)
+        try:
+            load_teacher(args, student)
+        finally:
+            (teachers / 'preact_resnet20' / 'config.json').write_text(json.dumps(config))
+        return capsys.readouterr().out
+
+    assert load(names, names) == load(None, names) == load(names, None) == ''
+    assert 'note: No class of the data (0, 1, ' in load([f'nr {name}' for name in names], names)
+    with pytest.raises(UserError, match='are not the 10 of the teacher .*, or in another order'):
+        load(names[::-1], names)
 
 
 def test_teacher_of_another_size_of_images_is_refused(tmp_path):

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from timm_lm import results_page
 from timm_lm.errors import UserError
 from timm_lm.names import model_tags
 from timm_lm.results import COLUMNS, add_rows, add_runs, read_rows, read_run
-from timm_lm.results_page import read_frame, write_report
+from timm_lm.results_page import finished, read_frame, write_report
 from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
 
@@ -255,5 +256,30 @@ def test_report_command_and_its_errors(results, run_folder, tmp_path, command, f
     line = fails('report', '--results', results, '--page', page)
     assert f'Row 2 of {results / "few.csv"} does not have a value for each column' in line
     nowhere = tmp_path / 'nowhere'
-    line = fails('report', '--results', nowhere, '--page', page, '--add', run_folder)
-    assert 'name its results with --results' in line and not nowhere.exists()
+    line = fails('report', '--results', nowhere, '--page', page)
+    assert f'{nowhere} has no record of runs; add some with --add' in line and not nowhere.exists()
+
+
+def test_report_on_a_record_of_ones_own(run_folder, tmp_path, command):
+    """Outside a checkout, from nothing."""
+    results, page = tmp_path / 'results', tmp_path / 'docs' / 'page.md'
+    code, out, err = command('report', '--results', results, '--page', page, '--add', run_folder)
+    assert code == 0 and out.split() == [str(results / 'few.csv'), str(page)], err
+    text = page.read_text()
+    assert '| run | `lm_resnet20` | few |' in text and '## Remarks' not in text
+    assert (page.parent / 'k_by_depth.png').exists()
+
+
+def test_run_of_other_epochs_fills_the_row_that_asks_for_them(tmp_path):
+    rows = [row('lm_resnet20', '7.12', epochs=82, recipe='best_c10 with epochs 82')]
+    assert finished(rows, 'lm_resnet20', 'best_c10 with epochs 82') == rows
+    assert finished(rows, 'lm_resnet20', 'best_c10') == []
+    assert finished([row('lm_resnet20', '7.12', epochs=82)], 'lm_resnet20', 'paper_c10') == []
+
+
+def test_panel_that_no_network_fills_is_empty(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(results_page, 'save_figure', lambda figure, path: drawn.append(figure))
+    found = (('lm_resnet20', '0.1'), ('lm_resnet32', '0.1 0.2'), ('lm_resnet44', '0 1 1'))
+    results_page._plot_k([row(name, '8', k=k) for name, k in found], tmp_path / 'k.png')
+    assert [axes.axison for axes in drawn[0].axes] == [True, True, True, False]

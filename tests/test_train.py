@@ -470,9 +470,10 @@ def test_device_that_failed_is_told(fails, monkeypatch, kind):
     assert 'A training goes on with --resume auto' in line
 
 
-@pytest.mark.parametrize('engine', ['deepspeed', 'megatron_lm'])
-def test_other_engines_of_accelerate_are_refused(few_digits, tmp_path, fails, monkeypatch, engine):
-    monkeypatch.setenv(f'ACCELERATE_USE_{engine.upper()}', 'true')
+@pytest.mark.parametrize('engine, value', [
+    ('deepspeed', 'True'), ('megatron_lm', 'true'), ('parallelism_config', 'true')])
+def test_other_engines_of_accelerate_are_refused(few_digits, tmp_path, fails, monkeypatch, engine, value):
+    monkeypatch.setenv(f'ACCELERATE_USE_{engine.upper()}', value)
     line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--output', tmp_path)
     assert f"Accelerate's settings ask for {engine}" in line
 

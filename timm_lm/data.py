@@ -57,11 +57,23 @@ def _decode_all(images: EncodedImages, decode: _Decoder, progress: bool) -> Imag
     images.transform = decode
     bar = tqdm(range(len(images)), desc='decoding', unit='image', disable=None if progress else True, leave=False)
     decoded = torch.empty(0, dtype=torch.uint8)
+    failed: List[int] = []
+    error: Optional[UserError] = None
     for i in bar:
-        image, _ = images[i]
-        if i == 0:
+        try:
+            image, _ = images[i]
+        except UserError as e:
+            error = error or e
+            failed.append(i)
+            continue
+        if not len(decoded):
             decoded = torch.empty(len(images), *image.shape, dtype=torch.uint8)
         decoded[i] = torch.as_tensor(image)
+    if error and len(failed) > 1:  # told at once, as all are decoded again
+        names = some([images.place(i) for i in failed[1:]])
+        raise UserError(f'{error} So it is with {len(failed) - 1} more: {names}.') from error
+    if error:
+        raise error
     return ImageSet(decoded, images.labels, images.class_names, images.remark)
 
 
@@ -280,14 +292,14 @@ def check_labels(data: Union[ImageSet, EncodedImages], num_classes: int) -> None
                         f'--num-classes {high + 1}, or choose another label column with --target-key.')
 
 
-def check_class_names(data: Union[ImageSet, EncodedImages], names: Optional[Sequence[str]], of: str,
+def check_class_names(found: Optional[Sequence[str]], names: Optional[Sequence[str]], of: str,
                       may_differ: bool = True) -> str:
-    """Compare the class names of a split with known ones, as a folder of images that lacks a class numbers others.
+    """Compare the class names of data with known ones, as a folder of images that lacks a class numbers others.
 
     Names that have nothing in common may be two ways to name the same classes.
 
     Args:
-        data: The split.
+        found: Names of the classes of the data in the order of their numbers, unknown if None.
         names: Names in the order of the class numbers, unknown if None.
         of: What these are the classes of, for the message.
         may_differ: Names that have nothing in common pass.
@@ -298,7 +310,7 @@ def check_class_names(data: Union[ImageSet, EncodedImages], names: Optional[Sequ
     Raises:
         UserError: If names are shared, but not all of them in the same order, or none are and they may not differ.
     """
-    found, known = data.class_names or (), tuple(names or ())
+    found, known = tuple(found or ()), tuple(names or ())
     if not found or not known or found == known:
         return ''
     if may_differ and not {*found} & {*known}:

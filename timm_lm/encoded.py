@@ -13,6 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from timm.data import ImageDataset, create_dataset, get_img_extensions
+from timm.utils import natural_key
 from torch.utils.data import Dataset, IterableDataset
 
 from .errors import UserError, one_line
@@ -277,10 +278,13 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
             where = f'in {odd[-1]}' if odd[-1] else 'beside its folders of classes'
             raise UserError(f'{root} has images {where}, which would be a class; move them away.')
         remarks += [unread_images(root, read), unnamed_images(root, read, numbers) if class_map else '']
+    labels = _dataset_labels(images)
+    if not class_map and not dataset.startswith(('hfds/', 'torch/')):
+        numbers, labels = _in_one_order(numbers, labels)
     source = _TimmImages(images)
     samples = getattr(source.source, 'samples', None) if is_folder else None
     return EncodedImages(
-        source.read, _dataset_labels(images), _names_in_order(numbers), mode, source.place,
+        source.read, labels, _names_in_order(numbers), mode, source.place,
         ' '.join(filter(None, remarks)), [os.path.abspath(path) for path, _ in samples or ()])
 
 
@@ -292,6 +296,17 @@ def _create_dataset(dataset: str, root: Optional[str], split: str, class_map: st
         return ImageDataset(root, reader=ReaderHfds(name, root=root, split=split, class_map=class_map, **keys))  # type: ignore[arg-type]
     return create_dataset(
         dataset, root=root, split=split, class_map=class_map, download=download, **keys)  # type: ignore[arg-type]
+
+
+def _in_one_order(numbers: Mapping[Any, int], labels: torch.Tensor) -> Tuple[Mapping[Any, int], torch.Tensor]:
+    """Classes numbered by their names where timm numbers some at random, as it does those that differ in case alone."""
+    names = sorted(numbers, key=lambda name: (natural_key(name), name))
+    if [numbers[name] for name in names] == list(range(len(names))):
+        return numbers, labels
+    places = torch.empty(len(names), dtype=torch.long)
+    for place, name in enumerate(names):
+        places[numbers[name]] = place
+    return {name: place for place, name in enumerate(names)}, places[labels]
 
 
 def _names_in_order(numbers: Mapping[Any, int]) -> Optional[Tuple[str, ...]]:

@@ -4,13 +4,14 @@ import sys
 from typing import Any, Tuple, Type
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import errors
 from huggingface_hub.utils import disable_progress_bars
 
 SILENCE = 60  # seconds without a byte after which a connection is given up
-# What a download or an upload may raise. Requests up to huggingface_hub 0.x, httpx from 1.0: the base of what either
-# raises is the base of the Hub's own error too.
-HUB_ERRORS: Tuple[Type[BaseException], ...] = (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)
+# What a download or an upload may raise. Whichever package makes the requests (requests up to huggingface_hub 0.x), the
+# base of what it raises is the base of the Hub's own error too. XetError is gone since huggingface_hub 1.19.
+HUB_ERRORS: Tuple[Type[BaseException], ...] = (
+    OSError, RuntimeError, ValueError, *errors.HfHubHTTPError.__bases__, getattr(errors, 'XetError', OSError))
 
 
 def set_up_client() -> None:

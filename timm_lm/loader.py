@@ -27,7 +27,7 @@ Batch = Tuple[torch.Tensor, torch.Tensor]
 
 
 def _seed(*parts: int) -> int:
-    """One seed of several numbers, so that each epoch, batch and image has its own stream."""
+    """One seed of several numbers, each with its own stream; zeros at their end change nothing."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 

@@ -33,6 +33,7 @@ from .models._weights import PUBLISHED_NAME, WEIGHTS_NAME, weights_dir
 
 FILES = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, CHECK_NAME)  # what is published; nothing else ever is
 CARD_KEYS = ('library_name', 'license', 'tags', 'metrics')  # what the front matter of a card must tell
+LOG_IN = 'log in by `hf auth login` (`huggingface-cli login` before huggingface_hub 0.34)'
 LOCAL_SOURCE = 'local-dir:FOLDER'  # how a local card tells to load the network
 SHOWN = 5  # names of files that are left out
 AGAIN = 'run the same command again, what is already there is left alone'
@@ -195,8 +196,8 @@ def push(
     token = get_token()
     owner = uploads[0].repo_id.partition('/')[0]
     if not token:
-        raise UserError(f'There is no token of the Hub; set HF_TOKEN to one with write access to {owner}, or log in '
-                        'with `hf auth login`.')
+        raise UserError(f'There is no token of the Hub; set HF_TOKEN to one with write access to {owner}, or '
+                        f'{LOG_IN}.')
     if not re.fullmatch('[!-~]+', token):
         raise UserError('The token of the Hub holds characters that no token has; set HF_TOKEN to it again.')
     api = HfApi(token=token, library_name='timm-lm', library_version=__version__)
@@ -231,6 +232,8 @@ def _push(api: HfApi, upload: Upload, private: bool, revision: Optional[str], cr
                 create_pr=create_pr)
             sha = commit.oid
             line = f"{repo_id}: {len(new)} files in one commit, {commit.pr_url if create_pr else commit.commit_url}"
+            if replaced := sorted(new.keys() & (there or {}).keys()):  # maybe edited there
+                line += f"; in the place of others: {', '.join(replaced)}"
         else:
             sha = str(api.model_info(repo_id, revision=revision).sha)
             line = f'{repo_id}: nothing to do, commit {sha} is equal'
@@ -345,6 +348,11 @@ def _explain(error: BaseException, repo_id: str, again: str, writes: bool) -> st
     if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
         return f'{endpoint} is not asked, because HF_HUB_OFFLINE is set; unset it, and {again}.'
     answered = next((e for e in chain if getattr(e, 'response', None) is not None), None)
+    access = f'write access to {owner}' if writes else f'read access to {repo_id}'
+    no_access = (f'{endpoint} does not accept the token (401); set HF_TOKEN to one with {access}, or {LOG_IN}, and '
+                 f'{again}.')
+    if any(type(e).__name__ == 'XetAuthenticationError' for e in chain):  # of the package hf_xet, without an answer
+        return no_access
     if answered is None:
         failures = [e for e in chain if isinstance(e, (OSError, *HfHubHTTPError.__bases__))]
         if not failures:
@@ -362,9 +370,7 @@ def _explain(error: BaseException, repo_id: str, again: str, writes: bool) -> st
     if isinstance(answered, RevisionNotFoundError):
         return f'There is no such revision of {repo_id} on {endpoint}; check its name.'
     if status == 401:
-        access = f'write access to {owner}' if writes else f'read access to {repo_id}'
-        return (f'{endpoint} does not accept the token (401); set HF_TOKEN to one with {access}, or log in with `hf '
-                f'auth login`, and {again}.')
+        return no_access
     if status == 403:
         right = f'write to {repo_id}' if writes else f'read {repo_id}'
         return (f'The token has no right to {right} (403: {message}); use one that has, or another name, and '

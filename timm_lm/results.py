@@ -19,7 +19,7 @@ COLUMNS = (
     'hardware', 'precision', 'versions', 'command', 'run', 'status',
 )
 # Options that differ between runs of one recipe: which network and seed, how it is computed, how often it is counted.
-_SAME_RECIPE = ('model', 'seed', 'device', 'validation_batch_size', 'val_interval', 'torchcompile',
+_SAME_RECIPE = ('model', 'seed', 'device', 'validation_batch_size', 'torchcompile',
                 'torchcompile_mode', 'loader', 'amp', 'amp_dtype', 'channels_last')
 
 Row = Dict[str, str]
@@ -66,7 +66,7 @@ def _read_run(folder: Path) -> Row:
         seen_top1_err=f"{100 - seen['top1']:.2f}" if seen else '',
         precision=asked_precision(args),
         run=folder_name(str(folder)),
-        status='done' if result else f"stopped after epoch {done} of {args['epochs']}",
+        status='done' if result else f"stopped after epoch {done} of {last.get('epochs', args['epochs'])}",
         **{name: result.get(name, '') for name in ('minutes', 'hardware', 'versions', 'command')},
     )
     return with_result({name: str(row.get(name, '')) for name in COLUMNS}, dict(k=last_k) | result)
@@ -102,8 +102,8 @@ def _recipe(args: Dict[str, Any], processes: int) -> str:
         return f'{name} {shorten(str(run[name]))}'
 
     same = {*FREE_OPTIONS, *_SAME_RECIPE, *idle}
-    if run['sched'] != 'plateau':  # else it only tells which epoch is the best
-        same.add('eval_metric')
+    if run['sched'] != 'plateau':  # else they only tell which epoch is the best
+        same |= {'eval_metric', 'val_interval'}
     changed = [told(name) for name, value in shipped.items()
                if name not in same and name in run and run[name] != value]
     return args['tag'] + (f" with {', '.join(changed)}" if changed else '')

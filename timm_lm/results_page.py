@@ -24,37 +24,41 @@ SUMMARY = ('The LM networks with a finished run by a recipe as it stands, beside
 
 
 def read_frame(results: Path) -> Tuple[List[Dict[str, Any]], str]:
-    """The tables of the page and the remarks.
+    """The tables of the page and the remarks; a record of one's own may do without either.
 
     Raises:
-        UserError: If the tables or the remarks are missing, or a file can not be read.
+        UserError: If they can not be read.
     """
     name = 'tables.yaml'
     try:
-        tables = yaml.safe_load((results / name).read_text(encoding='utf-8'))
+        path = results / name
+        tables = yaml.safe_load(path.read_text(encoding='utf-8')) if path.exists() else []
         if not isinstance(tables, list) or any(
                 not isinstance(table, dict) or not table.keys() >= _KEYS for table in tables):
             raise ValueError
         name = 'remarks.md'
-        return tables, (results / name).read_text(encoding='utf-8').strip()
+        path = results / name
+        return tables, path.read_text(encoding='utf-8').strip() if path.exists() else ''
     except (OSError, ValueError, yaml.YAMLError) as e:
-        raise UserError(f'{results} has no readable {name}; run this in a checkout, or name its results with '
-                        '--results.') from e
+        raise UserError(f'{results} has no readable {name}; mend it, or name another record with --results.') from e
 
 
 def write_report(results: Path, page: Path) -> None:
     """Write the page of results and its pictures, from the files of a folder of results.
 
     Raises:
-        UserError: If the tables or the remarks are missing, or a file can not be read.
+        UserError: If a file can not be read, or there is nothing to tell.
     """
     tables, remarks = read_frame(results)
     published = read_rows(results / 'published.csv')
     runs = {dataset: read_rows(results / f'{dataset}.csv') for dataset in DATASETS.values()}
     others = [path.stem for path in sorted(results.glob('*.csv')) if path.stem not in ('published', *runs)]
     runs |= {dataset: read_rows(results / f'{dataset}.csv') for dataset in others}
+    if not tables and not any(runs.values()):
+        raise UserError(f'{results} has no record of runs; add some with --add, or name a record with --results.')
     lines = ['# Results', '', '<!-- made by `timm-lm report`; change results/ and run it again -->', '']
-    lines += [*_summary(tables, runs, published), '## Remarks', '', remarks, '']
+    lines += [*_summary(tables, runs, published)] if tables else []
+    lines += ['## Remarks', '', remarks, ''] if remarks else []
     for table in tables:
         lines += _section(table, runs.get(table['dataset'], []), published)
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -159,9 +163,10 @@ def finished(runs: List[Row], network: str, recipe: str) -> List[Row]:
         network: Its name, without a tag.
         recipe: As the record calls it, with what was changed in it.
     """
-    epochs = _epochs(recipe.partition(' with ')[0])
     found = [row for row in runs if row['model'].partition('.')[0] == network and row['recipe'] == recipe
-             and row['status'] == 'done' and row['top1_err'] and int(row['epochs']) == epochs]
+             and row['status'] == 'done' and row['top1_err']]
+    if ' with ' not in recipe:  # else the record tells other epochs
+        found = [row for row in found if int(row['epochs']) == _epochs(recipe)]
     return sorted(found, key=lambda row: int(row['seed']))
 
 
@@ -222,9 +227,9 @@ def _all_runs(runs: Dict[str, List[Row]]) -> List[str]:
 def _about_k(rows: List[Row]) -> str:
     """What the ODE picture asks of ``k``, and how many runs keep to it."""
     found = [[float(value) for value in row['k'].split()] for row in _with_k(rows)]
-    outside = sum(max(map(abs, k)) >= 1 for k in found)
-    return (f'As a method for ODEs the two-step rule is zero-stable for |k| < 1 only. Of the {len(found)} finished LM '
-            f'runs here {outside} end with a `k` outside of this: such a network works all the same, but there the '
+    outside = sum(min(k) <= -1 or max(k) > 1 for k in found)
+    return (f'As a method for ODEs the two-step rule is zero-stable for -1 < k <= 1 only. Of the {len(found)} finished '
+            f'LM runs here {outside} end with a `k` outside of this: such a network works all the same, but there the '
             f'ODE picture does not hold. {sum(max(k) > 0 for k in found)} have a `k` above 0, though a new network '
             'starts from [-0.1, 0].')
 
@@ -253,7 +258,8 @@ def parameter_count(network: str, num_classes: int) -> float:
 def _plot_errors(runs: List[Row], published: List[Row], dataset: str, path: Path) -> bool:
     """Error against parameters: our LM and plain networks, and published ones."""
     classes = 100 if dataset == 'cifar100' else 10
-    done = [row for row in runs if row['status'] == 'done' and row['top1_err'] and row['param_count']]
+    done = [row for row in runs if row['status'] == 'done' and row['top1_err'] and row['param_count']
+            and 'resnext' not in row['model']]
     if not done:
         return False
     figure = _figure(7, 4.2)
@@ -290,7 +296,7 @@ def _plot_k(rows: List[Row], path: Path) -> bool:
         return False
     figure = _figure(9, 3.4 * -(-len(panels) // 2))
     grid = figure.subplots(-(-len(panels) // 2), 2, sharey=True, squeeze=False).flat
-    for axes, (network, runs) in zip(grid, panels.items()):
+    for (network, runs), axes in zip(panels.items(), grid):  # in this order, as zip takes one more of the first
         for number, row in enumerate(runs):
             k = [float(value) for value in row['k'].split()]
             recipe, changed, _ = row['recipe'].partition(' with ')

@@ -96,11 +96,14 @@ def rows_of_part(split: str, count: int) -> Tuple[int, int]:
         count: Rows of the whole split.
 
     Raises:
-        UserError: If there are no such rows.
+        UserError: If there are no such rows, or one bound is a share and the other a number.
     """
     match = _PART.match(split)
     if match is None:
         return 0, count
+    bounds = [text for text in (match['start'], match['stop']) if text is not None]
+    if len({text.endswith('%') for text in bounds}) > 1:  # the package datasets takes both for shares then
+        raise UserError(f"The part '{split}' has one bound in % and one in images; give both in the same.")
 
     def bound(text: Optional[str], default: int) -> int:
         if text is None:
@@ -176,7 +179,7 @@ def check_split_folder(folder: Union[str, Path], split: str, required: bool = Fa
 
 def unread_images(root: str, read: Set[str]) -> str:
     """A remark on the images of a folder that timm reads only if their endings are named, '' if there are none."""
-    kinds = set(Image.registered_extensions()) - get_img_extensions(as_set=True) - read
+    kinds = {*Image.registered_extensions(), '.heic', '.heif'} - get_img_extensions(as_set=True) - read  # of phones
     left_out = [path for path in files_below(root) if path.suffix.lower() in kinds]
     endings = ', '.join(sorted({path.suffix.lower() for path in left_out}))
     return _left_out(left_out, root, f'timm does not read {endings} by itself; convert them, or name all endings, as '

@@ -53,8 +53,8 @@ def validate(
     model = load_model(name)
     loader = _create_loader(model, split, source, workers, batch_size=batch_size, device=device,
                             channels_last=channels_last)
+    remarks = [loader.data.remark, check_class_names(loader.data.class_names, label_names(model), of=name)]
     check_labels(loader.data, model.num_classes)
-    remarks = [loader.data.remark, check_class_names(loader.data, label_names(model), of=name)]
     if amp and no_bfloat16(device.type):
         amp = False
         remarks.append(f'{no_bfloat16(device.type)}; validated in float32, as without --amp.')
@@ -69,7 +69,8 @@ def validate(
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
             return network(images)
 
-    rounding: List[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]  # GPUs would round float32 by TF32
+    # GPUs would round float32 by TF32; elsewhere the flags are not even read, as newer PyTorch may refuse that
+    rounding: List[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul] if device.type == 'cuda' else []
     allowed = [backend.allow_tf32 for backend in rounding]
     try:
         for backend in rounding:

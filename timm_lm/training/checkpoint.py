@@ -140,7 +140,8 @@ class CheckpointStore:
 
     def newest_first(self) -> List[Path]:
         """Folders of the checkpoints, whole or not, and of those that a killed process was replacing."""
-        found = (*self.folder.glob(f'{PREFIX}*'), *replaced(self.folder, PREFIX))
+        found = [path for path in (*self.folder.glob(f'{PREFIX}*'), *replaced(self.folder, PREFIX))
+                 if re.fullmatch(rf'{PREFIX}\d+', path.name) and path.is_dir()]  # and no copy or archive of one
         return sorted(found, key=lambda path: path.name, reverse=True)
 
     def save(
@@ -248,9 +249,9 @@ class CheckpointStore:
             raise UserError(f'The checkpoint {folder} can not be read ({e}); see to the disk, or the rights to it, and '
                             'try again.') from e
 
-    def newest_state(self) -> Dict[str, Any]:
-        """What the newest readable checkpoint tells beside its tensors, which are not read; nothing without one."""
-        for folder in self.newest_first():
+    def newest_state(self, only: Optional[Path] = None) -> Dict[str, Any]:
+        """What the newest readable checkpoint, or only this one, tells beside its tensors, which are not read."""
+        for folder in [only] if only else self.newest_first():
             with suppress(OSError, TypeError, ValueError):
                 return dict(json.loads((folder / STATE).read_text(encoding='utf-8')))
         return {}

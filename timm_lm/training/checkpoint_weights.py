@@ -3,14 +3,12 @@ import argparse
 from pathlib import Path
 from typing import Any, Dict
 
-import timm
-
 from timm_lm.errors import UserError, one_line
 from timm_lm.files import writing
 from timm_lm.hub import TimmModel, save_folder
 
 from .checkpoint import Checkpoint, CheckpointStore
-from .factory import import_modules
+from .factory import create_again, import_modules
 from .options import parse_options
 from .result import run_card, tell
 from .run_folder import read_args
@@ -57,13 +55,11 @@ def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:
 
 def _network(facts: Dict[str, Any], checkpoint: Checkpoint, folder: Path) -> TimmModel:
     """The network of a run with the weights of a checkpoint, whatever became of the weights that the run began with."""
-    cfg = facts['pretrained_cfg']
-    sizes = dict(num_classes=facts['num_classes']) | (dict(in_chans=facts['in_chans']) if facts['in_chans'] else {})
     try:
-        model = timm.create_model(cfg['architecture'], **sizes | facts['model_args'])
+        model = create_again(facts)
         model.load_state_dict(checkpoint.group('average') or checkpoint.group('model'))
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f"The network {cfg['architecture']} of {folder} can not be made again by its name and "
-                        f'arguments ({one_line(e)}); go on with its run by --resume, which ends with weights.') from e
-    model.pretrained_cfg = cfg
+        name = facts['pretrained_cfg']['architecture']
+        raise UserError(f'The network {name} of {folder} can not be made again by its name and arguments '
+                        f'({one_line(e)}); see to the versions of timm and timm-lm.') from e
     return model

@@ -8,7 +8,7 @@ import os
 from datetime import timedelta
 from pathlib import Path
 from pickle import PickleError
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Mapping, Optional
 
 import timm
 import torch
@@ -91,8 +91,8 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         UserError: If compilation is asked for and there is no compiler, or a tracker is not installed.
     """
     on_cpu = _on_cpu(args)
-    for name in ('deepspeed', 'megatron_lm'):
-        if os.environ.get(f'ACCELERATE_USE_{name.upper()}', 'false') == 'true':
+    for name in ('deepspeed', 'megatron_lm', 'parallelism_config'):
+        if os.environ.get(f'ACCELERATE_USE_{name.upper()}', 'false').lower() == 'true':
             raise UserError(f"Accelerate's settings ask for {name}, which this engine does not know; take DDP or FSDP.")
     plugin = TorchDynamoPlugin(backend='no')  # else one of Accelerate's own settings is taken
     if args.torchcompile:
@@ -164,12 +164,32 @@ def _has_accelerator() -> bool:
         hasattr(torch, 'accelerator') and torch.accelerator.is_available())
 
 
+# How the shallow network saw its images, and so does the one that is grown from it.
+_GROWN = ('input_size', 'pool_size', 'mean', 'std', 'crop_pct', 'interpolation')
 # Keywords of a network that have an option of another name.
 _OPTIONS = dict(drop_rate='drop', drop_path_rate='drop_path', drop_block_rate='drop_block', global_pool='gp')
 
 
-def create_model(args: argparse.Namespace) -> TimmModel:
+def create_again(facts: Mapping[str, Any], **kwargs: Any) -> TimmModel:
+    """The network of a run, with new weights, whatever became of those that it began with.
+
+    Args:
+        facts: What ``run_facts`` told of it.
+        **kwargs: Keywords beside those that are told.
+    """
+    sizes = {name: facts[name] for name in ('num_classes', 'in_chans') if facts[name] is not None}
+    cfg = dict(facts['pretrained_cfg'])
+    model: TimmModel = timm.create_model(cfg['architecture'], **kwargs | sizes | facts['model_args'])
+    model.pretrained_cfg = cfg
+    return model
+
+
+def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]] = None) -> TimmModel:
     """The network, with its first weights.
+
+    Args:
+        args: Options.
+        recorded: What the run told of its network, if it goes on: the first weights are not loaded again then.
 
     Raises:
         UserError: If there is no such network, it does not take the options, or the weights can not be loaded.
@@ -188,6 +208,11 @@ def create_model(args: argparse.Namespace) -> TimmModel:
     for name in sorted(kwargs.keys() & args.model_kwargs.keys()):
         raise UserError(f'--model-kwargs has {name}; give it by {option_name(_OPTIONS.get(name, name))}.')
     kwargs = {name: value for name, value in kwargs.items() if value is not None} | args.model_kwargs
+    if recorded:
+        try:
+            return create_again(recorded, **kwargs)
+        except (*_UNREADABLE, AssertionError) as e:
+            raise UserError(f'The network of the run can not be made again ({one_line(e, 300)}).') from e
     for name in ('pretrained_path', 'initial_checkpoint'):
         path = getattr(args, name)
         if path and not Path(path).is_file():
@@ -213,6 +238,8 @@ def create_model(args: argparse.Namespace) -> TimmModel:
         try:
             shallow = load_model(args.grow_from)
             grow(shallow, model)
+            known = {name: shallow.pretrained_cfg.get(name) for name in _GROWN}
+            model.pretrained_cfg.update({name: value for name, value in known.items() if value is not None})
             model.pretrained_cfg['license'] = shallow.pretrained_cfg.get('license')
         except UserError as e:
             raise UserError(f'--grow-from {args.grow_from} can not start {args.model}: {e}') from e

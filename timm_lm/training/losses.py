@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from timm.loss import BinaryCrossEntropy
 from torch import nn
 
+from timm_lm.data import check_class_names
 from timm_lm.errors import UserError
-from timm_lm.hub import TimmModel
+from timm_lm.hub import TimmModel, label_names
 from timm_lm.names import load_model
 
 from .batches import check_input
@@ -27,7 +28,7 @@ def create_criterion(args: argparse.Namespace) -> nn.Module:
     return nn.CrossEntropyLoss(label_smoothing=smoothing)
 
 
-def load_teacher(args: argparse.Namespace, student: TimmModel) -> TimmModel:
+def load_teacher(args: argparse.Namespace, student: TimmModel, is_main: bool = True) -> TimmModel:
     """The network that is distilled, by any name of ``load_model``.
 
     Raises:
@@ -39,6 +40,9 @@ def load_teacher(args: argparse.Namespace, student: TimmModel) -> TimmModel:
         if theirs != ours:
             raise UserError(f'The teacher {args.kd_model_name} has {what} {theirs}, the network has {ours}; choose '
                             'another --kd-model-name.')
+    remark = check_class_names(label_names(student), label_names(teacher), of=f'the teacher {args.kd_model_name}')
+    if remark and is_main:
+        print(f'note: {remark}', flush=True)
     return teacher.requires_grad_(False)
 
 
@@ -124,7 +128,7 @@ def create_loss(args: argparse.Namespace, model: TimmModel, data_config: Dict[st
     criterion = create_criterion(args)
     if not args.kd_model_name:
         return PlainLoss(criterion).to(accelerator.device)
-    teacher: Any = load_teacher(args, model)
+    teacher: Any = load_teacher(args, model, accelerator.is_main_process)
     check_input(teacher, data_config, f'The teacher {args.kd_model_name}')
     norm = {key: teacher.pretrained_cfg[key] for key in ('mean', 'std')}
     teacher.to(accelerator.device, memory_format=torch.channels_last if args.channels_last else None)

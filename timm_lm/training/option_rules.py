@@ -120,9 +120,10 @@ def _check_schedule(args: argparse.Namespace) -> None:
     if args.sched == 'step' and args.decay_epochs is not None and args.decay_epochs >= args.epochs:
         raise UserError(f'The schedule is longer than the run: --decay-epochs {args.decay_epochs:g} with --epochs '
                         f'{args.epochs}; change one of them.')
-    if args.sched == 'plateau' and args.patience_epochs >= max(args.epochs, USUAL_PATIENCE + 1):
+    validations = -(-args.epochs // args.val_interval)
+    if args.sched == 'plateau' and args.patience_epochs >= max(validations, USUAL_PATIENCE + 1):
         raise UserError(f'The schedule is longer than the run: --patience-epochs {args.patience_epochs} with --epochs '
-                        f'{args.epochs}; change one of them.')
+                        f'{args.epochs} and {validations} validations; change one of them.')
     if args.sched in ('cosine', 'tanh', 'poly') and args.lr_cycle_mul < 1:
         cycles = sum(args.epochs * args.lr_cycle_mul ** i for i in range(args.lr_cycle_limit))
         most = args.epochs / (1 - args.lr_cycle_mul)  # of all that there could be

@@ -34,7 +34,8 @@ def rates(args: argparse.Namespace, updates_per_epoch: int) -> List[float]:
                 scheduler.step_update(epoch * updates_per_epoch + update)
                 found.append(optimizer.param_groups[0]['lr'])
         scheduler.step_update((epoch + 1) * updates_per_epoch)
-        scheduler.step(epoch + 1, 0.)
+        is_validated = (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs
+        scheduler.step(epoch + 1, 0. if is_validated else None)
     return found
 
 

@@ -28,6 +28,8 @@ FREE_OPTIONS = (
     'checkpoint_hist', 'workers', 'pin_mem', 'dry_run', 'log_tensorboard', 'log_wandb', 'wandb_project', 'wandb_tags',
     'wandb_resume_id',
 )
+_NETWORKS = ('model', 'grow_from', 'kd_model_name')  # which may be weights folders
+_PLACES = (*_NETWORKS, 'initial_checkpoint', 'pretrained_path', 'class_map')
 _OTHER_RUN = ('The run folder {} holds another run; give another --experiment, go on with --resume auto, or remove '
               'it.')
 
@@ -86,6 +88,16 @@ def find_checkpoint(args: argparse.Namespace, folder: Path, store: CheckpointSto
     return store.newest(tell)
 
 
+def recorded_network(args: argparse.Namespace) -> Dict[str, Any]:
+    """What the checkpoint that a run is to go on from tells of its network, nothing for a new run."""
+    if not args.resume or args.resume == 'auto' and not args.experiment:
+        return {}
+    only = None if args.resume == 'auto' else Path(args.resume)
+    folder = only.parent if only else Path(args.output or 'output/train', args.experiment, 'checkpoints')
+    facts = CheckpointStore(folder).newest_state(only).get('facts') or {}
+    return facts if 'num_classes' in facts else {}
+
+
 def read_args(folder: Path) -> Dict[str, Any]:
     """The options that a run was started with, from its ``args.yaml``.
 
@@ -102,12 +114,20 @@ def read_args(folder: Path) -> Dict[str, Any]:
     return args
 
 
+def _without_folder(name: str, value: Any) -> Any:
+    """An option's value; of a place, the last name: what lies there may have moved with the run."""
+    if not value or name not in _PLACES:
+        return value
+    return last_name(value.removeprefix('local-dir:')) if name in _NETWORKS else Path(value).name
+
+
 def _compare_options(args: argparse.Namespace, folder: Path) -> None:
     before = read_args(folder)
     now = yaml.safe_load(yaml.safe_dump(vars(args)))
     before = now | before
     idle = {name for options in (now, before) for names, _ in unread(options) for name in names}
-    differing = [name for name in now if name not in (*FREE_OPTIONS, *idle) and now[name] != before[name]]
+    differing = [name for name in now if name not in (*FREE_OPTIONS, *idle)
+                 and _without_folder(name, now[name]) != _without_folder(name, before[name])]
     if differing:
         shown = ', '.join(f'{name} (was {before[name]}, is {now[name]})' for name in differing)
         raise UserError(f'The run in {folder} was started with other options: {shown}; give the same, or start another '

@@ -44,7 +44,7 @@ from .result import (
     run_facts,
     save_weights,
 )
-from .run_folder import find_checkpoint, own_run_folder, run_folder
+from .run_folder import find_checkpoint, own_run_folder, recorded_network, run_folder
 from .run_log import MAKE_ROOM, RunLog, epoch_table
 from .signals import Interrupted, StopSignals
 
@@ -66,11 +66,12 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
         UserError: If options and data do not fit together, or the loss is no longer finite.
         Interrupted: After SIGTERM or SIGINT, with the state saved.
     """
+    args = copy.deepcopy(args)  # what is filled in is of this training
     import_modules(args)
 
     # Network, and the run folder to be
     set_seed(args.seed)
-    model = create_model(args)
+    model = create_model(args, recorded_network(args))
     folder = run_folder(args, model)
 
     # Device, precision and processes
@@ -107,8 +108,11 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     _check_same_loader(accelerator, isinstance(train_set, ImageSet))
     for data in (train_set, eval_set):
         if data is not None:
+            check_class_names(data.class_names, train_set.class_names, of='the training split', may_differ=False)
             check_labels(data, model.num_classes)
-            check_class_names(data, train_set.class_names, of='the training split', may_differ=False)
+    if checkpoint is not None:
+        before = (checkpoint.state.get('facts') or {}).get('pretrained_cfg', {}).get('label_names')
+        check_class_names(train_set.class_names, before, of='the run when it was started', may_differ=False)
     train_loader = create_loader(args, train_set, data_config, accelerator, model.num_classes, is_training=True)
     eval_loader = create_loader(args, eval_set, data_config, accelerator, model.num_classes) if eval_set else None
 
