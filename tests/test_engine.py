@@ -24,7 +24,7 @@ from timm_lm.errors import UserError
 from timm_lm.hub import load_folder
 from timm_lm.loader import MemoryLoader
 from timm_lm.results import read_run
-from timm_lm.training import loop
+from timm_lm.training import loop, plan
 from timm_lm.training.evaluate import evaluate
 from timm_lm.training.factory import create_model, create_optimizer, share_batch_statistics
 from timm_lm.training.loop import Training
@@ -310,6 +310,16 @@ def tell_at_validations(monkeypatch, metric, values):
         return evaluate(training, loader, epoch) | {metric: values[epoch]}
 
     monkeypatch.setattr(Training, 'evaluate', told)
+
+
+@pytest.mark.filterwarnings('ignore:PlateauLRScheduler:FutureWarning')
+def test_picture_of_plateau_is_of_what_a_run_without_progress_does(run, monkeypatch):
+    """With a validation every second epoch."""
+    tell_at_validations(monkeypatch, 'top1', [0.] * 8)
+    options = [*BY_EPOCH, '--sched', 'plateau', '--patience-epochs', 1, '--decay-rate', 0.5, '--epochs', 8,
+               '--batch-size', 128, '--val-interval', 2]
+    folder, *_ = run('run', *options)
+    assert rates(folder) == plan.rates(parse_options([*BASE, *map(str, options)]), 2) == [0.1] * 6 + [0.05] * 2
 
 
 @pytest.mark.filterwarnings('ignore:PlateauLRScheduler:FutureWarning')

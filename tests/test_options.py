@@ -122,6 +122,7 @@ def test_refused_options_tell_the_reason(name, tmp_path):
     (dict(aug_repeats=0.5), '--aug-repeats must be 0 or at least 1'),
     (dict(epochs=20, sched='step', decay_epochs=30), 'longer than the run: --decay-epochs 30 with --epochs 20'),
     (dict(epochs=20, sched='plateau', patience_epochs=20), 'longer than the run: --patience-epochs 20'),
+    (dict(epochs=60, sched='plateau', patience_epochs=12, val_interval=5), '--epochs 60 and 12 validations'),
     (dict(sched='cosine', decay_milestones=[3]), '--decay-milestones does nothing with --sched cosine; it is for mul'),
     (dict(sched='multistep', min_lr=0.1), '--min-lr does nothing with --sched multistep; it is for cosine, tanh,'),
     (dict(sched='poly', decay_epochs=5), '--decay-epochs does nothing with --sched poly'),

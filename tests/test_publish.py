@@ -355,6 +355,7 @@ def test_all_leaves_what_is_equal_and_uploads_what_changed(hub, done, refused, t
     hub.log.clear()
     first, second = done('push', '--all', '--owner', 'owner').splitlines()
     assert first.startswith(f'owner/{NAME}: nothing to do') and second.startswith('owner/lm_resnet20.small: 1 files')
+    assert '; in the place of others: README.md' in second
     assert commits(hub, f'owner/{NAME}') == before[NAME] and not any('PUT' in request for request in hub.log)
     [_, sha] = commits(hub, 'owner/lm_resnet20.small')
     published = json.loads((tree / 'published.json').read_text())

@@ -32,6 +32,8 @@ def test_classes_without_names_and_images_left_out_are_told(tmp_path, dry):
     assert 'makes a head' not in out
     assert f"note: 2 images in {data / 'train'} left out, as timm does not read .webp" in out
     assert 'note:' not in dry(data, '--num-classes', 9, '--input-key', '.png;.webp')
+    shutil.copy(path, path.with_suffix('.HEIC'))  # as phones write them; Pillow knows no such ending
+    assert '1 image in' in dry(data, '--num-classes', 9, '--input-key', '.png;.webp')
 
 
 @pytest.mark.parametrize('limit', [1 << 30, 0], ids=['in memory', 'by workers'])

@@ -10,12 +10,14 @@ import signal
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import psutil
 import pytest
 import torch
 import yaml
 from forked import Command
 from helpers import rewrite
+from PIL import Image
 from safetensors.torch import load_file
 
 from timm_lm.errors import UserError
@@ -648,6 +650,60 @@ def test_run_that_goes_on_elsewhere_is_left_alone(few_digits, left_alone, tmp_pa
     assert code == -signal.SIGKILL
     assert 'Going on from' in finish(few_digits, tmp_path)
     assert final_state(tmp_path) == final_state(left_alone)
+
+
+def test_copies_and_archives_of_checkpoints_are_left_alone(few_digits, left_alone, tmp_path):
+    shutil.copytree(left_alone / 'run', tmp_path / 'run')
+    newest = checkpoints(tmp_path)[-1]
+    shutil.copytree(newest, newest.with_name(f'{newest.name}-good'))
+    shutil.copytree(newest, newest.with_name(f'{newest.name}.bak'))
+    (newest.parent / f'{newest.name}.tar.gz').write_bytes(b'archive')
+    assert 'Going on from' in finish(few_digits, tmp_path)
+    assert final_state(tmp_path) == final_state(left_alone)
+    kept = {f'{newest.name}-good', f'{newest.name}.bak', f'{newest.name}.tar.gz'}
+    assert kept < {path.name for path in newest.parent.iterdir()}
+    assert not list(newest.parent.glob('set-aside-*'))
+
+
+def test_run_that_moved_without_what_it_began_from(few_digits, weights, tmp_path):
+    """To another machine, with its folder and the data alone; and with the weights at another place."""
+    start = shutil.copytree(weights.parent, tmp_path / 'here' / 'start')
+    words = ['train', '--data-dir', str(few_digits), '--val-split', 'test', '--no-aug', '--pad-crop', '2', '--epochs',
+             '2', '--warmup-epochs', '0', '--batch-size', '64', '--drop-path', '0.1', '--pretrained', '--tag', 'moved',
+             '--experiment', 'run', '--checkpoint-hist', '9']
+    code, _, err = Command(*words, '--model', start / 'weights', '--output', tmp_path / 'here').wait()
+    assert code == 0, err
+    shutil.copytree(tmp_path / 'here' / 'run', tmp_path / 'there' / 'run')
+    for path in ('weights', 'result.json', 'checkpoints/step-000000008'):
+        place = tmp_path / 'there' / 'run' / path
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    start.rename(tmp_path / 'away')
+    code, out, err = Command(*words, '--model', tmp_path / 'mnt' / 'start' / 'weights', '--output', tmp_path / 'there',
+                             '--resume', 'auto').wait()
+    assert code == 0 and 'Going on from' in out, err
+    assert final_state(tmp_path / 'there') == final_state(tmp_path / 'here')
+    files = [tmp_path / name / 'run' / 'weights' / 'config.json' for name in ('here', 'there')]
+    assert files[0].read_text() == files[1].read_text()
+    code, _, err = Command(*words, '--model', tmp_path / 'away' / 'other' / 'weights', '--output', tmp_path / 'there',
+                           '--resume', 'auto').wait()
+    assert code == 2 and 'was started with other options: model (was ' in err
+
+
+def test_classes_that_were_renamed_meanwhile_are_told(tmp_path, command, fails):
+    for split in ('train', 'validation'):
+        for name in ('cat', 'dog'):
+            for i in range(4):
+                path = tmp_path / 'data' / split / name / f'{i}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.full((16, 16, 3), 20 * i, np.uint8)).save(path)
+    words = ['train', '--data-dir', tmp_path / 'data', '--num-classes', '2', '--input-size', '3', '16', '16',
+             '--no-aug', '--model-kwargs', 'layers=(1,1,1)', '--epochs', '1', '--warmup-epochs', '0', '--batch-size',
+             '4', '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
+    code, _, err = command(*words)
+    assert code == 0, err
+    for split in ('train', 'validation'):
+        (tmp_path / 'data' / split / 'cat').rename(tmp_path / 'data' / split / 'hen')
+    assert 'are not the 2 of the run when it was started' in fails(*words)
 
 
 def test_missing_checkpoint_is_named(few_digits, tmp_path, fails):

@@ -1,4 +1,5 @@
 """Training: from a recipe to a run folder, with real images, through the command line and in fresh processes."""
+import copy
 import csv
 import json
 import os
@@ -22,7 +23,8 @@ from timm_lm.image_set import ImageSet
 from timm_lm.loader import MemoryLoader, normalize
 from timm_lm.precision import cpu_has_bfloat16
 from timm_lm.training.evaluate import evaluate
-from timm_lm.training.train import command_line
+from timm_lm.training.options import parse_options
+from timm_lm.training.train import command_line, train
 
 SMALL = ['--model-kwargs', 'layers=(2,2,2)', '--epochs', '2', '--warmup-epochs', '0']
 
@@ -68,6 +70,15 @@ def test_training_learns_the_digits(digits, tmp_path, command):
     assert (~right[:, 0]).sum().item() == result['errors']
     assert 100 * right[:, :5].sum().item() / 359 == pytest.approx(result['top5'])
     assert torch.nn.functional.cross_entropy(logits, data.labels).item() == pytest.approx(result['loss'], rel=1e-4)
+
+
+def test_options_of_the_caller_stay(few_digits, tmp_path):
+    """A notebook may change some of them, and train again."""
+    args = parse_options(['-c', 'demo_digits', '--data-dir', str(few_digits), *SMALL, '--output', str(tmp_path)])
+    args.lr, args.lr_base, args.dry_run = None, 0.1, True
+    before = copy.deepcopy(vars(args))
+    train(args)
+    assert vars(args) == before
 
 
 def test_network_with_shared_weights(few_digits, tmp_path, command):
