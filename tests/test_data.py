@@ -111,7 +111,7 @@ def test_image_folder_opens_through_timm(tmp_path, images):
 
 @pytest.mark.parametrize('part, rows', [
     ('[:50%]', (0, 3)), ('[50%:]', (3, 6)), ('[-1:]', (5, 6)), ('[1:-1]', (1, 5)), ('[:]', (0, 6)),
-    ('[20%:-25%]', (1, 4)),
+    ('[20%:-25%]', (1, 4)), ('[0:50%]', (0, 3)),
 ])
 def test_part_of_a_split(tmp_path, images, part, rows):
     write_parquet(tmp_path / 'train-00000-of-00002.parquet', images[:4])

@@ -120,6 +120,16 @@ def test_pruned_convolution_stays(name, used):
     assert type(conv) is nn.Conv2d and (conv.weight == 0).float().mean() > 0.25
 
 
+def test_pruned_k_becomes_a_constant():
+    model = made('lm_resnet20', dict(k_per_channel=True, k_init=(-0.9, -0.5)))
+    prune.l1_unstructured(model.stages[0].blocks[1].step, 'k', 0.5)
+    x = images(model)
+    optimized = timm_lm.optimize(model)
+    with torch.no_grad():
+        assert difference(optimized(x), model(x)) < 1e-5
+    assert (optimized.stages[0].blocks[1].step.k == 0).sum() == 8
+
+
 @pytest.mark.parametrize('name', ['conv1', 'norm2', 'step', 'drop_path', 'noise'])
 def test_hooks_are_called(name):
     model = made('lm_resnet20', dict(drop_path_rate=0.1, state_noise=0.1))

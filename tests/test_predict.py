@@ -21,7 +21,7 @@ from timm_lm.cli import main
 from timm_lm.data import load_images
 from timm_lm.errors import UserError
 from timm_lm.export import export_model
-from timm_lm.hub import image_config, load_folder, save_folder
+from timm_lm.hub import image_config, label_names, load_folder, save_folder
 from timm_lm.loader import normalize
 from timm_lm.models import LMResNet
 from timm_lm.predict import find_images, predict
@@ -96,6 +96,9 @@ def test_names_in_a_table(pictures, weights, tmp_path, command):
     named = {entry['class']: entry['probability'] for entry in json.loads(out)['classes']}
     _, out, _ = command('predict', pictures / '0.png', '--model', weights, '--json', '--topk', 10)
     assert {f"nr {entry['class']}": entry['probability'] for entry in json.loads(out)['classes']} == named
+    config['label_names'] = {'0': 'a', '1': 'b', '9': 'c'}  # not all have one
+    (folder / 'config.json').write_text(json.dumps(config))
+    assert label_names(load_folder(folder)) == ()
 
 
 def test_grey_network_with_the_config_of_a_coloured_one(pictures, tmp_path):
@@ -109,8 +112,11 @@ def test_grey_network_with_the_config_of_a_coloured_one(pictures, tmp_path):
     assert config['model_args']['in_chans'] == 1
     config['pretrained_cfg'] |= dict(input_size=[3, 32, 32], mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4])
     (tmp_path / 'grey' / 'config.json').write_text(json.dumps(config))
-    (again,) = predict(load_folder(tmp_path / 'grey'), [pictures / '0.png'])
-    assert again.error is None and image_config(model)['mean'] != (0.5,)
+    again = load_folder(tmp_path / 'grey')
+    (prediction,) = predict(again, [pictures / '0.png'])
+    config = image_config(again)
+    assert prediction.error is None and config['input_size'] == (1, 32, 32)
+    assert (*config['mean'], *config['std']) == pytest.approx((0.5, 0.3))
 
 
 def tiff(pixels, bits, signed=False):

@@ -9,15 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 import yaml
 from hub_server import Hub, running, sha256
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import _http
 from safetensors.torch import save_file
 
 import timm_lm
+from timm_lm import hub_client
 from timm_lm.card import CARD_NAME, render_card
 from timm_lm.hub import CHECK_NAME, save_folder, write_digests
 from timm_lm.models._weights import weights_dir
@@ -426,7 +429,7 @@ def test_branches_and_pull_requests(hub, done, refused, folder):
     assert hub.repos['owner/equal'].refs['next'] == hub.repos['owner/equal'].refs['main']
     # anybody may open a pull request
     out = done('push', folder, '--repo-id', 'owner/branches', '--create-pr', HF_TOKEN='hf_of_a_reader')
-    assert out.endswith('/owner/branches/discussions/1\n')
+    assert out.endswith('/owner/branches/discussions/1; in the place of others: README.md\n')
     assert repo.refs['main'] == main and b'## To cite' in repo.files('refs/pr/1')[CARD_NAME]
 
 
@@ -552,6 +555,18 @@ def test_data_set_of_a_hub_that_says_nothing(hub, refused, few_digits, tmp_path)
     hub.stall('GET /api/datasets', times=100)
     line = refused('train', '-c', 'demo_digits', '--dataset', 'hfds/owner/silent', '--output', tmp_path, SILENCE='0.3')
     assert 'The data set owner/silent could not be downloaded from the Hub (' in line and 'timed out' in line
+
+
+def test_client_of_the_user_stays(monkeypatch):
+    """Such as one for a proxy, by either of huggingface_hub's ways."""
+    name = '_GLOBAL_CLIENT_FACTORY' if hasattr(huggingface_hub, 'set_client_factory') else '_GLOBAL_BACKEND_FACTORY'
+    usual, own = getattr(_http, name), object()
+    monkeypatch.setattr(_http, name, own)
+    hub_client.set_up_client()
+    assert getattr(_http, name) is own
+    monkeypatch.setattr(_http, name, usual)
+    hub_client.set_up_client()
+    assert getattr(_http, name).__module__ == hub_client.__name__
 
 
 def test_pull_request_to_a_gated_repo(hub, refused, folder):

@@ -275,6 +275,8 @@ def test_run_of_other_epochs_fills_the_row_that_asks_for_them(tmp_path):
     assert finished(rows, 'lm_resnet20', 'best_c10 with epochs 82') == rows
     assert finished(rows, 'lm_resnet20', 'best_c10') == []
     assert finished([row('lm_resnet20', '7.12', epochs=82)], 'lm_resnet20', 'paper_c10') == []
+    rows = [row('lm_resnet44', '6', epochs=epochs, recipe='distill_c10 with grow_from a') for epochs in (36, 35)]
+    assert finished(rows, 'lm_resnet44', 'distill_c10 with grow_from a') == rows[:1]  # the other is of an older recipe
 
 
 def test_panel_that_no_network_fills_is_empty(monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ import torch
 from . import __version__
 from .card import recorded_error
 from .errors import RESUME, UserError, one_line
-from .hub import verify_folder
+from .hub import image_config, verify_folder
 from .models._weights import weights_dir
 from .names import check_name, load_model, model_tags, names_folder, our_models
 from .networks import count_macs, network_size, split_page, write_table
@@ -135,7 +135,7 @@ def _info(argv: List[str]) -> None:
     # a name whose weights are on the Hub is shown without them
     load = is_folder or is_repo or _source(source) == 'shipped'
     model = load_model(args.model if is_folder else source, pretrained=load)
-    cfg = model.pretrained_cfg
+    cfg, size = model.pretrained_cfg, image_config(model)
     architecture = cfg['architecture']
     error = None if is_repo else recorded_error(
         source if is_folder else weights_dir() / f"{architecture}.{cfg.get('tag')}")
@@ -143,11 +143,11 @@ def _info(argv: List[str]) -> None:
         'model': architecture,
         'tags': ', '.join(model_tags(architecture)),
         'weights': source if is_folder or is_repo else _source(source),
-        'input': 'x'.join(map(str, cfg['input_size'])),
-        'mean, std': f"{_numbers(cfg['mean'])}, {_numbers(cfg['std'])}",
+        'input': 'x'.join(map(str, size['input_size'])),
+        'mean, std': f"{_numbers(size['mean'])}, {_numbers(size['std'])}",
         'classes': str(model.num_classes),
         'parameters': f'{sum(p.numel() for p in model.parameters()):,}',
-        'MACs': f"{count_macs(model, cfg['input_size']) / 1e6:,.1f} M",
+        'MACs': f"{count_macs(model, size['input_size']) / 1e6:,.1f} M",
         'error': f'{error:.2f} %' if error is not None else 'on its card' if is_repo else 'not recorded',
     }
     for name, value in lines.items():

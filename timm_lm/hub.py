@@ -28,7 +28,6 @@ CHECK_BATCH = 2
 CHECK_TOLERANCE = 1e-4  # of the largest value: float32 convolutions differ that much from one machine to another
 
 
-
 # Writing
 
 
@@ -66,8 +65,9 @@ def label_names(model: TimmModel) -> Tuple[str, ...]:
     """Names of the classes as the config of a network has them, in the order of their numbers; none if it has none."""
     names = model.pretrained_cfg.get('label_names') or ()
     if isinstance(names, Mapping):  # number -> name; in JSON numbers are text
-        numbered = {int(number): str(name) for number, name in names.items()}
-        names = [numbered.get(i, str(i)) for i in range(len(numbered))]
+        numbered = {str(number): str(name) for number, name in names.items()}
+        numbers = [str(i) for i in range(len(numbered))]
+        names = [numbered[number] for number in numbers] if numbered.keys() == {*numbers} else []  # some have none
     return tuple(names)
 
 

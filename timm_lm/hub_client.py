@@ -14,18 +14,25 @@ HUB_ERRORS: Tuple[Type[BaseException], ...] = (
     OSError, RuntimeError, ValueError, *errors.HfHubHTTPError.__bases__, getattr(errors, 'XetError', OSError))
 
 
-def set_up_client() -> None:
-    """Have huggingface_hub give up on a server that says nothing, and draw no progress bars into files.
-
-    By itself it waits for ever.
-    """
+def draw_no_bars_into_files() -> None:
+    """Have huggingface_hub show its progress on a terminal only."""
     if not sys.stderr.isatty():
         disable_progress_bars()
+
+
+def set_up_client() -> None:
+    """Have huggingface_hub give up on a server that says nothing; by itself it waits for ever.
+
+    A client that the user set up, such as one for a proxy, stays.
+    """
     modern = hasattr(huggingface_hub, 'set_client_factory')
     try:
         http = importlib.import_module('huggingface_hub.utils._http')
         make: Any = getattr(http, 'default_client_factory' if modern else '_default_backend_factory')
-    except (AttributeError, ImportError):  # it is not public
+        now = getattr(http, '_GLOBAL_CLIENT_FACTORY' if modern else '_GLOBAL_BACKEND_FACTORY')
+    except (AttributeError, ImportError):  # they are not public
+        return
+    if now is not make:
         return
 
     def factory() -> Any:

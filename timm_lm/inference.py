@@ -57,7 +57,10 @@ def optimize(model: Network) -> Network:
         for conv, norm in _branch_pairs(block):
             _fold(block, conv, norm)
         if isinstance(block.step, TwoStep):
-            block.step = _with_hooks(FixedTwoStep(block.step.k, block.step.per_channel), block.step)
+            fixed = FixedTwoStep(block.step.k, block.step.per_channel)
+            # hooks that make k of other tensors, as pruning does, are done with
+            is_plain = 'k' in block.step._parameters or 'k' in block.step._buffers
+            block.step = _with_hooks(fixed, block.step) if is_plain else fixed
         if isinstance(block.drop_path, DropPath):
             block.drop_path = _with_hooks(nn.Identity(), block.drop_path)
         if isinstance(block.noise, StateNoise):

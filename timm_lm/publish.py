@@ -28,7 +28,7 @@ from .card import CARD_NAME, CARD_TEMPLATE, is_ours, recorded_error
 from .errors import UserError, one_line
 from .files import whole_entries, write_text
 from .hub import CHECK_NAME, CONFIG_NAME, read_config, verify_folder
-from .hub_client import HUB_ERRORS, set_up_client
+from .hub_client import HUB_ERRORS, draw_no_bars_into_files, set_up_client
 from .models._weights import PUBLISHED_NAME, WEIGHTS_NAME, weights_dir
 
 FILES = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, CHECK_NAME)  # what is published; nothing else ever is
@@ -193,6 +193,7 @@ def push(
         UserError: If the Hub can not be reached or refuses.
     """
     set_up_client()
+    draw_no_bars_into_files()
     token = get_token()
     owner = uploads[0].repo_id.partition('/')[0]
     if not token:
@@ -313,6 +314,7 @@ def verify_repo(source: str) -> Dict[str, float]:
     repo_id, _, revision = source.removeprefix('hf-hub:').partition('@')
     _check_repo_id(repo_id)
     set_up_client()
+    draw_no_bars_into_files()
     api = HfApi(library_name='timm-lm', library_version=__version__)
     with tempfile.TemporaryDirectory(prefix='timm-lm-') as folder:
         with _told(repo_id, again='run the same command again', writes=False):

@@ -3,6 +3,7 @@
 A folder of results holds, beside the runs, ``published.csv`` with figures of others, ``tables.yaml`` with the tables of
 the page, and ``remarks.md`` with what there is to say about them.
 """
+import re
 import statistics
 from functools import cache
 from pathlib import Path
@@ -163,10 +164,11 @@ def finished(runs: List[Row], network: str, recipe: str) -> List[Row]:
         network: Its name, without a tag.
         recipe: As the record calls it, with what was changed in it.
     """
+    name, _, changes = recipe.partition(' with ')
+    changed = re.search(r'\bepochs (\d+)', changes)
+    epochs = int(changed[1]) if changed else _epochs(name)
     found = [row for row in runs if row['model'].partition('.')[0] == network and row['recipe'] == recipe
-             and row['status'] == 'done' and row['top1_err']]
-    if ' with ' not in recipe:  # else the record tells other epochs
-        found = [row for row in found if int(row['epochs']) == _epochs(recipe)]
+             and row['status'] == 'done' and row['top1_err'] and int(row['epochs']) == epochs]
     return sorted(found, key=lambda row: int(row['seed']))
 
 

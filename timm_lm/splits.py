@@ -101,7 +101,7 @@ def rows_of_part(split: str, count: int) -> Tuple[int, int]:
     match = _PART.match(split)
     if match is None:
         return 0, count
-    bounds = [text for text in (match['start'], match['stop']) if text is not None]
+    bounds = [text for text in (match['start'], match['stop']) if text not in (None, '0')]
     if len({text.endswith('%') for text in bounds}) > 1:  # the package datasets takes both for shares then
         raise UserError(f"The part '{split}' has one bound in % and one in images; give both in the same.")
 

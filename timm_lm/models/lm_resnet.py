@@ -482,7 +482,7 @@ class LMResNet(nn.Module):
         head.train(self.training)
         if isinstance(self.head, ClassifierHead):  # its hooks and dropout stay
             names = ['in_features', 'num_features', 'fc']
-            if pool_type != self.head.global_pool.pool_type:
+            if pool_type != getattr(self.head.global_pool, 'pool_type', None):  # there may be one of the user's own
                 names += ['global_pool', 'flatten']
             for name in names:
                 setattr(self.head, name, getattr(head, name, None))

@@ -207,12 +207,13 @@ def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]]
     )
     for name in sorted(kwargs.keys() & args.model_kwargs.keys()):
         raise UserError(f'--model-kwargs has {name}; give it by {option_name(_OPTIONS.get(name, name))}.')
-    kwargs = {name: value for name, value in kwargs.items() if value is not None} | args.model_kwargs
-    if recorded:
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    if recorded:  # with its own --model-kwargs; others are told when the options are compared
         try:
             return create_again(recorded, **kwargs)
         except (*_UNREADABLE, AssertionError) as e:
             raise UserError(f'The network of the run can not be made again ({one_line(e, 300)}).') from e
+    kwargs |= args.model_kwargs
     for name in ('pretrained_path', 'initial_checkpoint'):
         path = getattr(args, name)
         if path and not Path(path).is_file():

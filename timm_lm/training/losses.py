@@ -11,7 +11,7 @@ from torch import nn
 
 from timm_lm.data import check_class_names
 from timm_lm.errors import UserError
-from timm_lm.hub import TimmModel, label_names
+from timm_lm.hub import TimmModel, image_config, label_names
 from timm_lm.names import load_model
 
 from .batches import check_input
@@ -130,7 +130,7 @@ def create_loss(args: argparse.Namespace, model: TimmModel, data_config: Dict[st
         return PlainLoss(criterion).to(accelerator.device)
     teacher: Any = load_teacher(args, model, accelerator.is_main_process)
     check_input(teacher, data_config, f'The teacher {args.kd_model_name}')
-    norm = {key: teacher.pretrained_cfg[key] for key in ('mean', 'std')}
+    norm = image_config(teacher)
     teacher.to(accelerator.device, memory_format=torch.channels_last if args.channels_last else None)
     if args.torchcompile:
         teacher = torch.compile(

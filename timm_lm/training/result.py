@@ -60,10 +60,22 @@ def describe_trained(args: argparse.Namespace, model: TimmModel, data_config: Di
     describe(model, tag=args.tag or None, class_names=class_names, crop_mode='center', license=licence, **data_config)
 
 
-def run_facts(args: argparse.Namespace, model: TimmModel, command: str, device: torch.device,
-              processes: int) -> Dict[str, Any]:
-    """What is known of a run when it starts, in what JSON can hold: its network, its data, and what computes it."""
-    model_args = saved_model_args(args.model) | (dict(global_pool=args.gp) if args.gp else {}) | args.model_kwargs
+def run_facts(args: argparse.Namespace, model: TimmModel, command: str, device: torch.device, processes: int,
+              recorded: Mapping[str, Any]) -> Dict[str, Any]:
+    """What is known of a run when it starts, in what JSON can hold: its network, its data, and what computes it.
+
+    Args:
+        args: Options.
+        model: The network.
+        command: The command line.
+        device: What computes it.
+        processes: How many there are.
+        recorded: What was told when the run began, if it goes on; nothing else need know what its network was made of.
+    """
+    if recorded:
+        model_args = dict(recorded['model_args'])
+    else:
+        model_args = saved_model_args(args.model) | (dict(global_pool=args.gp) if args.gp else {}) | args.model_kwargs
     for name in ('in_chans', 'num_classes'):  # those of the network now
         model_args.pop(name, None)
     cfg = {name: value for name, value in model.pretrained_cfg.items() if name not in _SOURCES}

@@ -71,7 +71,8 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
 
     # Network, and the run folder to be
     set_seed(args.seed)
-    model = create_model(args, recorded_network(args))
+    recorded = recorded_network(args)
+    model = create_model(args, recorded)
     folder = run_folder(args, model)
 
     # Device, precision and processes
@@ -133,7 +134,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     set_seed((args.seed + accelerator.process_index) % 2 ** 32)  # each process drops other paths
     signals = StopSignals(several=accelerator.num_processes > 1)
     training = Training(args, accelerator, model, train_loader, data_config, store, signals)
-    training.facts = run_facts(args, model, command, accelerator.device, accelerator.num_processes)
+    training.facts = run_facts(args, model, command, accelerator.device, accelerator.num_processes, recorded)
     if is_main:
         print(describe_run(args, model, train_loader, eval_loader, accelerator, folder), flush=True)
         for remark in describe_data(model, [data for data in (train_set, eval_set) if data is not None]):
