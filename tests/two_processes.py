@@ -183,44 +183,45 @@ def cut_back(folder, target, updates):
             shutil.rmtree(path)
 
 
+def told(words):
+    """Run a command without waiting for who tells first; returns its code and what it tells."""
+    patience, cli.PATIENCE = cli.PATIENCE, 0
+    try:
+        with redirect_stderr(io.StringIO()) as err:
+            return [cli.main(words), err.getvalue()]
+    finally:
+        cli.PATIENCE = patience
+
+
 def apart(data, output, rank):
     """Go on with a run whose folder is on a disk that only the main process sees; returns what is told."""
-    own = output if rank == 0 else output / 'other_disk'
-    patience, cli.PATIENCE = cli.PATIENCE, 0
-    with redirect_stderr(io.StringIO()) as told:
-        code = cli.main(train_command(data, own, 'alone', *LONG))
-    cli.PATIENCE = patience
-    return [code, told.getvalue()]
+    return told(train_command(data, output if rank == 0 else output / 'other_disk', 'alone', *LONG))
 
 
 def on_a_full_disk(data, output):
     """Train where the main process can write no checkpoint after the first; returns what each process is told."""
-    save, patience = CheckpointStore.save, cli.PATIENCE
+    save = CheckpointStore.save
 
     def full(self, updates, *rest):
         if updates > 8:
             raise UserError('The checkpoint could not be written (No space left on device).')
         return save(self, updates, *rest)
 
-    CheckpointStore.save, cli.PATIENCE = full, 0
+    CheckpointStore.save = full
     try:
-        with redirect_stderr(io.StringIO()) as told:
-            code = cli.main(train_command(data, output, 'full', *LONG))
+        return told(train_command(data, output, 'full', *LONG))
     finally:
-        CheckpointStore.save, cli.PATIENCE = save, patience
-    return [code, told.getvalue()]
+        CheckpointStore.save = save
 
 
 def little_memory(data, output, rank):
     """Train where the images fit in the memory of the main process alone; returns what is told."""
-    limit, patience = data_module.MEMORY_LIMIT, cli.PATIENCE
-    data_module.MEMORY_LIMIT, cli.PATIENCE = 0 if rank else limit, 0
+    limit = data_module.MEMORY_LIMIT
+    data_module.MEMORY_LIMIT = 0 if rank else limit
     try:
-        with redirect_stderr(io.StringIO()) as told:
-            code = cli.main(train_command(data, output, 'little', *LONG))
+        return told(train_command(data, output, 'little', *LONG))
     finally:
-        data_module.MEMORY_LIMIT, cli.PATIENCE = limit, patience
-    return [code, told.getvalue()]
+        data_module.MEMORY_LIMIT = limit
 
 
 def unnamed(data, output, rank):
