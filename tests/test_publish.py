@@ -554,7 +554,7 @@ def test_data_set_of_a_hub_that_says_nothing(hub, refused, few_digits, tmp_path)
     hub.add('datasets/owner/silent', few_digits)
     hub.stall('GET /api/datasets', times=100)
     line = refused('train', '-c', 'demo_digits', '--dataset', 'hfds/owner/silent', '--output', tmp_path, SILENCE='0.3')
-    assert 'The data set owner/silent could not be downloaded from the Hub (' in line and 'timed out' in line
+    assert 'The data set owner/silent could not be downloaded from the Hub (' in line  # else it waits for ever
 
 
 def test_client_of_the_user_stays(monkeypatch):

@@ -194,7 +194,8 @@ def open_images(
         return data.part(*rows_of_part(split, len(data)))
     import pyarrow.parquet as pq
     columns = find_columns(pq.read_schema(paths[0]), input_key, target_key, paths[0])
-    return open_dataset(split, None, f'hfds/{folder}', mode, class_map, download, *columns)
+    data = open_dataset(whole, None, f'hfds/{folder}', mode, class_map, download, *columns)
+    return data.part(*rows_of_part(split, len(data)))
 
 
 def _check_no_class_map(folder: Path, class_map: str) -> None:

@@ -58,7 +58,9 @@ def describe(
         cfg['label_names'] = tuple(class_names)
     if input_size is not None:
         cfg['input_size'] = tuple(input_size)
-        cfg['pool_size'] = tuple(-(-side // model.feature_info[-1]['reduction']) for side in input_size[1:])
+        cfg.pop('pool_size', None)
+        if getattr(model, 'feature_info', None):  # a few networks of timm have none
+            cfg['pool_size'] = tuple(-(-side // model.feature_info[-1]['reduction']) for side in input_size[1:])
 
 
 def label_names(model: TimmModel) -> Tuple[str, ...]:
