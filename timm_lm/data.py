@@ -11,7 +11,15 @@ from PIL import Image
 from timm.data import create_transform
 from tqdm import tqdm
 
-from .encoded import EncodedImages, find_columns, image_mode, is_torch_folder, open_dataset, open_parquet
+from .encoded import (
+    EncodedImages,
+    find_columns,
+    image_mode,
+    is_torch_folder,
+    open_dataset,
+    open_parquet,
+    stored_class_names,
+)
 from .errors import UserError, some
 from .files import sha256
 from .image_set import ImageSet, cache_path, read_cache, stamp, write_cache
@@ -193,8 +201,10 @@ def open_images(
         data = open_parquet(paths, mode, input_key, target_key)
         return data.part(*rows_of_part(split, len(data)))
     import pyarrow.parquet as pq
-    columns = find_columns(pq.read_schema(paths[0]), input_key, target_key, paths[0])
+    schema = pq.read_schema(paths[0])
+    columns = find_columns(schema, input_key, target_key, paths[0])
     data = open_dataset(whole, None, f'hfds/{folder}', mode, class_map, download, *columns)
+    data.class_names = stored_class_names(schema, columns[1])  # older timm tells those of the column label alone
     return data.part(*rows_of_part(split, len(data)))
 
 

@@ -128,7 +128,7 @@ class EncodedImages(Dataset):
 _MISSPELT_CIFAR100 = tuple('cra' if name == 'crab' else name for name in CIFAR100)
 
 
-def _class_names(schema: Any, target_key: str) -> Optional[Tuple[str, ...]]:
+def stored_class_names(schema: Any, target_key: str) -> Optional[Tuple[str, ...]]:
     """Names of the labels, which the Hub's files carry in the schema's metadata."""
     try:
         info = json.loads((schema.metadata or {})[b'huggingface'])
@@ -175,7 +175,7 @@ def open_parquet(paths: List[Path], mode: str, input_key: Optional[str], target_
             table = pq.read_table(path, columns=[image_column, label_column])
         except (pa.ArrowException, OSError) as e:
             raise UserError(f'{path} is not a readable Parquet file ({one_line(e)}); copy it again.') from e
-        class_names = class_names or _class_names(schema, label_column)
+        class_names = class_names or stored_class_names(schema, label_column)
         names.append(image_column)
         columns.append(table.column(image_column))
         column = table.column(label_column)
