@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place and renamed; digests; and writing that fails."""
+"""Files that are whole or not there: written beside their place and renamed; what safetensors can write; digests."""
 import errno
 import hashlib
 import os
@@ -129,7 +129,13 @@ def atomic_folder(folder: Union[str, Path]) -> Iterator[Path]:
 
 
 def own_memory(tensors: Dict[str, torch.Tensor]) -> None:
-    """Copy tensors that share memory with an earlier one, as a network's tied weights do; safetensors refuses them."""
+    """Copy tensors that share memory with an earlier one, as a network's tied weights do; safetensors refuses them.
+
+    Its ``save_model`` would leave all names but one out, which timm's strict loading wants.
+
+    Args:
+        tensors: By name; changed in place.
+    """
     seen = set()
     for name, tensor in tensors.items():
         place = tensor.untyped_storage().data_ptr()

@@ -28,7 +28,7 @@ CHECK_BATCH = 2
 CHECK_TOLERANCE = 1e-4  # of the largest value: float32 convolutions differ that much from one machine to another
 
 
-# Writing
+# The config of a network
 
 
 def describe(
@@ -82,6 +82,9 @@ def image_config(model: TimmModel) -> Dict[str, Any]:
         if len(config[key]) != channels:  # those of a network that was made with other channels
             config[key] = (sum(config[key]) / len(config[key]),) * channels
     return config
+
+
+# Writing
 
 
 def _write_config(model: TimmModel, path: Any, model_args: Dict[str, Any], dtype: torch.dtype) -> None:
