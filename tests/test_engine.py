@@ -16,6 +16,7 @@ import timm
 import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
+from timm.layers import DropBlock2d
 from timm.models import _manipulate
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
@@ -169,6 +170,17 @@ def test_drop_is_off_by_default_whatever_the_network_s_own_default_is():
     options = ['--model', 'ghostnet_050', '--num-classes', '10']
     assert timm.create_model('ghostnet_050').drop_rate > 0
     assert [create_model(parse_options([*options, *more])).drop_rate for more in ([], ['--drop', '0.1'])] == [0, 0.1]
+
+
+def test_drop_block_is_for_networks_that_have_it():
+    options = ['--model', 'resnet10t', '--num-classes', '10', '--drop-block', '0.1']
+    rates = {module.drop_prob for module in create_model(parse_options(options)).modules()
+             if isinstance(module, DropBlock2d)}
+    assert rates == {0.1}
+    options[1] = 'lm_resnet20'
+    with pytest.raises(UserError, match='lm_resnet20 can not be made .* unexpected option --drop-block'):
+        create_model(parse_options(options))
+    create_model(parse_options([*options, '--drop-block', '0']))
 
 
 # The two-step's switch
@@ -515,7 +527,8 @@ def test_clipped_gradients_move_nothing(run, mode):
 
 
 def test_layer_decay_slows_the_lower_layers(run):
-    folder, *_ = run('run', *BY_EPOCH, '--layer-decay', 0.5, '--sched', 'step', '--epochs', 1)
+    folder, *_ = run('run', *BY_EPOCH, '--layer-decay', 0.5, '--sched', 'step',
+                     '--decay-epochs', 0.5, '--decay-rate', 1, '--epochs', 1)
     groups = state(folder, 4)['optimizer']['param_groups']
     assert {group['lr'] for group in groups} == {0.1 * 0.5 ** i for i in range(5)}  # stem, three blocks, head
     assert rates(folder) == [pytest.approx(sum(group['lr'] for group in groups) / len(groups))]  # as timm's summary

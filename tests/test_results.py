@@ -231,6 +231,10 @@ def test_a_run_that_did_not_end_is_a_row_too(run_folder, tmp_path):
     (path,) = add_runs([run], tmp_path / 'results')
     (found,) = read_rows(path)
     assert found['status'] == 'stopped after epoch 1 of 2' and found['top1_err'] == ''
+    ended = read_run(run_folder)
+    told = ('command', 'hardware', 'versions', 'crop_pct')
+    assert [found[name] for name in told] == [ended[name] for name in told] and all(found[name] for name in told)
+    assert 0 <= float(found['minutes']) <= float(ended['minutes'])
     assert 'batch_size' not in found['recipe']
     state = max(run.glob('checkpoints/step-*/state.json'))
     state.write_text(json.dumps(json.loads(state.read_text()) | dict(processes=2)))
@@ -246,7 +250,8 @@ def test_report_command_and_its_errors(results, run_folder, tmp_path, command, f
     before = (results / 'few.csv').read_text()
     line = fails('report', '--results', results, '--page', page, '--add', run_folder, tmp_path / 'nowhere')
     assert 'nowhere is not the folder of a run' in line
-    assert '| run | `lm_resnet20` | few |' in page.read_text()  # a data set without a table is listed too
+    (listed,) = [line for line in page.read_text().splitlines() if line.startswith('| run | `lm_resnet20` | few |')]
+    assert listed.endswith(f"| done | `{read_run(run_folder)['command']}` |")  # also of a data set without a table
     assert (results / 'few.csv').read_text() == before
     for text in ('', '- title: Others', 'title: Others'):
         (results / 'tables.yaml').write_text(text)

@@ -49,7 +49,9 @@ def _read_run(folder: Path) -> Row:
         raise ValueError('no epoch was finished')
     seen = result.get('seen_in_training') or next((row['eval'] for row in reversed(epochs) if row['eval']), None)
     last = {} if result else CheckpointStore(folder / 'checkpoints').newest_state()
-    network = last.get('facts', {}).get('pretrained_cfg', {})
+    facts = last.get('facts') or {}
+    told = result or (facts | dict(minutes=round(last['seconds'] / 60, 1)) if last else {})
+    network = facts.get('pretrained_cfg', {})
     architecture = network.get('architecture') or args['model'].partition('.')[0]
     last_k = [statistics.mean(values) for values in epochs[-1]['k'].values()]
     done = len(epochs)
@@ -57,17 +59,17 @@ def _read_run(folder: Path) -> Row:
         model=result.get('model') or '.'.join(filter(None, (architecture, args['tag']))),
         img_size=(result.get('input_size') or args['input_size'] or [''])[-1],
         param_count=f"{result['parameters'] / 1e6:.3f}" if 'parameters' in result else '',
-        crop_pct=args['crop_pct'] or '',
+        crop_pct=told.get('crop_pct') or network.get('crop_pct') or args['crop_pct'] or '',
         interpolation=args['interpolation'],
-        dataset=_dataset(args, result or last.get('facts', {})),
-        recipe=_recipe(args, result.get('processes') or last.get('processes', 1)),
+        dataset=_dataset(args, told),
+        recipe=_recipe(args, (last or told).get('processes', 1)),
         seed=args['seed'],
         epochs=done,
         seen_top1_err=f"{100 - seen['top1']:.2f}" if seen else '',
         precision=asked_precision(args),
         run=folder_name(str(folder)),
         status='done' if result else f"stopped after epoch {done} of {last.get('epochs', args['epochs'])}",
-        **{name: result.get(name, '') for name in ('minutes', 'hardware', 'versions', 'command')},
+        **{name: told.get(name, '') for name in ('minutes', 'hardware', 'versions', 'command')},
     )
     return with_result({name: str(row.get(name, '')) for name in COLUMNS}, dict(k=last_k) | result)
 

@@ -214,13 +214,14 @@ def _published(rows: List[Row], source: str, dataset: str, network: str, recipe:
 
 def _all_runs(runs: Dict[str, List[Row]]) -> List[str]:
     header = ['run', 'network', 'data', 'recipe', 'epochs', 'seed', 'error, %', 'seen in training, %', 'minutes',
-              'hardware', 'precision', 'status']
+              'hardware', 'precision', 'status', 'command']
     about = ('Poor and stopped runs too. An error is a count on the saved file, in float32 on the CPU; the one seen in '
              'training is that of the last epoch in the precision of the training.')
     lines = ['## All runs', '', about, '', *_table_head(header)]
     shown = ('dataset', 'recipe', 'epochs', 'seed', 'top1_err', 'seen_top1_err', 'minutes', 'hardware', 'precision',
-             'status')
+             'status', 'command')
     for row in (row for rows in runs.values() for row in rows):
+        row = row | dict(command=row['command'] and f"`{row['command']}`")
         cells = [row['run'], f"`{row['model'].partition('.')[0]}`", *(row[name] for name in shown)]
         lines.append(_line(cells))
     return [*lines, '']

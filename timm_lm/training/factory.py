@@ -202,7 +202,7 @@ def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]]
         in_chans=in_chans,
         drop_rate=args.drop,
         drop_path_rate=args.drop_path,
-        drop_block_rate=args.drop_block,
+        drop_block_rate=args.drop_block or None,
         global_pool=args.gp,
     )
     for name in sorted(kwargs.keys() & args.model_kwargs.keys()):
@@ -228,7 +228,10 @@ def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]]
     except UserError:
         raise
     except (*_UNREADABLE, AssertionError) as e:
-        raise UserError(f'{args.model} can not be made with these options ({one_line(e, 300)}).') from e
+        reason = one_line(e, 300)
+        for name, option in _OPTIONS.items():
+            reason = reason.replace(f"keyword argument '{name}'", f'option {option_name(option)}')
+        raise UserError(f'{args.model} can not be made with these options ({reason}).') from e
     if args.initial_checkpoint:
         try:
             load_checkpoint(model, args.initial_checkpoint, weights_only=True)

@@ -20,8 +20,7 @@ _NOT_NEGATIVE = (
     'lr_cycle_decay', 'two_step_epoch')
 _SHARES = (
     'hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'smoothing', 'drop', 'model_ema_decay',
-    'grayscale_prob', 'gaussian_blur_prob', 'color_jitter_prob', 'lr_noise')
-USUAL_PATIENCE = 10  # epochs of plateau without a gain, if nothing is said
+    'grayscale_prob', 'gaussian_blur_prob', 'color_jitter_prob', 'lr_noise', 'drop_block')
 
 # Options that mean something only beside one of others.
 ONLY_WITH: Dict[Tuple[str, ...], Tuple[str, ...]] = {
@@ -30,7 +29,7 @@ ONLY_WITH: Dict[Tuple[str, ...], Tuple[str, ...]] = {
     ('kd_model_name',): (
         'kd_distill_type', 'kd_loss_type', 'kd_temperature', 'distill_loss_weight', 'task_loss_weight'),
     ('log_wandb',): ('wandb_project', 'wandb_tags', 'wandb_resume_id'),
-    ('mixup', 'cutmix', 'cutmix_minmax'): ('mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch'),
+    ('mixup', 'cutmix', 'cutmix_minmax'): ('mixup_prob', 'mixup_mode', 'mixup_off_epoch'),
     ('reprob',): ('remode', 'recount'),
     ('pretrained',): ('pretrained_path',),
     ('layer_decay',): ('layer_decay_min_scale', 'layer_decay_no_opt_scale'),
@@ -40,6 +39,7 @@ ONLY_WITH: Dict[Tuple[str, ...], Tuple[str, ...]] = {
     ('lr_noise',): ('lr_noise_pct', 'lr_noise_std'),
     ('warmup_epochs',): ('warmup_lr', 'warmup_prefix'),
     ('color_jitter',): ('color_jitter_prob',),
+    ('val_split',): ('val_interval',),
 }
 
 # Options of the schedule that only some of timm's schedules read.
@@ -117,11 +117,14 @@ def _check_schedule(args: argparse.Namespace) -> None:
     if args.lr_noise and not (sorted(set(args.lr_noise)) == args.lr_noise[:2] and args.lr_noise[0] < 1):
         raise UserError('--lr-noise takes one or two increasing shares of the run, where the noise begins and ends, '
                         f'not {args.lr_noise}.')
-    if args.sched == 'step' and args.decay_epochs is not None and args.decay_epochs >= args.epochs:
-        raise UserError(f'The schedule is longer than the run: --decay-epochs {args.decay_epochs:g} with --epochs '
+    interval = usual_decay_epochs(args.sched) if args.decay_epochs is None else args.decay_epochs
+    if args.sched == 'step' and interval >= args.epochs:
+        raise UserError(f'The schedule is longer than the run: --decay-epochs {interval:g} with --epochs '
                         f'{args.epochs}; change one of them.')
+    if not args.val_split and args.sched == 'plateau':
+        raise UserError('--sched plateau lowers the rate by the validation; give --val-split, or another schedule.')
     validations = -(-args.epochs // args.val_interval)
-    if args.sched == 'plateau' and args.patience_epochs >= max(validations, USUAL_PATIENCE + 1):
+    if args.sched == 'plateau' and args.patience_epochs + 2 >= validations:  # the first sets what has to be gained on
         raise UserError(f'The schedule is longer than the run: --patience-epochs {args.patience_epochs} with --epochs '
                         f'{args.epochs} and {validations} validations; change one of them.')
     if args.sched in ('cosine', 'tanh', 'poly') and args.lr_cycle_mul < 1:
@@ -135,14 +138,14 @@ def _check_schedule(args: argparse.Namespace) -> None:
 
 
 def _check_pairs(args: argparse.Namespace) -> None:
-    if not args.val_split and args.sched == 'plateau':
-        raise UserError('--sched plateau lowers the rate by the validation; give --val-split, or another schedule.')
     if not args.val_split and args.eval_metric != 'top1':
         raise UserError(f'--eval-metric {args.eval_metric} is that of the validation; give --val-split, or leave it '
                         'out.')
     if args.in_chans is not None and args.input_size is not None and args.in_chans != args.input_size[0]:
         raise UserError(f'--in-chans {args.in_chans} and the {args.input_size[0]} channels of --input-size differ; '
                         'leave one out.')
+    if args.kd_distill_type != 'logit':
+        raise UserError(f'--kd-distill-type {args.kd_distill_type} is refused: distillation is by logits here.')
     if args.wandb_resume_id and not args.resume:
         raise UserError('--wandb-resume-id goes on with the log of a run; give --resume too.')
     if args.two_step_epoch and any(name in args.opt.lower() for name in ('lookahead', 'madgrad')):
@@ -158,6 +161,11 @@ def _check_pairs(args: argparse.Namespace) -> None:
     if args.loader == 'memory' and not_in_memory(args):
         raise UserError(f"--loader memory can not do {', '.join(not_in_memory(args))}; use --loader timm, or set them "
                         'to off.')
+
+
+def usual_decay_epochs(sched: str) -> float:
+    """``--decay-epochs`` if nothing is said, as timm has it for its schedules."""
+    return 0.2 if sched in ('rsqrt', 'wsd') else 90.
 
 
 def mixes(args: argparse.Namespace) -> bool:
@@ -191,6 +199,13 @@ def unread(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
     for names, schedules in _OF_SCHEDULES.items():
         if values['sched'] not in schedules:
             yield names, f"with --sched {values['sched']}; it is for {', '.join(schedules)}. Take one of these"
+    if values['sched'] == 'none':
+        warmup = ('warmup_epochs',) if values['warmup_epochs'] else ()
+        yield (*warmup, 'warmup_lr', 'warmup_prefix', 'sched_on_updates'), 'with --sched none; take a schedule'
+    if values['lr_cycle_limit'] == 1:
+        yield ('lr_cycle_mul', 'lr_cycle_decay'), 'without --lr-cycle-limit of at least 2; give both'
+    if not (values['mixup'] and (values['cutmix'] or values['cutmix_minmax'])):
+        yield ('mixup_switch_prob',), 'without --mixup and --cutmix; give both'
     yield from ((names, f"with --opt {values['opt']}, which has none; take another optimizer")
                 for names in _unread_by_optimizer(values['opt']))
 

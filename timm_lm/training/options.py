@@ -17,12 +17,12 @@ from timm_lm.splits import SPLIT_NAMES, TRAIN_OR_TEST
 
 from .option_rules import (
     ONLY_WITH,
-    USUAL_PATIENCE,
     check_options,
     check_taken,
     check_unread,
     option_name,
     unread,
+    usual_decay_epochs,
 )
 from .recipes import find_recipe
 
@@ -268,7 +268,7 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
                             'the run (default: 0.2)')
     group.add_argument('--decay-rate', '--dr', type=float, default=0.1, metavar='X',
                        help='factor of a drop; the power of poly')
-    group.add_argument('--patience-epochs', type=int, default=USUAL_PATIENCE, metavar='N', help='patience of plateau')
+    group.add_argument('--patience-epochs', type=int, default=10, metavar='N', help='patience of plateau')
     group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help='epochs at the smallest rate')
 
 
@@ -314,7 +314,8 @@ def _add_loss(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--bce-target-thresh', type=float, metavar='X', help='targets above it become 1, others 0')
     group.add_argument('--bce-pos-weight', type=float, metavar='X', help='weight of positive targets')
     group.add_argument('--kd-model-name', metavar='NAME_OR_FOLDER', help='distil from the logits of this network')
-    group.add_argument('--kd-distill-type', default='logit', choices=('logit',), help='what is distilled')
+    group.add_argument('--kd-distill-type', default='logit', choices=('logit', 'feature', 'token'),
+                       help='what is distilled; logit alone is supported')
     group.add_argument('--kd-loss-type', default='kl', choices=('kl',), help='by which divergence')
     group.add_argument('--kd-temperature', type=float, default=4., metavar='T', help='temperature of both softmaxes')
     group.add_argument('--distill-loss-weight', type=float, metavar='X',
@@ -466,7 +467,7 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
     if config:
         path, model = find_recipe(config)
         given = defaults | _read_recipe(path, actions) | (dict(model=model) if model else {})
-        if given['decay_epochs'] == _usual_decay_epochs(given['sched']):  # as a run records it
+        if given['decay_epochs'] == usual_decay_epochs(given['sched']):  # as a run records it
             given['decay_epochs'] = None
         check_unread(given, defaults, defaults)
         parser.set_defaults(**given)
@@ -484,7 +485,7 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
         args.val_split = 'test'  # which timm takes for any other name, and validation is its default
     if args.no_aug:
         args.hflip, args.vflip, args.pad_crop, args.reprob = 0., 0., 0, 0.
-    if args.decay_epochs == _usual_decay_epochs(args.sched):
+    if args.decay_epochs == usual_decay_epochs(args.sched):
         args.decay_epochs = None
     check_options(args)
     check_unread(vars(args), given, defaults)
@@ -494,13 +495,8 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
     for leaders in ONLY_WITH:  # of all ways to spell off that of timm's defaults, where these are off
         _reset(args, *(leader for leader in leaders if not getattr(args, leader) and not defaults[leader]))
     if args.decay_epochs is None:
-        args.decay_epochs = _usual_decay_epochs(args.sched)
+        args.decay_epochs = usual_decay_epochs(args.sched)
     return args
-
-
-def _usual_decay_epochs(sched: str) -> float:
-    """As timm has it for its schedules."""
-    return 0.2 if sched in ('rsqrt', 'wsd') else 90.
 
 
 def turn_off(args: argparse.Namespace, *leaders: str) -> None:

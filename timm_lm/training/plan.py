@@ -102,7 +102,7 @@ def _place(args: argparse.Namespace, loader: BatchLoader) -> str:
 
 def describe_schedule(args: argparse.Namespace, updates_per_epoch: int, epochs: int) -> str:
     """Optimizer and schedule in a line, and a picture of the rate."""
-    warmup = f', {args.warmup_epochs} epochs of warm-up' if args.warmup_epochs else ''
+    warmup = f', {args.warmup_epochs} epochs of warm-up' if args.warmup_epochs and args.sched != 'none' else ''
     head = (f'{args.opt}, weight decay {args.weight_decay:g}; {args.sched}, rate {args.lr:g}{warmup}; {epochs} epochs, '
             f'{epochs * updates_per_epoch:,} updates')
     if args.sched == 'plateau':

@@ -101,6 +101,7 @@ def tell(args: argparse.Namespace, model: TimmModel, epochs: float, seconds: flo
         model=f'{architecture}.{args.tag}' if args.tag else architecture,
         parameters=sum(p.numel() for p in model.parameters()),
         input_size=model.pretrained_cfg['input_size'],
+        crop_pct=model.pretrained_cfg['crop_pct'],
         k=mean_k(model),  # with model_ema not those of the last update
         epochs=epochs,
         seed=args.seed,
