@@ -3,6 +3,7 @@ import csv
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -240,6 +241,12 @@ def test_a_run_that_did_not_end_is_a_row_too(run_folder, tmp_path):
     state.write_text(json.dumps(json.loads(state.read_text()) | dict(processes=2)))
     assert 'batch_size 128' in read_run(run)['recipe']
     assert found['seen_top1_err']
+
+
+def test_rows_that_are_added_at_once_are_all_there(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: add_rows([row('lm_resnet20', '9.00', seed=number)], tmp_path), range(40)))
+    assert len(read_rows(tmp_path / 'cifar10.csv')) == 40
 
 
 def test_report_command_and_its_errors(results, run_folder, tmp_path, command, fails):

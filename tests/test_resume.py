@@ -21,6 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from timm_lm.errors import UserError
+from timm_lm.files import write_text
+from timm_lm.image_set import ImageSet, write_cache
 from timm_lm.results import read_run
 from timm_lm.training import train as train_module
 from timm_lm.training.checkpoint import CheckpointStore, Progress, random_states
@@ -226,10 +228,10 @@ def test_signal_stops_a_validation(few_digits, left_alone, tmp_path, epoch):
     assert timed == [number != epoch for number in (1, 2, 3)]
 
 
-@pytest.mark.parametrize('epoch, code', [(1, 143), (3, 0)])
-def test_signal_between_epochs(few_digits, left_alone, tmp_path, epoch, code):
+@pytest.mark.parametrize('epoch, number, code', [(1, signal.SIGHUP, 129), (3, signal.SIGTERM, 0)])
+def test_signal_between_epochs(few_digits, left_alone, tmp_path, epoch, number, code):
     """When an epoch's metrics are written and its checkpoint is not; after the last epoch the run ends as ever."""
-    process = signalled(arguments(few_digits, tmp_path), tmp_path, signal.SIGTERM,
+    process = signalled(arguments(few_digits, tmp_path), tmp_path, number,
                         'run_log.RunLog.append', f'log, epoch, *_: epoch == {epoch - 1}')
     got, _, err = process.wait()
     assert got == code, err
@@ -293,10 +295,12 @@ with StopSignals(several={several}) as signals:
 
 def test_handlers_that_are_not_of_python_are_no_error():
     """Python knows none of those that were set before it began, and says None."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with StopSignals() as signals:
             signals.before[signal.SIGTERM] = None
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # as under nohup
         assert signal.getsignal(signal.SIGINT) == before[signal.SIGINT]
     finally:
         for number, handler in before.items():
@@ -317,6 +321,31 @@ def test_compiled_run_resumes_bit_for_bit(few_digits, tmp_path, command):
         assert code == 0 and ('Going on from' in out) == (name == 'killed'), err
     torch.compiler.reset()
     assert final_state(tmp_path / 'killed') == final_state(tmp_path / 'alone')
+
+
+def test_signal_while_the_network_is_compiled(few_digits, tmp_path):
+    """A terminal sends it to the C++ compiler too."""
+    compiler, script = tmp_path / 'g++', tmp_path / 'script.py'
+    compiler.write_text(f"""#!/bin/sh
+case "$*" in *.main.cpp*)
+    if mkdir {tmp_path / 'told'}; then kill -INT 0; sleep 9; fi;;
+esac
+exec g++ "$@"
+""")
+    compiler.chmod(0o755)
+    script.write_text(f"""
+import os, signal, sys
+os.environ['TORCHINDUCTOR_CACHE_DIR'] = {str(tmp_path / 'cache')!r}
+from torch._inductor import config  # which read the variable CXX when it was imported
+from timm_lm import cli
+config.cpp.cxx, config.cpp_cache_precompile_headers = (None, {str(compiler)!r}), False
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
+sys.exit(cli.main(sys.argv[1:]))
+""")
+    words = arguments(few_digits, tmp_path, '--torchcompile', '--model-kwargs', 'layers=(1,)', 'channels=(16,)')
+    code, _, err = Command(*words, script=script, own_group=True).wait()
+    assert (tmp_path / 'told').is_dir() and code == 130
+    assert err.splitlines()[-1] == 'timm-lm: Stopped by SIGINT; there is no checkpoint yet, start again'
 
 
 def test_damaged_newest_checkpoint_is_passed_over(few_digits, left_alone, tmp_path):
@@ -562,7 +591,8 @@ def test_output_that_nobody_reads_does_not_end_a_run(few_digits, left_alone, tmp
     assert final_state(tmp_path) == final_state(left_alone)
 
 
-@pytest.mark.parametrize('close', ['os.dup2(1, 2)', 'sys.stdout = sys.stderr = None'])
+@pytest.mark.parametrize('close', [
+    'os.dup2(1, 2)', 'sys.stdout = sys.stderr = None', 'os.dup2(os.open("/dev/full", os.O_WRONLY), 1)'])
 def test_run_that_nobody_listens_to_tells_by_its_exit_code_that_it_was_stopped(few_digits, tmp_path, close):
     script = tmp_path / 'unheard.py'
     script.write_text(f"""
@@ -605,6 +635,22 @@ def test_old_checkpoint_that_can_not_be_removed_is_told(tmp_path, monkeypatch, c
     assert 'step-000000001 could not be removed' in capsys.readouterr().out
     store.save(3, Progress(0, 3), {}, nothing, [random_states()], {})
     assert [path.name for path in store.newest_first()] == ['step-000000003']
+
+
+def test_files_have_the_rights_of_any_new_file(tmp_path):
+    """Those of tempfile and safetensors are for their owner alone."""
+    before = os.umask(0o027)
+    try:
+        CheckpointStore(tmp_path, keep=1).save(
+            1, Progress(0, 1), {}, dict(state={}, param_groups=[]), [random_states()], {})
+        write_text(tmp_path / 'page.md', 'caf\udce9')  # of a folder whose name is not UTF-8
+        write_cache(tmp_path / 'cache.safetensors', ImageSet(torch.zeros(1, 1, 2, 2), torch.zeros(1)))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob('*')}
+    assert modes == {'step-000000001': 0o750, 'state.json': 0o640, 'state.safetensors': 0o640, 'page.md': 0o640,
+                     'cache.safetensors': 0o640}
+    assert (tmp_path / 'page.md').read_text() == 'caf\\udce9'
 
 
 def test_other_options_are_refused_by_name(few_digits, left_alone, fails):

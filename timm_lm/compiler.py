@@ -1,10 +1,12 @@
 """What torch.compile is in need of, looked for before the first step instead of a traceback in it."""
+import getpass
 import importlib.util
 import os
 import shlex
 import shutil
 import sys
 import sysconfig
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Optional
@@ -27,6 +29,7 @@ def check_compiler(backend: str, mode: Optional[str], on_cpu: bool) -> None:
         raise UserError(f"There is no backend '{backend}' of torch.compile; there are: {', '.join(backends)}.")
     if backend != 'inductor':
         return
+    _name_cache()
     modes = list(torch._inductor.list_mode_options())
     if mode and mode not in modes:
         raise UserError(f"There is no mode '{mode}' of torch.compile; there are: {', '.join(modes)}.")
@@ -38,6 +41,15 @@ def check_compiler(backend: str, mode: Optional[str], on_cpu: bool) -> None:
                             '--no-torchcompile.')
         return
     _check_cpp()
+
+
+def _name_cache() -> None:
+    """Give the compiler's cache a name where the user has none, as in a container; older PyTorch ends there."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        place = Path(tempfile.gettempdir(), f'torchinductor_{os.getuid()}')
+        os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(place))
 
 
 def _check_cpp() -> None:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Union
 
@@ -12,6 +12,11 @@ import torch
 from safetensors import SafetensorError
 
 from .errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 _OLD = '.old.'  # in the name of the folder that holds one which is being replaced
 
@@ -63,23 +68,48 @@ def whole_entries(folder: Path) -> List[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file beside its place, and rename it."""
-    temporary = path.with_name(f'.{path.name}.new')
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding='utf-8', errors='backslashreplace', newline='\n')  # names that are none
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib as PNG beside its place, and rename it; the same figure makes the same file."""
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format='png', metadata={'Software': None})
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A new file to write, which takes the place of ``path`` when the block ends without an error."""
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    os.close(fd)
+    temporary = Path(name)
     try:
-        temporary.write_text(text, encoding='utf-8', newline='\n')
+        yield temporary
+        give_usual_rights(temporary)
         sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure of matplotlib as PNG beside its place, and rename it; the same figure makes the same file."""
-    temporary = path.with_name(f'.{path.name}.new')
-    try:
-        figure.savefig(temporary, dpi=120, format='png', metadata={'Software': None})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def give_usual_rights(path: Path) -> None:
+    """Give a file or folder the rights of any new one; ``tempfile`` and safetensors write for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same out of a folder; on Windows and disks without locks nothing is."""
+    with ExitStack() as stack:
+        if fcntl is not None:
+            fd = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, fd)
+            with suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
 
 
 def replaced(parent: Path, prefix: str) -> List[Path]:
@@ -117,8 +147,9 @@ def atomic_folder(folder: Union[str, Path]) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
     try:
-        temporary.chmod(0o755)
         yield temporary
+        for path in (*temporary.rglob('*'), temporary):
+            give_usual_rights(path)
         for path in (*(path for path in temporary.rglob('*') if path.is_file()), temporary):
             sync(path)
         _put_in_place(temporary, folder)

@@ -154,7 +154,7 @@ def save_folder(
         weights = temporary / WEIGHTS_NAME
         save_file(state, weights, metadata=dict(format='pt'))
         _write_config(model, temporary / CONFIG_NAME, args, dtype)
-        (temporary / CARD_NAME).write_text(card, encoding='utf-8')
+        write_text(temporary / CARD_NAME, card)
         reloaded = timm.create_model(f'local-dir:{temporary}', pretrained=True).eval()
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(CHECK_BATCH, *image_config(model)['input_size'], generator=generator)
@@ -163,8 +163,6 @@ def save_folder(
             raise UserError(f'What the network computes is not finite; {folder} was not written. Use a smaller rate.')
         (temporary / CHECK_NAME).parent.mkdir()
         save_file(tensors, temporary / CHECK_NAME, metadata=dict(model_sha256=sha256(weights)))
-        for path in (weights, temporary / CHECK_NAME):
-            path.chmod(0o644)  # safetensors writes for the owner alone
     return Path(folder)
 
 

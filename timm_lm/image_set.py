@@ -2,7 +2,8 @@
 import hashlib
 import json
 import os
-import tempfile
+import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Tuple
@@ -11,7 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .files import sync
+from .files import atomic_file
+
+UNUSED_DAYS = 30  # after which a cached split is removed
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,10 @@ def read_cache(path: Optional[Path], content: str = '') -> Optional[ImageSet]:
             names = json.loads(metadata['class_names'])
             if metadata.get('content', '') != content:
                 return None
-            return ImageSet(f.get_tensor('images'), f.get_tensor('labels'), tuple(names) if names else None)
+            data = ImageSet(f.get_tensor('images'), f.get_tensor('labels'), tuple(names) if names else None)
+        with suppress(OSError):
+            os.utime(path)  # it is in use
+        return data
     except (SafetensorError, KeyError, ValueError, OSError):
         return None  # cut short or of another kind: decoded anew and written over
 
@@ -93,16 +99,17 @@ def write_cache(path: Optional[Path], data: ImageSet, content: str = '') -> None
     """
     if path is None:
         return
-    temporary = None
-    try:
-        fd, temporary = tempfile.mkstemp(dir=path.parent, suffix='.tmp')
-        os.close(fd)
-        save_file(dict(images=data.images, labels=data.labels), temporary,
-                  metadata=dict(class_names=json.dumps(data.class_names), content=content))
-        sync(Path(temporary))
-        os.replace(temporary, path)
-    except (OSError, SafetensorError):
-        pass
-    finally:
-        if temporary is not None:  # which has its name no more once it is whole
-            Path(temporary).unlink(missing_ok=True)
+    with suppress(OSError, SafetensorError):
+        _remove_unused(path.parent)
+        with atomic_file(path) as temporary:
+            save_file(dict(images=data.images, labels=data.labels), temporary,
+                      metadata=dict(class_names=json.dumps(data.class_names), content=content))
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove what was not read for a month, such as of data that has another place now, and what kills left."""
+    now = time.time()
+    for path in folder.iterdir():
+        days = (now - path.stat().st_mtime) / 86400
+        if days > (UNUSED_DAYS if path.suffix == '.safetensors' and path.name[0] != '.' else 1):
+            path.unlink()

@@ -280,7 +280,9 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
     The training process ends the step and saves, for which it may need more batches. SIGTERM is obeyed if it comes from
     that process. macOS and Windows can not tell who sent it; there a worker ends at once.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ('SIGINT', 'SIGHUP'):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None or not hasattr(signal, 'sigwaitinfo'):
         return

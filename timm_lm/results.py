@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, Sequence, Union
 import yaml
 
 from .errors import UserError
-from .files import write_text
+from .files import locked, write_text
 from .precision import asked_precision
 from .training.places import folder_name
 
@@ -54,7 +54,7 @@ def _read_run(folder: Path) -> Row:
     network = facts.get('pretrained_cfg', {})
     architecture = network.get('architecture') or args['model'].partition('.')[0]
     last_k = [statistics.mean(values) for values in epochs[-1]['k'].values()]
-    done = len(epochs)
+    done = result.get('epochs', len(epochs))
     row: Dict[str, Any] = dict(
         model=result.get('model') or '.'.join(filter(None, (architecture, args['tag']))),
         img_size=(result.get('input_size') or args['input_size'] or [''])[-1],
@@ -143,7 +143,7 @@ def add_runs(folders: Sequence[Union[str, Path]], results: Path) -> List[Path]:
             written.
     """
     rows = [read_run(folder) for folder in folders]
-    check_rows(rows, results)
+    check_rows(rows, results)  # before a folder is made for them
     return add_rows(rows, results)
 
 
@@ -164,18 +164,20 @@ def check_rows(rows: Sequence[Row], results: Path) -> None:
 
 def add_rows(rows: Sequence[Row], results: Path) -> List[Path]:
     """Add rows to the files of their data sets, as ``add_runs`` does."""
-    written = []
-    for dataset in sorted({row['dataset'] for row in rows}):
-        path = results / f'{dataset}.csv'
-        merged = {row['run']: row for row in read_rows(path)}
-        merged.update((row['run'], row) for row in rows if row['dataset'] == dataset)
-        text = [','.join(COLUMNS)]
-        for row in sorted(merged.values(), key=lambda row: (row['recipe'], row['model'], row['run'])):
-            text.append(','.join(_quoted(row.get(name, '')) for name in COLUMNS))
-        results.mkdir(parents=True, exist_ok=True)
-        write_text(path, '\n'.join(text) + '\n')
-        written.append(path)
-    return written
+    results.mkdir(parents=True, exist_ok=True)
+    with locked(results):  # of several that are added at once none is lost
+        check_rows(rows, results)
+        written = []
+        for dataset in sorted({row['dataset'] for row in rows}):
+            path = results / f'{dataset}.csv'
+            merged = {row['run']: row for row in read_rows(path)}
+            merged.update((row['run'], row) for row in rows if row['dataset'] == dataset)
+            text = [','.join(COLUMNS)]
+            for row in sorted(merged.values(), key=lambda row: (row['recipe'], row['model'], row['run'])):
+                text.append(','.join(_quoted(row.get(name, '')) for name in COLUMNS))
+            write_text(path, '\n'.join(text) + '\n')
+            written.append(path)
+        return written
 
 
 def _quoted(value: str) -> str:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from .card import CARD_NAME
 from .errors import UserError
-from .files import atomic_folder, whole_entries, write_text
+from .files import atomic_folder, locked, whole_entries, write_text
 from .hub import load_folder, save_folder, verify_folder, write_digests
 from .models._weights import weights_dir
 from .names import check_name, our_models, saved_model_args
@@ -78,7 +78,8 @@ def _put(folder: Path, weights: Path) -> None:
         with atomic_folder(weights / folder.name) as new:
             shutil.copytree(folder, new, dirs_exist_ok=True)
     finally:  # weights without their digest would be refused
-        write_digests(weights)
+        with locked(weights):
+            write_digests(weights)
 
 
 def _count(folder: Path, told: Dict[str, Any], args: Dict[str, Any], data_dir: Optional[str]) -> Dict[str, Any]:

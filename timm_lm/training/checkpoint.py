@@ -204,7 +204,7 @@ class CheckpointStore:
             if not (self.folder / folder.name).exists():  # of two that were being replaced
                 os.replace(folder, self.folder / folder.name)
         for folder in self.folder.glob(f'.{PREFIX}*'):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def set_aside_after(self, checkpoint: Optional[Checkpoint]) -> List[Path]:
         """Rename the checkpoints after the one that a run goes on from, damaged ones or those of another way, so that

@@ -35,6 +35,7 @@ from .signals import Interrupted, StopSignals
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SOME = StateDictOptions(full_state_dict=True, strict=False)
+AGREE_SECONDS = 5.  # that processes train at most without asking each other whether to stop
 
 
 class Training:
@@ -112,6 +113,7 @@ class Training:
         self.best: Optional[Dict[str, Any]] = None
         self.facts: Dict[str, Any] = {}  # what the weights of a checkpoint are told by, beside the options
         self.eval_seconds = 0.
+        self.agree_interval = 1  # updates, or batches of a validation, between two questions to other processes
         self.start = time.perf_counter()
         self.earlier_seconds = 0.  # of the processes that this one goes on from
         self.live = LiveLine(self.num_epochs, len(loader), accelerator.is_main_process)
@@ -229,10 +231,15 @@ class Training:
 
     # Agreement of the processes
 
-    def agree(self, epoch: int) -> int:
+    def agree(self, epoch: int, seconds: float = 0.) -> int:
         """Read from the device whether every loss of the epoch was finite, and whether a process was sent a signal.
 
-        Processes ask each other, so that they stop at the same step.
+        Processes ask each other, so that they stop at the same step, and often enough for their launcher, which waits
+        for half a minute.
+
+        Args:
+            epoch: The running one.
+            seconds: That an update took in this process, if known.
 
         Returns:
             Number of the signal, 0 for none.
@@ -242,11 +249,14 @@ class Training:
         """
         self._read_results()
         done, finite = len(self.rates), self.finite_batches
-        found = [[*((finite + 1, self.rates[finite]) if finite < done else (0, 0.)), self.signals.number]]
+        found = [[*((finite + 1, self.rates[finite]) if finite < done else (0, 0.)), self.signals.number, seconds]]
         if self.accelerator.num_processes > 1:
             ours = torch.tensor(found, dtype=self.sum_dtype, device=self.accelerator.device)
             found = self.accelerator.gather(ours).tolist()
-        bad = [(int(batch), lr) for batch, lr, _ in found if batch]
+        slowest = max(taken for *_, taken in found)
+        if slowest:
+            self.agree_interval = max(1, min(self.args.log_interval, int(AGREE_SECONDS / slowest)))
+        bad = [(int(batch), lr) for batch, lr, *_ in found if batch]
         if bad:
             first_bad, lr = min(bad)
             updates, within = divmod(first_bad - 1, self.args.grad_accum_steps)
@@ -256,7 +266,7 @@ class Training:
             rest = f'the last good checkpoint is {good}' if good else 'there is no good checkpoint yet'
             raise UserError(f'The loss is not finite from batch {first_bad} of epoch {epoch + 1} on (learning rate '
                             f'{lr:g}); {rest}. Use a smaller rate.')
-        return int(max(number for *_, number in found))
+        return int(max(number for _, _, number, _ in found))
 
     def _read_results(self) -> None:
         """Read what the batches since the last reading gave; for this the host waits for the device."""
@@ -314,12 +324,17 @@ class Training:
         for step, (images, targets) in enumerate(self.loader.batches(first_batch), start=first_batch):
             done = step + 1
             is_update = done % args.grad_accum_steps == 0 or done == steps
-            self.step(images, targets, epoch, step, is_update)
+            try:
+                self.step(images, targets, epoch, step, is_update)
+            except RuntimeError as e:
+                self._tell_signal(e)
             self.live.advance(epoch, done)
             updates = -(-done // args.grad_accum_steps)
-            if is_update and updates % args.log_interval == 0:
-                signal_number = self.agree(epoch)
+            is_told = is_update and updates % args.log_interval == 0
+            if is_told or is_update and accelerator.num_processes > 1 and updates % self.agree_interval == 0:
                 seconds = (time.perf_counter() - start) / (done - first_batch)
+                signal_number = self.agree(epoch, seconds * args.grad_accum_steps)
+            if is_told:
                 left = seconds * (steps - done + (self.num_epochs - epoch - 1) * steps)
                 validations = -(-self.num_epochs // args.val_interval) - epoch // args.val_interval
                 left += self.eval_seconds * validations
@@ -410,6 +425,13 @@ class Training:
         if interval and updates % interval == 0:
             self.save(progress)
 
+    def _tell_signal(self, error: RuntimeError) -> NoReturn:
+        """A terminal sends a signal to the programs of the compiler too, which then fails."""
+        if not self.signals.number:
+            raise error
+        self.live.close()
+        raise Interrupted(self.signals.number, next(iter(self.store.newest_first()), None)) from error
+
     def _save_and_stop(self, progress: Progress, signal_number: int) -> NoReturn:
         folder = self.save(progress)
         self.accelerator.wait_for_everyone()  # when one process ends, the launcher ends the others
@@ -438,15 +460,20 @@ class Training:
                 yield batch
                 if not several:
                     signal_number = self.signals.number
-                elif done % self.args.log_interval == 0:
+                elif done % self.agree_interval == 0:
                     signal_number = self.agree(epoch)
                 if signal_number:
                     return
 
         with self._averaged_weights():
-            result = evaluate(
-                forward, loader, progress=until_a_signal,
-                reduce=(lambda totals: self.accelerator.reduce(totals, 'sum')) if several else None)
+            try:
+                result = evaluate(
+                    forward, loader, progress=until_a_signal,
+                    reduce=(lambda totals: self.accelerator.reduce(totals, 'sum')) if several else None)
+            except RuntimeError as e:
+                if several or not self.signals.number:
+                    self._tell_signal(e)
+                signal_number = self.signals.number
         if signal_number:
             self._save_and_stop(Progress(epoch, len(self.loader)), signal_number)
         self.eval_seconds = time.perf_counter() - start

@@ -53,7 +53,7 @@ def run_folder(args: argparse.Namespace, model: TimmModel) -> Path:
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto looks in the folder of a run; name it with --experiment.')
     size = model.pretrained_cfg['input_size'][-1]
-    name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{_safe_name(args.model)}-{size}'
+    name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S-%f}-{_safe_name(args.model)}-{size}'
     folder = Path(args.output or 'output/train') / name
     if {*'#?'} & {*str(folder)} and parse_model_name(f'local-dir:{folder}')[1] != str(folder):
         raise UserError(f'This timm can not load weights from {folder}, as it cuts paths at # and ?; choose another '

@@ -10,7 +10,7 @@ from timm.utils import update_summary
 from tqdm import tqdm
 
 from timm_lm.errors import RESUME
-from timm_lm.files import save_figure, write_text, writing
+from timm_lm.files import save_figure, sync, write_text, writing
 
 MAKE_ROOM = f'Make room, then go on {RESUME}.'
 # What evaluate() returns, in its order.
@@ -122,6 +122,7 @@ class RunLog:
         with self._writing():
             with open(self.path, 'a') as f:
                 f.write(_line(row))
+            sync(self.path)  # as the checkpoint that follows it
             _add_to_summary(self.summary, row)
 
     def _writing(self) -> ContextManager[None]:

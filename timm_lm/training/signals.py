@@ -1,25 +1,29 @@
 """Signals that stop a training between two steps."""
+import shlex
 import signal
 import threading
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Optional
+
+_STOPS = ('SIGTERM', 'SIGINT', 'SIGHUP')  # the last one of a terminal that closes; Windows has none
 
 
 class Interrupted(Exception):
-    """A signal stopped the training; its state was saved.
+    """A signal stopped the training; its state was saved, if it came to any.
 
     Attributes:
-        exit_code: 128 + number of the signal: 130 for SIGINT, 143 for SIGTERM.
+        exit_code: 128 + number of the signal: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP.
     """
 
-    def __init__(self, number: int, folder: Path):
-        super().__init__(f'Stopped by {signal.Signals(number).name}; go on by the same command with --resume '
-                         f'{folder}')
+    def __init__(self, number: int, checkpoint: Optional[Path]):
+        how = ('go on by the same command with --resume ' + shlex.quote(str(checkpoint)) if checkpoint else
+               'there is no checkpoint yet, start again')
+        super().__init__(f'Stopped by {signal.Signals(number).name}; {how}')
         self.exit_code = 128 + number
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT, so that the running step can end; the second one acts as ever.
+    """Notes SIGTERM, SIGINT and SIGHUP, so that the running step can end; the second one acts as ever.
 
     Of several processes each may be sent the same signal twice, by its launcher too; there the second one is nothing.
     """
@@ -31,7 +35,9 @@ class StopSignals:
 
     def __enter__(self) -> 'StopSignals':
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            numbers = [getattr(signal, name) for name in _STOPS if hasattr(signal, name)]
+            self.before = {number: signal.signal(number, self._note) for number in numbers
+                           if signal.getsignal(number) != signal.SIG_IGN}  # as nohup ignores what its terminal sends
         return self
 
     def __exit__(self, *_: Any) -> None:

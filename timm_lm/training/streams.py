@@ -5,9 +5,12 @@ import sys
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, Iterator
 
+_GONE = (errno.EPIPE, errno.EIO, errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC))
+
 
 class _Outlasting:
-    """A text stream that goes on in silence when its reader is gone, as `head` and `tee` go, or a terminal."""
+    """A text stream that goes on in silence when its reader is gone, as `head` and `tee` go, or a terminal, or when the
+    disk of its file is full."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -29,7 +32,7 @@ class _Outlasting:
             self._go_on(e)
 
     def _go_on(self, error: OSError) -> None:
-        if error.errno not in (errno.EPIPE, errno.EIO):
+        if error.errno not in _GONE:
             raise error
         with open(os.devnull, 'w') as nowhere:
             os.dup2(nowhere.fileno(), self.stream.fileno())  # where what is still in its buffer goes, too

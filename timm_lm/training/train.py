@@ -64,7 +64,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
 
     Raises:
         UserError: If options and data do not fit together, or the loss is no longer finite.
-        Interrupted: After SIGTERM or SIGINT, with the state saved.
+        Interrupted: After SIGTERM, SIGINT or SIGHUP, with the state saved.
     """
     args = copy.deepcopy(args)  # what is filled in is of this training
     import_modules(args)
@@ -223,9 +223,6 @@ def _check_same_loader(accelerator: Accelerator, in_memory: bool) -> None:
 def _clear_way(args: argparse.Namespace, training: Training, log: RunLog, checkpoint: Optional[Checkpoint],
                progress: Progress) -> None:
     """Take what a run left after the checkpoint that it goes on from out of the way, and tell where it goes on."""
-    log.truncate(progress.epoch)
-    if progress.epoch < training.num_epochs:
-        (log.folder / RESULT_NAME).unlink(missing_ok=True)  # of a later end
     if args.resume:
         training.store.remove_unfinished()
         for unfinished in log.folder.glob('.weights.*'):  # by a process that was killed; they are written again
@@ -238,6 +235,9 @@ def _clear_way(args: argparse.Namespace, training: Training, log: RunLog, checkp
     if args.resume:
         for aside in training.store.set_aside_after(checkpoint):
             print(f'A later checkpoint is now {aside}', flush=True)
+    log.truncate(progress.epoch)  # last: rows without checkpoints are cut again, checkpoints without rows would stay
+    if progress.epoch < training.num_epochs:
+        (log.folder / RESULT_NAME).unlink(missing_ok=True)  # of a later end
 
 
 def _tell_best(training: Training) -> None:
