@@ -56,18 +56,25 @@ def test_compiler_is_the_one_that_pytorch_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, 'get_path', lambda name, scheme='': str(headers if scheme else tmp_path))
     check_compiler('inductor', None, on_cpu=True)
     (headers / 'Python.h').unlink()
-    with pytest.raises(UserError, match=f'the headers of Python on the CPU and {tmp_path} has none'):
+    with pytest.raises(UserError, match=f'the headers of Python and {tmp_path} has none'):
         check_compiler('inductor', None, on_cpu=True)
 
 
 @pytest.mark.parametrize('missing, message', [
-    ('triton', '--torchcompile needs the package triton'), ('gcc', '--torchcompile needs a C compiler for this GPU'),
+    ('triton', '--torchcompile needs the package triton'),
+    ('ccache gcc', "--torchcompile needs a C compiler for this GPU and there is no 'ccache gcc'"),
+    ('Python.h', '--torchcompile needs the headers of Python'),
     ('cores', '--torchcompile needs a GPU of compute capability 7.0 or newer')])
 def test_what_compiling_for_a_gpu_needs_is_told(monkeypatch, missing, message):
     monkeypatch.setattr(torch.version, 'cuda', '12.8')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (6, 1) if missing == 'cores' else (7, 0))
     monkeypatch.setattr(compiler.importlib.util, 'find_spec', lambda name: None if missing == 'triton' else name)
-    monkeypatch.setattr(compiler.shutil, 'which', lambda name: None if missing == 'gcc' else name)
+    monkeypatch.setattr(compiler.shutil, 'which', lambda name: None if name == missing else name)
+    monkeypatch.setenv('CC', 'ccache gcc')  # which Triton takes for one program
+    monkeypatch.setattr(sys, 'platform', 'linux')
+    monkeypatch.delenv('CPATH', raising=False)
+    if missing == 'Python.h':
+        monkeypatch.setattr(sysconfig, 'get_path', lambda name, scheme='': 'nowhere')
     with pytest.raises(UserError, match=message):
         check_compiler('inductor', None, on_cpu=False)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import timm_lm
 from timm_lm.depth import repeated_blocks
 from timm_lm.errors import UserError
+from timm_lm.models import LMResNet
 from timm_lm.training.places import start_word
 
 SMALL = dict(layers=(2, 2, 2))
@@ -210,6 +211,16 @@ def test_training_starts_from_the_grown_weights(few_digits, weights, tmp_path, c
         p.numel() for p in grown.parameters())
     code, out, err = command(*words)
     assert code == 0 and 'Going on from' in out, err
+
+
+def test_grown_network_tells_how_it_sees_images():
+    shallow = timm.create_model('lm_resnet20.best_c100', pretrained=True)
+    grown = timm_lm.grow(shallow, timm.create_model('lm_resnet32', num_classes=100)).pretrained_cfg
+    assert all(grown[name] == shallow.pretrained_cfg[name] for name in ('mean', 'std', 'input_size', 'label_names'))
+    other = timm_lm.grow(shallow, timm.create_model('lm_resnet32', num_classes=7)).pretrained_cfg
+    assert other['mean'] == grown['mean'] and not other.get('label_names') and other['architecture'] == 'lm_resnet32'
+    direct = LMResNet(layers=(3, 3, 3), channels=(16, 32, 64))
+    assert not hasattr(timm_lm.grow(LMResNet(layers=(3, 3, 3), channels=(16, 32, 64)), direct), 'pretrained_cfg')
 
 
 def test_grown_network_sees_images_as_the_shallow_one(few_digits, weights, tmp_path, command):

@@ -478,10 +478,14 @@ def test_what_can_not_be_done_is_refused(few_digits, tmp_path, fails, options, m
     assert not (tmp_path / 'runs').exists()
 
 
-def test_adaptive_clipping_of_sharded_weights_is_refused():
-    args = parse_options([*BASE, '--clip-grad', '1', '--clip-mode', 'agc'])
+@pytest.mark.parametrize('options, message', [
+    (['--clip-grad', '1', '--clip-mode', 'agc'], '--clip-mode agc can not clip sharded weights'),
+    (['--opt', 'lookahead_sgd'], '--opt lookahead_sgd can not look ahead with sharded weights'),
+])
+def test_what_sharded_weights_do_not_allow_is_refused(options, message):
+    args = parse_options([*BASE, *options])
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, device=torch.device('cpu'))
-    with pytest.raises(UserError, match='--clip-mode agc can not clip sharded weights'):
+    with pytest.raises(UserError, match=message):
         Training(args, accelerator, create_model(args), range(4), {}, None, None)
 
 

@@ -130,6 +130,13 @@ def test_pruned_k_becomes_a_constant():
     assert (optimized.stages[0].blocks[1].step.k == 0).sum() == 8
 
 
+def test_nothing_is_computed_again_for_a_backward_pass():
+    model = made('lm_resnet20', {})
+    model.set_grad_checkpointing()
+    switches = [[stage.grad_checkpointing for stage in net.stages] for net in (model, timm_lm.optimize(model))]
+    assert switches == [[True] * 3, [False] * 3]
+
+
 @pytest.mark.parametrize('name', ['conv1', 'norm2', 'step', 'drop_path', 'noise'])
 def test_hooks_are_called(name):
     model = made('lm_resnet20', dict(drop_path_rate=0.1, state_noise=0.1))

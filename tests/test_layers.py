@@ -1,4 +1,6 @@
 """The two-step update and the state noise, by themselves."""
+from collections import UserList
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -178,7 +180,7 @@ def test_k_starts_uniform_in_its_range():
     # U(-0.1, 0): mean -0.05, standard deviation 0.1 / sqrt(12) = 0.0289
     assert k.mean().item() == pytest.approx(-0.05, abs=1e-3)
     assert k.std().item() == pytest.approx(0.0289, abs=1e-3)
-    other = TwoStep(1000, k_init=(0.2, 0.3), per_channel=True).k
+    other = TwoStep(1000, k_init=UserList([0.2, 0.3]), per_channel=True).k  # such as the lists of OmegaConf
     assert other.min() >= 0.2 and other.max() <= 0.3
 
 

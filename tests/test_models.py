@@ -987,6 +987,16 @@ def test_a_tag_sets_the_classes():
     assert timm.create_model('lm_resnet20.paper_c10', device='meta').num_classes == 10
 
 
+def test_new_weights_know_no_classes(tmp_path):
+    """Else a network of ten other classes would be saved with the names of CIFAR-10."""
+    for number, model in enumerate([
+        timm.create_model('lm_resnet20', num_classes=10), timm.create_model('lm_resnet20.best_c10', pretrained=True),
+    ]):
+        timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+        assert ('airplane' in (tmp_path / 'config.json').read_text()) == bool(number)
+    assert timm.create_model(f'local-dir:{tmp_path}').pretrained_cfg['label_names'][0] == 'airplane'
+
+
 def test_label_names():
     labels = timm.get_pretrained_cfg('lm_resnet20.paper_c10').label_names
     assert labels == ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')

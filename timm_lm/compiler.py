@@ -62,11 +62,15 @@ def _check_cpp() -> None:
     if not shutil.which(compiler):
         raise UserError(f"--torchcompile needs a C++ compiler on the CPU and there is no '{compiler}'; install "
                         f'{usual}, name another one by the variable CXX, or run eagerly with --no-torchcompile.')
+    _check_headers()
+
+
+def _check_headers() -> None:
     if sys.platform == 'linux' and 'CPATH' not in os.environ:
         headers = [sysconfig.get_path('include'), sysconfig.get_path('include', 'posix_prefix')]
         if not any(Path(folder, 'Python.h').is_file() for folder in headers):
-            raise UserError(f'--torchcompile needs the headers of Python on the CPU and {headers[0]} has none; install '
-                            'them (python3-dev), or run eagerly with --no-torchcompile.')
+            raise UserError(f'--torchcompile needs the headers of Python and {headers[0]} has none; install them '
+                            '(python3-dev), or run eagerly with --no-torchcompile.')
 
 
 def _check_triton() -> None:
@@ -76,6 +80,8 @@ def _check_triton() -> None:
     if importlib.util.find_spec('triton') is None:
         raise UserError('--torchcompile needs the package triton on this GPU; install it, or run eagerly with '
                         '--no-torchcompile.')
-    if not any(shutil.which(name) for name in (os.environ.get('CC', 'gcc'), 'gcc', 'clang', 'cl')):
-        raise UserError('--torchcompile needs a C compiler for this GPU and there is none; install gcc, or run eagerly '
-                        'with --no-torchcompile.')
+    compilers = [os.environ['CC']] if 'CC' in os.environ else ['gcc', 'clang', 'cl']  # as Triton looks for them
+    if not any(map(shutil.which, compilers)):
+        raise UserError(f"--torchcompile needs a C compiler for this GPU and there is no '{compilers[0]}'; install "
+                        'gcc, name another one by the variable CC, or run eagerly with --no-torchcompile.')
+    _check_headers()

@@ -245,8 +245,8 @@ def _memory_sizes(device: Optional[torch.device]) -> List[int]:
     for limit in _CONTAINER_LIMITS:
         with suppress(OSError, ValueError):  # 'max' is none
             sizes.append(int(limit.read_text()))
-    if device is not None and device.type == 'cuda':
-        sizes.append(torch.cuda.get_device_properties(device).total_memory)
+    if device is not None and device.type in ('cuda', 'xpu'):
+        sizes.append(getattr(torch, device.type).get_device_properties(device).total_memory)
     return sizes
 
 

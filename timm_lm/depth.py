@@ -11,7 +11,7 @@ Source: Chang, Meng, Haber, Tung, Begert, "Multi-level Residual Networks from Dy
 https://arxiv.org/abs/1710.10348. There each block is doubled, several times during one training, in plain networks
 whose step size is an explicit factor; what becomes of ``k`` is ours.
 """
-from typing import Any, List, Tuple
+from typing import Any, Dict, List, Tuple, cast
 
 import torch
 
@@ -19,6 +19,9 @@ from .errors import UserError
 from .layers import FixedTwoStep, TwoStep
 from .models import LMResNet
 from .packed_conv import PackedConv2d
+
+# What of a network's config tells how it sees images.
+_IMAGES = ('input_size', 'pool_size', 'mean', 'std', 'crop_pct', 'interpolation')
 
 
 def repeated_blocks(shallow: int, deep: int) -> List[int]:
@@ -45,7 +48,8 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
 
     The deep network is a start for training and not a copy: until it is trained its error is higher, the more so the
     more often blocks are repeated. A head of another number of classes is left as it was made. A plain network becomes
-    a two-step one with ``k = 0``, which at the same depth computes the same.
+    a two-step one with ``k = 0``, which at the same depth computes the same. Its ``pretrained_cfg`` tells how it is to
+    see images, which is how the shallow one saw them, and, if it has its head, the names of the classes.
 
     Args:
         shallow: A trained network.
@@ -91,6 +95,7 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
     if differing:
         raise UserError(f'The networks differ in more than depth: in {differing[0]} and {len(differing) - 1} others.')
     deep.load_state_dict(state)
+    _copy_config(shallow, deep)
     repeats_before = 1
     for (_, new), repeated in zip(_pairs(shallow, deep), sources):
         for i, (block, source) in enumerate(zip(new.blocks, repeated)):
@@ -101,6 +106,13 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
                 block.step.k.mul_(repeats_before if is_first else 0)
             repeats_before = repeats
     return deep
+
+
+def _copy_config(shallow: LMResNet, deep: LMResNet) -> None:
+    # networks that timm did not make have none
+    old, new = (cast(Dict[str, Any], getattr(model, 'pretrained_cfg', {})) for model in (shallow, deep))
+    names = _IMAGES + (('label_names',) if shallow.num_classes == deep.num_classes else ())
+    new.update((name, old[name]) for name in names if old.get(name) is not None)
 
 
 def _pairs(shallow: LMResNet, deep: LMResNet) -> List[Tuple[Any, Any]]:

@@ -67,6 +67,9 @@ def optimize(model: Network) -> Network:
             block.noise = _with_hooks(nn.Identity(), block.noise)
         if can_pack:
             _pack(block)
+    for module in model.modules():
+        if hasattr(module, 'grad_checkpointing'):
+            setattr(module, 'grad_checkpointing', False)  # noqa: B010
     return model.to(memory_format=torch.channels_last)
 
 

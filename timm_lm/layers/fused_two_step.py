@@ -16,14 +16,11 @@ FUSED_ON = 'cuda'
 FUSED_SIZE = 2 ** 22  # elements of a state; smaller ones take less time than it takes to ask for them
 
 
-@torch.jit.unused
 def can_fuse(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether an update is large enough for the Triton kernels, and one that they compute."""
+    """Whether an update that runs eagerly is large enough for the Triton kernels, and one that they compute."""
     return (
-        not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # neither is to see the size
-        and x.device.type == FUSED_ON
+        x.device.type == FUSED_ON
         and x.numel() >= FUSED_SIZE
-        and runs_eagerly(f, x, x_prev, k)
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and f.dtype == x.dtype == x_prev.dtype
         and f.shape == x.shape == x_prev.shape
@@ -85,7 +82,6 @@ class _FusedTwoStep(torch.autograd.Function):
         return tuple(gradient if needed else None for gradient, needed in zip(found, ctx.needs_input_grad))
 
 
-@torch.jit.unused
 def fused_two_step(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """``f + (1 - k) x + k x_prev``, computed in float32 and rounded once.
 

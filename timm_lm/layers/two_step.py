@@ -3,7 +3,7 @@
 Source: Lu, Zhong, Li, Dong, "Beyond Finite Layer Neural Networks: Bridging Deep Architectures and Numerical
 Differential Equations", ICML 2018, https://arxiv.org/abs/1710.10121.
 """
-from typing import Tuple, Union
+from typing import Any, Sequence, Tuple, Union
 
 import torch
 from torch import nn
@@ -13,12 +13,6 @@ from timm_lm.eager import runs_eagerly
 from .fused_two_step import can_fuse, fused_two_step
 
 KInit = Union[float, Tuple[float, float]]
-
-
-@torch.jit.unused
-def _can_hold_sum(mixed: torch.Tensor, f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether the sum can take the memory of the mixed states: not where a transform makes a batch of ``f`` alone."""
-    return runs_eagerly(f, x, x_prev, k) and f.dtype == mixed.dtype
 
 
 def two_step(
@@ -34,6 +28,8 @@ def two_step(
     difference of the states as well; for training under ``torch.compile`` the sum is therefore written such that ``dk``
     is made from the states themselves, and added up in the precision of ``k``. Without a compiler, large states on a
     GPU are updated by one Triton kernel each way, which computes in float32 and rounds once (``fused_two_step``).
+    Traced, exported or compiled for inference it is sums and a product, as other formats know no ``lerp``, or compute
+    it by two products and a choice.
 
     Args:
         f: The residual branch ``f(x[n])``, shape (N, C, H, W).
@@ -46,15 +42,18 @@ def two_step(
         The state ``x[n+1]``, shape (N, C, H, W).
     """
     x_prev = x_prev.to(x.dtype)
-    if not torch.jit.is_scripting() and isinstance(x, torch.Tensor) and can_fuse(f, x, x_prev, k):
-        return fused_two_step(f, x, x_prev, k)
-    if not torch.jit.is_scripting() and torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
-        k = k.expand(x.shape[-3], 1, 1).expand(x.shape).to(x.dtype)  # dk by channel, as norms sum their gradients
-        return f + (x + (k * x_prev - k * x))
+    eager = False
+    if not torch.jit.is_scripting():
+        eager = runs_eagerly(f, x, x_prev, k)
+        if eager and can_fuse(f, x, x_prev, k):
+            return fused_two_step(f, x, x_prev, k)
+        if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
+            k = k.expand(x.shape[-3], 1, 1).expand(x.shape).to(x.dtype)  # dk by channel, as norms sum their gradients
+            return f + (x + (k * x_prev - k * x))
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return f + (x + k.to(x.dtype) * (x_prev - x))
     mixed = torch.lerp(x, x_prev, k.to(x.dtype))
-    if not torch.jit.is_scripting() and _can_hold_sum(mixed, f, x, x_prev, k):
-        return mixed.add_(f)
-    return f + mixed
+    return mixed.add_(f) if eager and f.dtype == mixed.dtype else f + mixed
 
 
 class TwoStep(nn.Module):
@@ -84,12 +83,14 @@ class TwoStep(nn.Module):
         """
         super().__init__()
         try:
-            low, high = map(float, k_init if isinstance(k_init, (tuple, list)) else (k_init, k_init))
+            is_range = isinstance(k_init, Sequence) and not isinstance(k_init, str)
+            ends: Any = k_init if is_range else (k_init, k_init)
+            low, high = map(float, ends)
         except (TypeError, ValueError):
             low, high = 1., 0.
         if not low <= high:
             raise ValueError(f'k_init must be a number or a range (low, high), got {k_init!r}.')
-        self.k_init = k_init
+        self.k_init: KInit = (low, high) if is_range else low
         self.per_channel = per_channel
         k = torch.empty(channels if per_channel else 1, device=device, dtype=dtype)
         if trainable:
@@ -101,7 +102,7 @@ class TwoStep(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw ``k`` anew from ``k_init``."""
-        if isinstance(self.k_init, (tuple, list)):
+        if isinstance(self.k_init, tuple):
             self.k.uniform_(self.k_init[0], self.k_init[1])
         else:
             self.k.fill_(self.k_init)

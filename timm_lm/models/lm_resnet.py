@@ -22,7 +22,14 @@ from timm.layers import (
     get_act_layer,
     get_norm_act_layer,
 )
-from timm.models import build_model_with_cfg, generate_default_cfgs, named_apply, register_model, resolve_pretrained_cfg
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    named_apply,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureListNet, feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import nn
@@ -648,6 +655,9 @@ def _create_lm_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> 
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     if 'file' not in overlay and any(overlay.get(source) for source in ('hf_hub_id', 'url', 'state_dict')):
         kwargs['pretrained_cfg_overlay'] = dict(overlay, file=None)  # which timm would prefer, where it ships
+    if not pretrained and not isinstance(kwargs.get('pretrained_cfg'), (dict, PretrainedCfg)):
+        # new weights know no classes: a network that is trained on others would be saved with the names of these
+        kwargs['pretrained_cfg_overlay'] = dict(label_names=None) | (kwargs.get('pretrained_cfg_overlay') or {})
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         check_shipped(cfg.file)

@@ -116,9 +116,9 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         )
     except ValueError as e:  # of a precision that the device does not have
         raise UserError(f'Accelerate can not be set up ({e}); give --no-amp, or change its settings.') from e
-    if accelerator.device.type == 'cuda' and accelerator.device.index is not None:
+    if accelerator.device.type in ('cuda', 'xpu') and accelerator.device.index is not None:
         # Accelerate does not for that of ACCELERATE_TORCH_DEVICE; random states are those of the current one
-        torch.cuda.set_device(accelerator.device)
+        getattr(torch, accelerator.device.type).set_device(accelerator.device)
     if args.torchcompile and accelerator.num_processes > 1:
         # Small networks gain nothing from graphs that are cut where gradients are sent, and older PyTorch loses sight
         # of the weights in them: CUDA graphs are recorded anew at each step, and gradients may be wrong.
@@ -130,6 +130,9 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         if getattr(fsdp, 'fsdp_version', 1) == 1 and not fsdp.use_orig_params:
             raise UserError('FSDP of version 1 hides the parameters from the optimizer; add '
                             '--fsdp_use_orig_params true, or in newer Accelerate --fsdp_version 2.')
+        if getattr(fsdp.cpu_offload, 'offload_params', hasattr(fsdp.cpu_offload, 'pin_memory')):
+            raise UserError('FSDP that keeps parameters on the CPU can not go on from a checkpoint, as running '
+                            'statistics are on the device; leave --fsdp_offload_params out.')
     if args.device is not None and not _is_named(accelerator.device, args.device):
         raise UserError(f'--device {args.device} is not what Accelerate chose ({accelerator.device}); leave it out, or '
                         'choose devices by `accelerate launch`.')
@@ -164,8 +167,6 @@ def _has_accelerator() -> bool:
         hasattr(torch, 'accelerator') and torch.accelerator.is_available())
 
 
-# How the shallow network saw its images, and so does the one that is grown from it.
-_GROWN = ('input_size', 'pool_size', 'mean', 'std', 'crop_pct', 'interpolation')
 # Keywords of a network that have an option of another name.
 _OPTIONS = dict(drop_rate='drop', drop_path_rate='drop_path', drop_block_rate='drop_block', global_pool='gp')
 
@@ -242,8 +243,6 @@ def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]]
         try:
             shallow = load_model(args.grow_from)
             grow(shallow, model)
-            known = {name: shallow.pretrained_cfg.get(name) for name in _GROWN}
-            model.pretrained_cfg.update({name: value for name, value in known.items() if value is not None})
             model.pretrained_cfg['license'] = shallow.pretrained_cfg.get('license')
         except UserError as e:
             raise UserError(f'--grow-from {args.grow_from} can not start {args.model}: {e}') from e
@@ -322,7 +321,7 @@ def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
     if type(optimizer) is not torch.optim.SGD:
         return
     for group in optimizer.param_groups:
-        if group['momentum']:
+        if group['momentum'] and group['fused']:  # others leave the step out
             for p in group['params']:
                 optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
 

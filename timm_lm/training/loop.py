@@ -79,6 +79,8 @@ class Training:
         self.updates_per_epoch = -(-len(loader) // args.grad_accum_steps)
         if self.sharded and args.clip_grad is not None and args.clip_mode == 'agc':
             raise UserError('--clip-mode agc can not clip sharded weights; use norm or value, or train without FSDP.')
+        if self.sharded and args.opt.lower().startswith('lookahead_'):  # saving would make a step of it
+            raise UserError(f'--opt {args.opt} can not look ahead with sharded weights; take the optimizer without it.')
         try:
             self.plain_optimizer = create_optimizer(args, model, self.sharded)
         except (AssertionError, ImportError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
