@@ -14,7 +14,8 @@ from pathlib import Path
 
 TIMEOUT = 240  # seconds, which only end a process that hangs
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['timm_lm.cli', 'timm_lm.training.train'])
+CONTEXT.set_forkserver_preload([
+    'timm_lm.cli', 'timm_lm.training.train', 'matplotlib.figure', 'matplotlib.backends.backend_agg'])
 
 
 def _run(words, script, out, err, file_limit, own_group):

@@ -45,7 +45,7 @@ def test_info_tells_parameters_macs_tags_and_k(command):
 
 
 def test_info_of_a_folder_shows_its_k(command, weights):
-    from timm_lm.hub import load_folder
+    from timm_lm.weights_folder import load_folder
     code, out, _ = command('info', weights)
     assert code == 0
     for name, k in load_folder(weights).k_values().items():
@@ -106,7 +106,7 @@ def test_demonstration_that_is_stopped(tmp_path):
     (['train', '-c', 'nope'], "no recipe 'nope'"),
     (['recipe', 'nope'], "no recipe 'nope'"),
     (['train', '-c'], 'expected one argument'),
-    (['info', 'hf-hub:owner/name'], 'hf-hub:owner/name could not be loaded'),
+    (['info', 'hf_hub:owner/name'], 'hf-hub:owner/name could not be loaded'),
     (['validate', __file__], 'is a file; give the folder of a model.safetensors'),
     (['recipe', 'lm_resnet56.paper_c10', '--path'], 'take `timm-lm recipe --path paper_c10`, and give --model lm_res'),
     (['recipe', 'lm_resnet32.distill_c100'], 'The recipe distill_c100 is not for lm_resnet32'),

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from timm_lm import data as data_module
 from timm_lm import encoded
 from timm_lm.data import check_class_names, load_images, open_images
 from timm_lm.errors import UserError
+from timm_lm.image_set import ImageSet, read_cache, write_cache
 from timm_lm.splits import find_parquet
 
 
@@ -331,6 +333,23 @@ def test_second_time_comes_from_the_cache(tmp_path, images, monkeypatch):
     monkeypatch.setattr(data_module, '_decode_all', None)  # a second decoding would fail
     second = load_images('test', tmp_path)
     assert torch.equal(first.images, second.images) and torch.equal(first.labels, second.labels)
+
+
+def test_cached_splits_that_nobody_reads_are_removed(tmp_path):
+    one = ImageSet(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.zeros(1))
+    names = ('unused', 'read', 'new')
+    for name in names:
+        write_cache(tmp_path / f'{name}.safetensors', one)
+    (tmp_path / '.unused.safetensors.7').write_text('left by a kill')
+    (tmp_path / 'lost.safetensors').symlink_to('nowhere')  # which can not be looked at
+    month = time.time() - 31 * 86400
+    for path in tmp_path.iterdir():
+        if not path.is_symlink() and path.name != 'new.safetensors':
+            os.utime(path, (month, month))
+    assert read_cache(tmp_path / 'read.safetensors') is not None
+    write_cache(tmp_path / 'another.safetensors', one)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f'{name}.safetensors' for name in ('another', 'lost', 'new', 'read')]
 
 
 def test_changed_data_and_cut_caches_are_decoded_anew(tmp_path, images, own_cache):

@@ -22,7 +22,6 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_lm.data import load_images
 from timm_lm.errors import UserError
-from timm_lm.hub import load_folder
 from timm_lm.loader import MemoryLoader
 from timm_lm.results import read_run
 from timm_lm.training import loop, plan
@@ -32,6 +31,7 @@ from timm_lm.training.loop import Training
 from timm_lm.training.options import parse_options
 from timm_lm.training.run_log import LiveLine
 from timm_lm.training.train import train
+from timm_lm.weights_folder import load_folder
 
 # float32 on the CPU; 256 images in batches of 64 are 4 updates an epoch
 BASE = ['-c', 'demo_digits', '--model-kwargs', 'layers=(1,1,1)', '--warmup-epochs', '0', '--no-amp']
@@ -537,6 +537,31 @@ def test_layer_decay_slows_the_lower_layers(run):
     assert {group['lr'] for group in groups} == {0.1 * 0.5 ** i for i in range(5)}  # stem, three blocks, head
     assert rates(folder) == [pytest.approx(sum(group['lr'] for group in groups) / len(groups))]  # as timm's summary
     assert all(group['lr'] == pytest.approx(0.1 * group['lr_scale']) for group in groups)
+
+
+@pytest.mark.parametrize('recipe, options, k', [
+    ('resnext_c100', ['--model-kwargs', 'layers=(2,1)', 'channels=(64,128)', 'cardinality=2'],
+     ['stages.0.blocks.1', 'stages.1.blocks.0']),  # it projects the history where the shape changes
+    ('paper_in1k', ['--model', 'lm_resnet18', '--input-size', 3, 48, 48, '--workers', 1, '--model-kwargs',
+                    'layers=(1,2)', 'channels=(16,32)'], ['stages.1.blocks.1']),
+])
+def test_recipes_of_other_networks_train(run, recipe, options, k):
+    """Grouped bottlenecks, and crops by workers: shortly, on small networks and few digits."""
+    folder, out, _ = run('run', '-c', recipe, '--dataset', '', '--input-key', 'image', '--target-key', 'label',
+                         '--val-split', 'test', '--sched', 'cosine', '--epochs', 1, '--batch-size', 64,
+                         '--no-torchcompile', *options)
+    assert list(metrics(folder)[-1]['k']) == k
+    assert ('in 1 worker processes' in out) == (recipe == 'paper_in1k')
+
+
+def test_recipe_for_a_new_head_trains_the_head_alone(run):
+    folder, *_ = run('run', '-c', 'finetune_head', '--model', 'lm_resnet20.best_c10', '--input-key', 'image',
+                     '--target-key', 'label', '--val-split', 'test', '--epochs', 2, '--batch-size', 64,
+                     '--no-torchcompile', '--model-kwargs', 'layers=(3,3,3)')
+    before = timm.create_model('lm_resnet20.best_c10', pretrained=True)
+    moved = {name for name, parameter in parameters(weights_of(folder)).items()
+             if not torch.equal(parameter, before.get_parameter(name))}
+    assert moved == {'head.fc.weight', 'head.fc.bias'}
 
 
 def test_gradient_checkpointing_trains_alike(run, monkeypatch):

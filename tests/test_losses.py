@@ -10,9 +10,10 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from timm.task import LogitDistillationTask
 
 from timm_lm.errors import UserError
-from timm_lm.hub import describe, save_folder
+from timm_lm.model_config import record_data
 from timm_lm.training.losses import Distillation, create_criterion, create_loss, load_teacher
 from timm_lm.training.options import parse_options
+from timm_lm.weights_folder import save_folder
 
 CLASSES = 10
 STUDENT_NORM = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
@@ -65,7 +66,7 @@ def network(name, seed, norm):
     torch.manual_seed(seed)
     model = timm.create_model(name, num_classes=CLASSES, layers=(1, 1, 1)).eval()
     torch.nn.init.normal_(model.head.fc.weight)  # logits that differ, as those of a trained network
-    describe(model, input_size=(3, 16, 16), **norm)
+    record_data(model, input_size=(3, 16, 16), **norm)
     return model
 
 
@@ -124,7 +125,7 @@ def teachers(tmp_path_factory):
     torch.manual_seed(0)
     for name, kwargs in (('preact_resnet20', dict(layers=(1, 1, 1))), ('resnet10t', {})):
         model = timm.create_model(name, num_classes=CLASSES, **kwargs)
-        describe(model, input_size=(3, 32, 32), **TEACHER_NORM)
+        record_data(model, input_size=(3, 32, 32), **TEACHER_NORM)
         save_folder(model, folder / name, '', kwargs)
     return folder
 
@@ -188,7 +189,7 @@ def test_teacher_of_other_classes(teachers, capsys):
 
 def test_teacher_of_another_size_of_images_is_refused(tmp_path):
     teacher = timm.create_model('vit_tiny_patch16_224', num_classes=CLASSES, depth=1, img_size=16)
-    describe(teacher, input_size=(3, 16, 16), **TEACHER_NORM)
+    record_data(teacher, input_size=(3, 16, 16), **TEACHER_NORM)
     save_folder(teacher, tmp_path, '', dict(depth=1, img_size=16))
     student = timm.create_model('lm_resnet20', num_classes=CLASSES, layers=(1, 1, 1))
     with pytest.raises(UserError, match=r'The teacher .* does not take images of 3x32x32 \(Input height'):

@@ -130,6 +130,7 @@ def test_refused_options_tell_the_reason(name, tmp_path):
     (dict(epochs=20, sched='step', decay_epochs=30), 'longer than the run: --decay-epochs 30 with --epochs 20'),
     (dict(epochs=90, sched='step'), 'longer than the run: --decay-epochs 90 with --epochs 90'),
     (dict(epochs=22, sched='plateau', patience_epochs=20), 'longer than the run: --patience-epochs 20'),
+    (dict(epochs=15, sched='plateau', warmup_epochs=5), 'longer than the run: --patience-epochs 10'),
     (dict(epochs=12, sched='plateau'), 'longer than the run: --patience-epochs 10 with --epochs 12'),
     (dict(epochs=60, sched='plateau', patience_epochs=12, val_interval=5), '--epochs 60 and 12 validations'),
     (dict(sched='cosine', decay_milestones=[3]), '--decay-milestones does nothing with --sched cosine; it is for mul'),

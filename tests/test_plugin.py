@@ -17,16 +17,18 @@ def python(tmp_path):
     return partial(fresh_python, cwd=cwd)
 
 
-@pytest.mark.parametrize('imports', [
-    'import timm',
-    'import torch; import timm',
-    'import timm_lm; import timm',
-    'import timm.models',
-    'import timm.data',
-])
+TORCH_FIRST = """
+import sys, torch
+assert '_timm_lm_autoload' in sys.modules, 'the entry point is not installed'
+assert not {'timm', 'timm_lm'} & {name.partition('.')[0] for name in sys.modules}, 'torch alone pulls them in'
+import timm
+"""
+
+
+@pytest.mark.parametrize('imports', ['import timm', TORCH_FIRST, 'import timm_lm; import timm'])
 def test_models_are_there_once_in_every_order_of_import(python, imports):
     # a second registration of a name is a UserWarning of timm, so an error here
-    python('-W', 'error::UserWarning', '-c', f"""
+    result = python('-W', 'error::UserWarning', '-c', f"""
 {imports}
 import sys, timm
 model = timm.create_model('lm_resnet20')
@@ -40,32 +42,24 @@ assert type(timm.models.__loader__) is type(timm.data.__loader__), 'timm.models 
 import timm_lm
 assert type(model) is timm_lm.LMResNet
 """)
-
-
-def test_importing_torch_alone_pulls_in_neither_timm_nor_the_package(python):
-    result = python('-c', """
-import torch, sys
-assert '_timm_lm_autoload' in sys.modules, 'the entry point is not installed'
-assert not {'timm', 'timm_lm'} & {name.partition('.')[0] for name in sys.modules}
-""")
     assert result.stderr == ''
 
 
-def test_hook_loads_no_module_but_itself(python):
-    python('-c', """
-import torch, sys
-modules, finders = set(sys.modules), len(sys.meta_path)
+BY_HAND = """
+import sys, torch
+modules, finders = set(sys.modules), list(sys.meta_path)
 import _timm_lm_autoload
 _timm_lm_autoload.autoload()
 _timm_lm_autoload.autoload()
-assert set(sys.modules) - modules == {'_timm_lm_autoload'}
-assert len(sys.meta_path) == finders + 1
-""", TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+assert set(sys.modules) - modules == {'_timm_lm_autoload'}, 'the hook loads no module but itself'
+assert len(sys.meta_path) == len(finders) + 1
+sys.meta_path[:] = finders
+"""
 
 
-@pytest.mark.parametrize('switch', ['TIMM_LM_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD'])
-def test_turned_off_the_hook_leaves_timm_alone(python, switch):
-    python('-W', 'error::UserWarning', '-c', """
+@pytest.mark.parametrize('switch, before', [('TIMM_LM_AUTOLOAD', ''), ('TORCH_DEVICE_BACKEND_AUTOLOAD', BY_HAND)])
+def test_turned_off_the_hook_leaves_timm_alone(python, switch, before):
+    python('-W', 'error::UserWarning', '-c', before + """
 import sys, timm
 assert not timm.is_model('lm_resnet20')
 assert 'timm_lm' not in sys.modules

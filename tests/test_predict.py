@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import struct
-import subprocess
 import sys
 from contextlib import suppress
 
@@ -21,10 +20,11 @@ from timm_lm.cli import main
 from timm_lm.data import load_images
 from timm_lm.errors import UserError
 from timm_lm.export import export_model
-from timm_lm.hub import image_config, label_names, load_folder, save_folder
 from timm_lm.loader import normalize
+from timm_lm.model_config import image_config, label_names
 from timm_lm.models import LMResNet
 from timm_lm.predict import find_images, predict
+from timm_lm.weights_folder import load_folder, save_folder
 
 
 @pytest.fixture(scope='module')
@@ -186,16 +186,22 @@ def test_names_that_the_terminal_can_not_show(pictures, weights, tmp_path, monke
     assert written.getvalue().startswith(f'{tmp_path}/s\\xfc\\xdf.png  '.encode())
 
 
-def test_names_from_a_pipe_need_not_be_text(pictures, weights, tmp_path):
+def test_names_from_a_pipe_need_not_be_text(pictures, weights, tmp_path, monkeypatch):
     path = os.fsencode(tmp_path) + b'/caf\xe9.png'
     with suppress(OSError):  # of systems that have no such names, where the file is one that is not there
         shutil.copy(pictures / '0.png', path)
     names = path + b'\n' + os.fsencode(pictures / '0.png') + b'\n'
-    done = subprocess.run([sys.executable, '-m', 'timm_lm.cli', 'predict', '-', '--model', weights], input=names,
-                          capture_output=True, env=os.environ | dict(PYTHONUTF8='1', PYTHONIOENCODING='utf-8:strict'))
+    streams = {'stdin': io.BytesIO(names), 'stdout': io.BytesIO(), 'stderr': io.BytesIO()}
+    for name, stream in streams.items():  # as Python makes them
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(
+            stream, encoding='utf-8', errors='backslashreplace' if name == 'stderr' else 'strict'))
+    code = main(['predict', '-', '--model', str(weights)])
+    for name in ('stdout', 'stderr'):
+        getattr(sys, name).flush()
+    out, err = (streams[name].getvalue() for name in ('stdout', 'stderr'))
     is_there = os.path.exists(path)
-    assert done.returncode == (0 if is_there else 1) and b'Traceback' not in done.stderr, done.stderr
-    assert done.stdout.count(b'\n') == 1 + is_there and b'caf' in (done.stdout if is_there else done.stderr)
+    assert code == (0 if is_there else 1) and b'Traceback' not in err, err
+    assert out.count(b'\n') == 1 + is_there and b'caf' in (out if is_there else err)
 
 
 def test_bad_input_of_predict(tmp_path, weights, fails):

@@ -24,8 +24,8 @@ import yaml
 from safetensors.torch import load_file
 from two_processes import CAN_SHARD, CUTS, LONG, PIECES, identities, loaders, train_command
 
-from timm_lm.hub import verify_folder
 from timm_lm.loader import IGNORE_LABEL
+from timm_lm.weights_folder import verify_folder
 
 # Accelerate's oldest versions have none; where REQUIRE_TOOLS is set, as in CI, lacking it fails
 needs_fsdp2 = pytest.mark.skipif(
@@ -277,14 +277,10 @@ def test_each_thing_is_told_once(stopped, driven, output):
     assert driven.out.count(f"{output / 'alone' / 'weights'}: error ") == 1
 
 
-def test_bad_input_is_told_once(output, tmp_path):
-    words = train_command(tmp_path / 'missing', output, 'bad')
-    with launched(['-m', 'timm_lm.cli', *words], tmp_path) as run:
-        result = run.wait()
-    assert result.code != 0
-    line, = error_lines(result.err)
-    assert line.startswith(f"timm-lm: error: The data folder {tmp_path / 'missing'} does not exist")
-    assert '[rank' not in result.err  # as PyTorch marks tracebacks of processes
+def test_bad_input_is_told(driven, few_digits, output):
+    for facts in driven.facts:
+        code, told = facts['bad']
+        assert code == 2 and f"timm-lm: error: The data folder {few_digits / 'missing'} does not exist" in told
     assert not (output / 'bad').exists()
 
 
@@ -293,6 +289,15 @@ def test_run_folder_that_one_process_does_not_see_is_told(driven, output):
         code, told = facts['apart']
         assert code == 2 and f'The processes do not find the same checkpoint in {own / "alone"};' in told
     assert not (output / 'other_disk').exists()
+
+
+def test_processes_ask_each_other_between_the_lines_of_the_log(driven, output):
+    for facts in driven.facts:
+        code, _ = facts['asked']
+        assert code == 143
+    newest = checkpoints(output / 'asked')[-1]
+    assert json.loads((output / 'asked' / 'checkpoints' / newest / 'state.json').read_text())['progress'] == dict(
+        epoch=0, batch=4)
 
 
 def test_images_that_fit_in_the_memory_of_one_process_alone(driven, output):

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 
 import timm_lm
 from timm_lm import hub_client
-from timm_lm.card import CARD_NAME, render_card
-from timm_lm.hub import CHECK_NAME, save_folder, write_digests
-from timm_lm.models._weights import weights_dir
+from timm_lm.card import render_card
+from timm_lm.models._weights import weights_dir, write_digests
 from timm_lm.publish import FILES, published_card
+from timm_lm.weights_folder import CARD_NAME, CHECK_NAME, save_folder
 
 NAME = 'lm_resnet20.best_c10'
 SHIPPED = weights_dir() / NAME
@@ -548,6 +548,19 @@ def test_connection_cut_while_something_is_loaded(hub, refused, package, few_dig
     line = refused('train', '-c', 'demo_digits', '--dataset', 'hfds/owner/cut', '--output', tmp_path / 'runs')
     assert 'The data set owner/cut could not be downloaded from the Hub (' in line
     assert not list(tmp_path.iterdir())
+
+
+def test_training_on_a_data_set_of_the_hub(hub, done, refused, few_digits, tmp_path):
+    hub.add('datasets/owner/digits', few_digits)
+    words = ['train', '-c', 'demo_digits', '--model-kwargs', 'layers=(1,1,1)', '--epochs', 1, '--warmup-epochs', 0,
+             '--output', tmp_path, '--dataset']
+    done(*words, 'hfds/owner/digits', '--experiment', 'run')
+    assert 'owner/digits' in (tmp_path / 'run' / 'weights' / 'README.md').read_text()
+    assert refused(*words, 'hfds/owner/nothing').startswith(
+        'timm-lm: error: The data set owner/nothing could not be downloaded from the Hub')
+    assert refused(*words, 'hfds/owner/digits', '--val-split', 'validation') == (
+        "timm-lm: error: The data set owner/digits of the Hub has no split 'validation' (it has: test, train); name "
+        'one of these with --train-split or --val-split.')
 
 
 def test_data_set_of_a_hub_that_says_nothing(hub, refused, few_digits, tmp_path):

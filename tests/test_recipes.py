@@ -293,7 +293,7 @@ def test_speed(name):
     assert (args.amp, args.amp_dtype, args.channels_last, args.torchcompile) == (True, 'bfloat16', True, 'inductor')
     images = 50_000 if name == 'paper_in1k' else 10_000
     assert images % args.validation_batch_size == 0
-    assert args.torchcompile_mode == (None if name in ('paper_in1k', 'demo_c10') else 'reduce-overhead')
+    assert args.torchcompile_mode == (None if name == 'paper_in1k' else 'reduce-overhead')
 
 
 # The best recipes

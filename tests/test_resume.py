@@ -15,23 +15,27 @@ import psutil
 import pytest
 import torch
 import yaml
-from forked import Command
+from forked import CONTEXT, Command
 from helpers import rewrite
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from timm_lm.errors import UserError
 from timm_lm.files import write_text
 from timm_lm.image_set import ImageSet, write_cache
+from timm_lm.precision import cpu_has_bfloat16
 from timm_lm.results import read_run
+from timm_lm.training import checkpoint as checkpoint_module
 from timm_lm.training import train as train_module
-from timm_lm.training.checkpoint import CheckpointStore, Progress, random_states
+from timm_lm.training.checkpoint import CheckpointStore, Progress, random_states, restore_random_states
 from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
 from timm_lm.training.run_folder import own_run_folder
 from timm_lm.training.run_log import EVALUATION, RunLog
 from timm_lm.training.signals import StopSignals
 from timm_lm.training.train import train
+from timm_lm.weights_folder import verify_folder
 
 # A network with dropped paths and noise, so that random states count; float32 on the CPU.
 OPTIONS = [
@@ -47,7 +51,7 @@ import os
 import subprocess
 import sys
 
-from timm_lm import cli, hub
+from timm_lm import cli, weights_folder
 from timm_lm.training import checkpoint, loop, run_log
 
 function, is_there = {call}, lambda {where}
@@ -160,7 +164,8 @@ def test_killed_while_it_writes_the_weights(few_digits, left_alone, tmp_path):
     shutil.copytree(left_alone / 'run', tmp_path / 'run')
     shutil.rmtree(tmp_path / 'run' / 'weights')
     words = arguments(few_digits, tmp_path, '--resume', 'auto')
-    code, _, err = signalled(words, tmp_path, signal.SIGKILL, 'hub._write_config', 'model, path, *_: True').wait()
+    code, _, err = signalled(
+        words, tmp_path, signal.SIGKILL, 'weights_folder._write_config', 'model, path, *_: True').wait()
     assert code == -signal.SIGKILL, err
     (unfinished,) = (tmp_path / 'run').glob('.weights.*')
     assert [path.name for path in unfinished.iterdir()] == ['model.safetensors']
@@ -274,9 +279,11 @@ def test_signal_to_the_whole_group_leaves_the_workers_their_work(
 
 
 @pytest.mark.parametrize('number, several, code', [
-    (signal.SIGTERM, False, -signal.SIGTERM), (signal.SIGINT, False, 1), (signal.SIGTERM, True, 0)])
+    (signal.SIGTERM, False, -signal.SIGTERM), (signal.SIGINT, False, 1), (signal.SIGTERM, True, 0),
+    (signal.SIGHUP, False, 0)])
 def test_second_signal_acts_as_ever(tmp_path, number, several, code):
-    """For who will not wait for the end of a step; of several processes each may be sent one signal twice."""
+    """For who will not wait for the end of a step; of several processes each may be sent one signal twice, and of a
+    terminal that closes every process is."""
     script = tmp_path / 'script.py'
     script.write_text(f"""
 import os, signal
@@ -290,7 +297,8 @@ with StopSignals(several={several}) as signals:
 """)
     got, out, err = Command(script=script).wait()
     assert got == code and out.startswith(f'noted {int(number)}\n'), err
-    assert ('went on' in out) == several and ('KeyboardInterrupt' in err) == (number == signal.SIGINT)
+    assert ('went on' in out) == (several or number == signal.SIGHUP)
+    assert ('KeyboardInterrupt' in err) == (number == signal.SIGINT)
 
 
 def test_handlers_that_are_not_of_python_are_no_error():
@@ -307,20 +315,46 @@ def test_handlers_that_are_not_of_python_are_no_error():
             signal.signal(number, handler)
 
 
-def test_compiled_run_resumes_bit_for_bit(few_digits, tmp_path, command):
-    def words(name):
-        return arguments(few_digits, tmp_path / name, '--resume', 'auto', '--torchcompile', '--model-kwargs',
-                         'layers=(2,)', 'channels=(16,)', '--drop-path', '0')
+COMPILED = ['--torchcompile', '--model-kwargs', 'layers=(2,)', 'channels=(16,)', '--drop-path', '0']
 
-    code, _, err = signalled(words('killed'), tmp_path, signal.SIGKILL, *HALF_WRITTEN).wait()
-    assert code == -signal.SIGKILL, err
-    assert checkpoints(tmp_path / 'killed')[-1].name == 'step-000000004'
-    for name in ('killed', 'alone'):  # in this process, where the compiler is imported once
+
+@pytest.fixture
+def compile_here(command):
+    """Run the command line in this process, where the compiler is imported once: (output, compiled graphs)."""
+    def run(*words):
         torch.compiler.reset()
-        code, out, err = command(*words(name))
-        assert code == 0 and ('Going on from' in out) == (name == 'killed'), err
-    torch.compiler.reset()
+        counters['stats'].clear()
+        code, out, err = command(*words)
+        torch.compiler.reset()
+        assert code == 0, err
+        return out, counters['stats']['unique_graphs']
+    return run
+
+
+def test_compiled_run_resumes_bit_for_bit(few_digits, tmp_path, compile_here):
+    """Killed while it writes a checkpoint, and after the last batch of an epoch; with averaged weights, which are put
+    in the place of the network's for each validation."""
+    def words(name):
+        return arguments(few_digits, tmp_path / name, '--resume', 'auto', *COMPILED, '--model-ema')
+
+    for place, newest in ((HALF_WRITTEN, 4), (('loop.Training._update', 'training, epoch, step: step == 7'), 7)):
+        code, _, err = signalled(words('killed'), tmp_path, signal.SIGKILL, *place).wait()
+        assert code == -signal.SIGKILL, err
+        assert checkpoints(tmp_path / 'killed')[-1].name == f'step-{newest:09d}'
+    for name in ('killed', 'alone'):
+        out, _ = compile_here(*words(name))
+        assert ('Going on from' in out) == (name == 'killed')
     assert final_state(tmp_path / 'killed') == final_state(tmp_path / 'alone')
+
+
+def test_recipes_are_compiled_in_the_precision_that_pays(few_digits, tmp_path, compile_here):
+    """The way the CIFAR recipes train: bf16 where it pays, channels_last, torch.compile; here on a small network."""
+    words = [word for word in arguments(few_digits, tmp_path, *COMPILED) if word != '--no-amp']
+    out, graphs = compile_here(*words)
+    precision = 'bfloat16' if cpu_has_bfloat16() else 'float32'
+    assert 'compiled by inductor' in out and f'cpu, {precision}, ' in out
+    assert graphs == 2  # one to train, one to validate
+    verify_folder(tmp_path / 'run' / 'weights')
 
 
 def test_signal_while_the_network_is_compiled(few_digits, tmp_path):
@@ -591,8 +625,10 @@ def test_output_that_nobody_reads_does_not_end_a_run(few_digits, left_alone, tmp
     assert final_state(tmp_path) == final_state(left_alone)
 
 
-@pytest.mark.parametrize('close', [
-    'os.dup2(1, 2)', 'sys.stdout = sys.stderr = None', 'os.dup2(os.open("/dev/full", os.O_WRONLY), 1)'])
+FULL = ['os.dup2(os.open("/dev/full", os.O_WRONLY), 1)'] if os.path.exists('/dev/full') else []
+
+
+@pytest.mark.parametrize('close', ['os.dup2(1, 2)', 'sys.stdout = sys.stderr = None', *FULL])
 def test_run_that_nobody_listens_to_tells_by_its_exit_code_that_it_was_stopped(few_digits, tmp_path, close):
     script = tmp_path / 'unheard.py'
     script.write_text(f"""
@@ -785,3 +821,54 @@ def test_a_run_whose_rate_follows_the_batch_goes_on(few_digits, tmp_path, comman
     assert code == 0, err
     assert 'Going on from' in out
     assert yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())['lr'] == 0.1 * 32 / 256
+
+
+# Checkpoints by themselves
+
+
+def save_one(store, value):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1).state_dict()
+    return store.save(7, Progress(0, 7), dict(model=dict(weight=torch.tensor([value]))), optimizer, [random_states()],
+                      dict(scheduler=None))
+
+
+def replace_and_die(folder):
+    """Be killed between the two renames that put a checkpoint in the place of an older one."""
+    replace, calls = os.replace, []
+
+    def deadly(source, target):
+        if calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls.append(source)
+        replace(source, target)
+
+    os.replace = deadly
+    save_one(CheckpointStore(folder), 2.)
+
+
+def test_checkpoint_that_was_being_replaced_is_found_and_kept(tmp_path):
+    store = CheckpointStore(tmp_path)
+    folder = save_one(store, 1.)
+    writer = CONTEXT.Process(target=replace_and_die, args=(tmp_path,))
+    writer.start()
+    writer.join()
+    assert writer.exitcode == -signal.SIGKILL and not folder.exists()
+    found = store.newest()
+    assert found.group('model')['weight'] == 1 and found.progress == Progress(0, 7)
+    assert store.newest_state()['progress'] == dict(epoch=0, batch=7)
+    store.remove_unfinished()
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert store.read(folder).group('model')['weight'] == 1
+
+
+@pytest.mark.parametrize('device', ['mps', 'xpu'])
+def test_random_states_of_other_devices_come_back(tmp_path, monkeypatch, device):
+    """By what PyTorch would tell of a device, which is not there."""
+    state = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    restored = []
+    monkeypatch.setattr(checkpoint_module, '_has_device', lambda name: name == device)
+    monkeypatch.setattr(getattr(torch, device), 'get_rng_state', lambda: state)
+    monkeypatch.setattr(getattr(torch, device), 'set_rng_state', restored.append)
+    store = CheckpointStore(tmp_path)
+    restore_random_states(store.read(save_one(store, 1.)), rank=0)
+    assert len(restored) == 1 and torch.equal(restored[0], state)

@@ -17,13 +17,13 @@ from timm_lm import check_weights
 from timm_lm import ship as ship_module
 from timm_lm.card import recorded_error
 from timm_lm.errors import UserError
-from timm_lm.hub import verify_folder
 from timm_lm.models._weights import read_digests
 from timm_lm.publish import prepare_tree
 from timm_lm.results import read_rows, read_run
 from timm_lm.ship import ship
 from timm_lm.training.options import parse_options
 from timm_lm.training.train import train
+from timm_lm.weights_folder import verify_folder
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 

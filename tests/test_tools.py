@@ -2,11 +2,11 @@
 
 TIMM_SCRIPTS names the folder of a timm checkout; without it the tests of timm's own scripts are not collected.
 """
+import csv
 import importlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +35,6 @@ from timm_lm.training.options import parse_options
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = weights_dir() / 'lm_resnet20.best_c10'
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
-TOKEN = 'hf_of_the_tests'
 CLOSE = dict(rtol=1e-5, atol=1e-5)  # float32, another order of the same sums
 
 
@@ -255,10 +254,9 @@ def test_extractor_of_torchvision_gives_the_states(name):
 
 # Publishes the folder, then runs each block in a namespace of its own
 RUNNER = """
-import contextlib, io, json, subprocess, sys, traceback
+import contextlib, io, json, sys, traceback
 
-folder, blocks = sys.argv[1], json.loads(sys.argv[2])
-subprocess.run([sys.executable, '-m', 'timm_lm.cli', 'push', folder, '--repo-id', 'OWNER/NAME'], check=True)
+blocks = json.loads(sys.argv[1])
 printed = {}
 for heading, code in blocks.items():
     out = io.StringIO()
@@ -289,12 +287,11 @@ def test_the_page_in_an_interpreter_that_never_asks_for_this_package(photo, tmp_
     needs('transformers', 'segmentation_models_pytorch', 'pytorch_grad_cam', 'onnxruntime')
     photo.save(tmp_path / 'photo.png')
     (tmp_path / 'timm-lm').symlink_to(ROOT)
-    weights = shutil.copytree(SHIPPED, tmp_path / 'weights')  # the shipped folder would record where it was pushed
     hub = Hub()
-    hub.tokens = {TOKEN: {'OWNER'}}
+    hub.add('OWNER/NAME', SHIPPED)  # what a push puts there is the same, byte for byte
     with running(hub):
-        out = fresh_python(RUNNER, weights, json.dumps(blocks_of_the_page()), cwd=tmp_path, HF_ENDPOINT=hub.endpoint,
-                           HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET='1')
+        out = fresh_python(RUNNER, json.dumps(blocks_of_the_page()), cwd=tmp_path, HF_ENDPOINT=hub.endpoint,
+                           HF_HUB_DISABLE_XET='1')
     probabilities = timm_probabilities(photo)
     assert json.loads(out.splitlines()[-1]) == {
         'transformers': max(probabilities, key=probabilities.get),
@@ -339,6 +336,23 @@ class TestScriptsOfTimm:
                          '--in-chans', 1, '--device', 'cpu', '-j', 1, '-b', 16, cwd=tmp_path)
         expected = json.loads((run_folder / 'result.json').read_text())
         assert script_result(out)['top1'] == pytest.approx(expected['top1'], abs=1e-3)
+
+    def test_train_takes_a_recipe_as_it_is(self, few_digits, tmp_path, command):
+        """Unmodified, by Accelerate's launcher; the rates of its epochs are ours."""
+        recipe = command('recipe', 'demo_digits', '--path')[1].strip()
+        options = ['-c', recipe, '--epochs', 4, '--model-kwargs', 'layers=(1,1,1)', '--output', tmp_path]
+        launch = ['accelerate.commands.launch', '--cpu', '--num_processes', 1, '--mixed_precision', 'no',
+                  '--dynamo_backend', 'no', Path(SCRIPTS).absolute() / 'train.py']
+        done = subprocess.run([sys.executable, '-m', *map(str, [
+            *launch, *options, '--dataset', f'hfds/{few_digits}', '--device', 'cpu', '--experiment', 'theirs'])],
+            cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert done.returncode == 0, done.stdout
+        code, _, err = command('train', *options, '--data-dir', few_digits, '--experiment', 'ours')
+        assert code == 0, err
+        theirs, ours = (
+            [float(row['lr']) for row in csv.DictReader((tmp_path / name / 'summary.csv').read_text().splitlines())]
+            for name in ('theirs', 'ours'))
+        assert len(theirs) == 4 and theirs == pytest.approx(ours)
 
     def test_validate_takes_a_name(self, photo, tmp_path):
         probabilities = timm_probabilities(photo)

@@ -2,12 +2,9 @@
 import copy
 import csv
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,13 +15,12 @@ from safetensors.torch import load_file
 
 from timm_lm import cli
 from timm_lm.data import load_images
-from timm_lm.hub import load_folder, verify_folder
 from timm_lm.image_set import ImageSet
 from timm_lm.loader import MemoryLoader, normalize
-from timm_lm.precision import cpu_has_bfloat16
 from timm_lm.training.evaluate import evaluate
 from timm_lm.training.options import parse_options
 from timm_lm.training.train import command_line, train
+from timm_lm.weights_folder import load_folder, verify_folder
 
 SMALL = ['--model-kwargs', 'layers=(2,2,2)', '--epochs', '2', '--warmup-epochs', '0']
 
@@ -52,9 +48,9 @@ def test_saved_k_is_the_last_one_of_the_run(run_folder):
 
 
 def test_training_learns_the_digits(digits, tmp_path, command):
-    """Four epochs of 1,438 digits; chance is 90 % error, the demonstration's twelve reach about 1 %."""
-    code, out, err = command('train', '-c', 'demo_digits', '--data-dir', digits, '--epochs', '5',
-                             '--output', tmp_path, '--experiment', 'run')
+    """Few epochs of 1,438 digits; chance is 90 % error, the demonstration's twelve reach about 1 %."""
+    code, out, err = command('train', '-c', 'demo_digits', '--data-dir', digits, '--model-kwargs', 'layers=(2,1,1)',
+                             '--epochs', '5', '--output', tmp_path, '--experiment', 'run')
     assert code == 0, err
     result = json.loads((tmp_path / 'run' / 'result.json').read_text())
     assert result['top1'] > 80
@@ -85,8 +81,8 @@ def test_network_with_shared_weights(few_digits, tmp_path, command):
     """As timm's CoaT has them; safetensors takes no two names for one memory."""
     code, _, err = command('train', '--model', 'coat_lite_tiny', '--data-dir', few_digits, '--num-classes', '10',
                            '--input-size', '3', '32', '32', '--model-kwargs', 'img_size=32', '--no-aug', '--epochs',
-                           '1', '--warmup-epochs', '0', '--val-split', 'test', '--output', tmp_path, '--experiment',
-                           'run')
+                           '1', '--warmup-epochs', '0', '--train-split', 'train[:128]', '--val-split', 'test',
+                           '--output', tmp_path, '--experiment', 'run')
     assert code == 0, err
     result = json.loads((tmp_path / 'run' / 'result.json').read_text())
     code, out, err = command('validate', tmp_path / 'run' / 'weights', '--data-dir', few_digits)
@@ -108,22 +104,6 @@ def test_counts_of_few_classes_and_of_a_batch_that_is_filled_up():
     result = evaluate(lambda batch: logits[(batch.flatten() * 255).round().long()], loader)
     assert (result['errors'], result['images'], result['top1'], result['top5']) == (1, 5, 80, 100)
     assert result['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
-
-
-def test_compiled_training_in_a_fresh_process(few_digits, tmp_path):
-    """The way the CIFAR recipes train: bf16 where it pays, channels_last, torch.compile; here on a small network."""
-    precision = 'bfloat16' if cpu_has_bfloat16() else 'float32'
-    code = (
-        'import sys; from timm_lm.cli import main; code = main(sys.argv[1:]); '
-        'import torch; print(torch._dynamo.utils.counters["stats"]["unique_graphs"], "graphs"); sys.exit(code)')
-    command = [sys.executable, '-c', code, 'train', '-c', 'demo_digits', '--data-dir', str(few_digits),
-               '--model-kwargs', 'layers=(2,)', 'channels=(16,)', '--epochs', '2', '--warmup-epochs', '0',
-               '--torchcompile', '--output', str(tmp_path), '--experiment', 'run']
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert 'compiled by inductor' in result.stdout and f'cpu, {precision}, ' in result.stdout
-    assert result.stdout.endswith('\n2 graphs\n')  # one to train, one to validate
-    verify_folder(tmp_path / 'run' / 'weights')
 
 
 def test_same_seed_gives_the_same_weights(few_digits, tmp_path, command):
@@ -250,31 +230,6 @@ def test_fine_tuning_starts_from_pretrained_weights(weights, few_digits, tmp_pat
     before = load_file(weights / 'model.safetensors')
     after = load_file(tmp_path / 'run' / 'weights' / 'model.safetensors')
     torch.testing.assert_close(after['stem.conv.weight'], before['stem.conv.weight'], rtol=1e-4, atol=1e-6)
-
-
-def test_data_set_of_the_hub_through_a_server(few_digits, tmp_path):
-    from hub_server import hub_server
-    with hub_server({'datasets/owner/digits': few_digits}) as endpoint:
-        env = dict(os.environ, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE='0', HF_HOME=str(tmp_path / 'home'),
-                   HF_HUB_DISABLE_XET='1')
-        command = [sys.executable, '-m', 'timm_lm.cli', 'train', '-c', 'demo_digits', '--dataset',
-                   'hfds/owner/digits', *SMALL[:2], '--epochs', '1', '--warmup-epochs', '0', '--output', str(tmp_path),
-                   '--experiment', 'run']
-        result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        other = [{'hfds/owner/digits': 'hfds/owner/nothing', 'run': 'other'}.get(word, word) for word in command]
-        missing = subprocess.run(other, env=env, capture_output=True, text=True, cwd=tmp_path)
-        other = [{'run': 'other'}.get(word, word) for word in command] + ['--val-split', 'validation']
-        no_split = subprocess.run(other, env=env, capture_output=True, text=True, cwd=tmp_path)
-    card = (tmp_path / 'run' / 'weights' / 'README.md').read_text()
-    assert 'owner/digits' in card
-    assert missing.returncode == 2
-    assert missing.stderr.strip().splitlines()[-1].startswith(
-        'timm-lm: error: The data set owner/nothing could not be downloaded from the Hub')
-    assert no_split.returncode == 2
-    assert no_split.stderr.strip().splitlines()[-1] == (
-        "timm-lm: error: The data set owner/digits of the Hub has no split 'validation' (it has: test, train); name "
-        'one of these with --train-split or --val-split.')
 
 
 # Bad input

@@ -21,9 +21,10 @@ from timm.models import generate_default_cfgs
 from timm_lm.card import recorded_error, render_card
 from timm_lm.errors import UserError
 from timm_lm.files import atomic_folder, sha256, sync, write_text
-from timm_lm.hub import CHECK_NAME, describe, save_folder, verify_folder
+from timm_lm.model_config import record_data
 from timm_lm.models import _weights
 from timm_lm.names import load_model, names_folder
+from timm_lm.weights_folder import CHECK_NAME, save_folder, verify_folder
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_half_precision_is_checked_as_saved(tmp_path):
 @pytest.mark.filterwarnings('ignore')
 def test_features_of_several_branches_are_not_checked(tmp_path):
     model = timm.create_model('crossvit_9_240')
-    describe(model)
+    record_data(model)
     folder = save_folder(model, tmp_path / 'weights', 'card')
     assert set(load_file(folder / CHECK_NAME)) == {'input', 'pre_logits', 'output'}
     assert verify_folder(folder).keys() == {'pre_logits', 'output'}
@@ -291,6 +292,7 @@ def test_flipped_bit_in_shipped_weights_is_named(copied_package):
         damaged.append(file.read_bytes())
     for index, data in enumerate([*damaged, whole]):
         file.with_name(str(index)).write_bytes(data)
+    (file.parents[1] / 'published.json').write_text('{')  # a damaged record does not stand in the way
     result = run(f"""
 import os, timm, timm_lm
 for index in range(3):
@@ -304,6 +306,7 @@ for index in range(3):
 """)
     *told, last = result.stdout.splitlines()
     assert len(told) == 2 and last == 'loaded', result.stderr
+    assert result.stderr.count('published.json is damaged') == 1
     assert all(str(file) in line and 'install timm-lm again' in line for line in told)
 
 
@@ -313,31 +316,31 @@ def test_lost_shipped_weights_are_not_listed_and_published_ones_found_by_their_r
     (file.parents[1] / 'lm_resnet20.paper_c10' / file.name).unlink()
     record = {'lm_resnet20.best_c10': dict(repo_id='owner/lm_resnet20.best_c10', revision='abc')}
     (file.parents[1] / 'published.json').write_text(json.dumps(record))
+    # weights inside the package go before a folder of the project around it, as where it is installed into one
+    (file.parents[3] / 'pyproject.toml').write_text('')
+    (file.parents[3] / 'weights').mkdir()
     result = run("""
 import timm, timm_lm
 print(*timm.list_pretrained('lm_resnet20*'))
 print(timm.get_pretrained_cfg('lm_resnet20.best_c10').hf_hub_id)
+print(timm.get_pretrained_cfg('lm_resnet32.paper_c10').file)
 """)
-    names, hub_id = result.stdout.splitlines()
+    names, hub_id, other = result.stdout.splitlines()
+    assert other == str(file.parents[1] / 'lm_resnet32.paper_c10' / file.name)
     assert 'lm_resnet20.paper_c10' not in names.split() and 'lm_resnet20.best_c10' in names.split()
     assert hub_id == 'owner/lm_resnet20.best_c10@abc'
 
 
-def test_weights_inside_the_package_go_before_a_folder_of_the_project_around_it(copied_package):
-    """As where the package is installed into a project that has weights of its own."""
-    file, run = copied_package
-    (file.parents[3] / 'pyproject.toml').write_text('')
-    (file.parents[3] / 'weights').mkdir()
-    result = run('import timm, timm_lm; print(timm.get_pretrained_cfg("lm_resnet20.best_c10").file)')
-    assert result.stdout == f'{file}\n', result.stderr
-
-
-def test_weights_that_a_user_overlays_go_before_those_that_ship(weights, tmp_path):
-    """Of a network whose name has weights that ship; each source as timm takes it for networks of its own."""
+def test_weights_of_the_hub_and_those_that_a_user_overlays(weights, tmp_path):
+    """The latter of a network whose name has weights that ship; each source as timm takes it for its own networks."""
     from hub_server import hub_server
     code = f"""
-import timm
+import timm, torch
 from safetensors.torch import load_file
+model = timm.create_model('hf-hub:owner/digits', pretrained=True).eval()
+check = load_file({str(weights / CHECK_NAME)!r})
+with torch.inference_mode():
+    print('repo', torch.equal(model(check['input']), check['output']))
 trained = load_file({str(weights / 'model.safetensors')!r})
 sources = dict(hf_hub_id='owner/digits', state_dict=trained, file={str(weights / 'model.safetensors')!r})
 for kind, source in sources.items():
@@ -348,7 +351,7 @@ for kind, source in sources.items():
     with hub_server({'owner/digits': weights}) as endpoint:
         env = dict(os.environ, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE='0', HF_HOME=str(tmp_path), HF_HUB_DISABLE_XET='1')
         result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, cwd=tmp_path)
-    assert result.stdout == 'hf_hub_id True\nstate_dict True\nfile True\n', result.stderr
+    assert result.stdout == 'repo True\nhf_hub_id True\nstate_dict True\nfile True\n', result.stderr
 
 
 def test_pretrained_on_the_meta_device_is_a_network_of_shapes():
@@ -377,39 +380,11 @@ def test_hub_without_network_is_one_line(fails):
     assert 'hf-hub:owner/name could not be loaded' in line
 
 
-def test_hub_repo_loads_through_a_server(weights, tmp_path):
-    from hub_server import hub_server
-    with hub_server({'owner/digits': weights}) as endpoint:
-        code = (
-            'import timm, torch\n'
-            'from safetensors.torch import load_file\n'
-            'model = timm.create_model("hf-hub:owner/digits", pretrained=True).eval()\n'
-            f'check = load_file({str(weights / CHECK_NAME)!r})\n'
-            'with torch.inference_mode():\n'
-            '    print(torch.equal(model(check["input"]), check["output"]))\n'
-        )
-        env = dict(os.environ, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE='0', HF_HOME=str(tmp_path), HF_HUB_DISABLE_XET='1')
-        result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, cwd=tmp_path)
-    assert result.stdout == 'True\n', result.stderr
-
-
 @pytest.mark.parametrize('record', ['[]', '{"lm_resnet20.best_c10": {"repo_id": "owner/name"}}'])
 def test_record_of_published_weights_of_another_kind_is_told(tmp_path, record):
     (tmp_path / 'published.json').write_text(record)
     with pytest.warns(UserWarning, match='published.json is damaged'):
         assert _weights._published(tmp_path) == {}
-
-
-def test_damaged_record_of_published_weights_does_not_stand_in_the_way(copied_package):
-    file, run = copied_package
-    (file.parents[1] / 'published.json').write_text('{')
-    result = run("""
-import timm, timm_lm
-timm.create_model('lm_resnet20.best_c10', pretrained=True)
-print('loaded')
-""")
-    assert result.stdout == 'loaded\n', result.stderr
-    assert result.stderr.count('published.json is damaged') == 1
 
 
 @pytest.mark.parametrize('error', [OSError, KeyboardInterrupt])

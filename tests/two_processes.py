@@ -188,7 +188,10 @@ def told(words):
     patience, cli.PATIENCE = cli.PATIENCE, 0
     try:
         with redirect_stderr(io.StringIO()) as err:
-            return [cli.main(words), err.getvalue()]
+            try:
+                return [cli.main(words), err.getvalue()]
+            except SystemExit as e:
+                return [e.code, err.getvalue()]
     finally:
         cli.PATIENCE = patience
 
@@ -212,6 +215,22 @@ def on_a_full_disk(data, output):
         return told(train_command(data, output, 'full', *LONG))
     finally:
         CheckpointStore.save = save
+
+
+def asked(data, output, rank):
+    """Train where a signal to the other process is asked for between the lines of the log; returns what is told."""
+    update, seconds = loop.Training._update, loop.AGREE_SECONDS
+
+    def signalled(self, epoch, step):
+        update(self, epoch, step)
+        if rank == 1 and step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    loop.Training._update, loop.AGREE_SECONDS = signalled, 0.
+    try:
+        return told(train_command(data, output, 'asked', *LONG, '--log-interval', '1000'))
+    finally:
+        loop.Training._update, loop.AGREE_SECONDS = update, seconds
 
 
 def little_memory(data, output, rank):
@@ -284,8 +303,10 @@ def main(data, output, port):
     with watched_statistics(facts['statistics']):
         train('own', '-c', str(recipe), '--epochs', '1', '--batch-size', '32', '--no-ddp-bb', '--model-ema',
               '--model-ema-decay', '0.5')
+    facts['bad'] = told(train_command(data / 'missing', output, 'bad'))
     facts['apart'] = apart(data, output, rank)
     facts['full'] = on_a_full_disk(data, output)
+    facts['asked'] = asked(data, output, rank)
     facts['little'] = little_memory(data, output, rank)
     facts['unnamed'] = unnamed(data, output, rank)
     facts['written'] = [path for path in written if str(output) in path]

@@ -5,13 +5,10 @@ from typing import Any, Dict, Optional, Union
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
-CARD_NAME = 'README.md'
+from .names import is_ours
+from .weights_folder import CARD_NAME
+
 CARD_TEMPLATE = Path(__file__).with_name('MODEL_CARD.md')
-
-
-def is_ours(architecture: str) -> bool:
-    """Whether a network is one of this package's, which timm knows by it."""
-    return architecture.startswith(('lm_', 'preact_'))
 
 
 def render_card(

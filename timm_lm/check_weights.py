@@ -7,8 +7,8 @@ from typing import Optional, Sequence
 from .card import recorded_error
 from .errors import UserError
 from .files import whole_entries
-from .hub import CONFIG_NAME, verify_folder
 from .models._weights import read_digests, weights_dir
+from .weights_folder import CONFIG_NAME, verify_folder
 
 # Id of a data set on the Hub, as cards name it, to its folder.
 FOLDERS = {'uoft-cs/cifar10': 'cifar10', 'uoft-cs/cifar100': 'cifar100'}

@@ -17,10 +17,11 @@ import torch
 from . import __version__
 from .card import recorded_error
 from .errors import RESUME, UserError, one_line
-from .hub import image_config, verify_folder
+from .model_config import TimmModel, image_config
 from .models._weights import weights_dir
-from .names import check_name, load_model, model_tags, names_folder, our_models
+from .names import is_repo_name, load_model, model_tags, names_folder, our_models, timm_source, with_scheme
 from .networks import count_macs, network_size, split_page, write_table
+from .weights_folder import verify_folder
 
 EXIT_USER_ERROR = 2
 PATIENCE = 10  # seconds that other processes of a machine leave the first one to tell of an end
@@ -128,13 +129,11 @@ def _info(argv: List[str]) -> None:
     parser.add_argument('model', metavar='MODEL_OR_FOLDER', help='as in validate')
     args = parser.parse_args(argv)
 
-    source = args.model.removeprefix('local-dir:')
-    is_folder, is_repo = names_folder(args.model), source.startswith('hf-hub:')
-    if not is_folder and not is_repo:
-        check_name(source)
+    name = timm_source(args.model)
+    is_folder, is_repo, source = name.startswith('local-dir:'), is_repo_name(name), name.removeprefix('local-dir:')
     # a name whose weights are on the Hub is shown without them
     load = is_folder or is_repo or _source(source) == 'shipped'
-    model = load_model(args.model if is_folder else source, pretrained=load)
+    model: TimmModel = load_model(name) if load else timm.create_model(name).eval()
     cfg, size = model.pretrained_cfg, image_config(model)
     architecture = cfg['architecture']
     error = None if is_repo else recorded_error(
@@ -170,9 +169,9 @@ def _verify(argv: List[str]) -> None:
 
     from .publish import verify_repo
 
-    for source in args.sources:
-        is_repo = source.startswith('hf-hub:')
-        differences = verify_repo(source) if is_repo else verify_folder(source.removeprefix('local-dir:'))
+    for source in map(with_scheme, args.sources):
+        differences = (verify_repo(source) if is_repo_name(source) else
+                       verify_folder(source.removeprefix('local-dir:')))
         print(f"{source}: whole; logits within {differences['output']:.1e} of those recorded")
 
 

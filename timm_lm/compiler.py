@@ -62,11 +62,12 @@ def _check_cpp() -> None:
     if not shutil.which(compiler):
         raise UserError(f"--torchcompile needs a C++ compiler on the CPU and there is no '{compiler}'; install "
                         f'{usual}, name another one by the variable CXX, or run eagerly with --no-torchcompile.')
-    _check_headers()
+    _check_headers('CPLUS_INCLUDE_PATH')
 
 
-def _check_headers() -> None:
-    if sys.platform == 'linux' and 'CPATH' not in os.environ:
+def _check_headers(variable: str) -> None:
+    """Look for Python's headers, unless they may be where CPATH or another variable leads the compiler to."""
+    if sys.platform == 'linux' and not {'CPATH', variable} & os.environ.keys():
         headers = [sysconfig.get_path('include'), sysconfig.get_path('include', 'posix_prefix')]
         if not any(Path(folder, 'Python.h').is_file() for folder in headers):
             raise UserError(f'--torchcompile needs the headers of Python and {headers[0]} has none; install them '
@@ -84,4 +85,4 @@ def _check_triton() -> None:
     if not any(map(shutil.which, compilers)):
         raise UserError(f"--torchcompile needs a C compiler for this GPU and there is no '{compilers[0]}'; install "
                         'gcc, name another one by the variable CC, or run eagerly with --no-torchcompile.')
-    _check_headers()
+    _check_headers('C_INCLUDE_PATH')

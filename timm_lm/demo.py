@@ -13,8 +13,8 @@ from PIL import Image
 
 from .data import load_images
 from .errors import UserError
-from .hub import TimmModel
 from .loader import MemoryLoader
+from .model_config import TimmModel
 from .training.evaluate import evaluate
 from .training.options import parse_options
 from .training.train import train

@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Tuple
 import torch
 
 from .errors import UserError, one_line
-from .hub import TimmModel, image_config
+from .model_config import TimmModel, image_config
 
 TOLERANCE = 1e-4  # of the largest logit: other kernels add in another order
 

@@ -79,11 +79,14 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A new file to write, which takes the place of ``path`` when the block ends without an error."""
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    os.close(fd)
-    temporary = Path(name)
+def atomic_file(path: Path, name: str = '') -> Iterator[Path]:
+    """A new file to write, which takes the place of ``path`` when the block ends without an error.
+
+    Args:
+        path: What is written.
+        name: Of the new file until then; one of its own for each process, if several may write at once.
+    """
+    temporary = path.with_name(name or f'.{path.name}.new')
     try:
         yield temporary
         give_usual_rights(temporary)
@@ -95,9 +98,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 def give_usual_rights(path: Path) -> None:
     """Give a file or folder the rights of any new one; ``tempfile`` and safetensors write for the owner alone."""
-    umask = os.umask(0)
+    umask = os.umask(0o077)  # for a moment, in which other threads may make files
     os.umask(umask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+    with suppress(OSError):  # some network disks have rights of their own
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 @contextmanager

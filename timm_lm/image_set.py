@@ -99,17 +99,17 @@ def write_cache(path: Optional[Path], data: ImageSet, content: str = '') -> None
     """
     if path is None:
         return
-    with suppress(OSError, SafetensorError):
-        _remove_unused(path.parent)
-        with atomic_file(path) as temporary:
-            save_file(dict(images=data.images, labels=data.labels), temporary,
-                      metadata=dict(class_names=json.dumps(data.class_names), content=content))
+    with suppress(OSError, SafetensorError), atomic_file(path, f'.{path.name}.{os.getpid()}') as temporary:
+        save_file(dict(images=data.images, labels=data.labels), temporary,
+                  metadata=dict(class_names=json.dumps(data.class_names), content=content))
+    _remove_unused(path.parent)
 
 
 def _remove_unused(folder: Path) -> None:
     """Remove what was not read for a month, such as of data that has another place now, and what kills left."""
     now = time.time()
     for path in folder.iterdir():
-        days = (now - path.stat().st_mtime) / 86400
-        if days > (UNUSED_DAYS if path.suffix == '.safetensors' and path.name[0] != '.' else 1):
-            path.unlink()
+        with suppress(OSError):  # that of another user, or removed by another process
+            days = (now - path.stat().st_mtime) / 86400
+            if days > (UNUSED_DAYS if path.suffix == '.safetensors' and path.name[0] != '.' else 1):
+                path.unlink()

@@ -9,8 +9,9 @@ import timm
 from safetensors import SafetensorError
 
 from .errors import UserError, one_line
-from .hub import CONFIG_NAME, TimmModel, load_folder, read_config
 from .hub_client import HUB_ERRORS
+from .model_config import TimmModel
+from .weights_folder import CONFIG_NAME, load_folder, read_config
 
 _NOT_LOADED: Tuple[Type[BaseException], ...] = (*HUB_ERRORS, AssertionError, TypeError, SafetensorError)
 
@@ -18,6 +19,11 @@ _NOT_LOADED: Tuple[Type[BaseException], ...] = (*HUB_ERRORS, AssertionError, Typ
 def our_models() -> List[str]:
     """Names of the networks of this package."""
     return timm.list_models(module='lm_resnet')
+
+
+def is_ours(name: str) -> bool:
+    """Whether a name, with or without a tag, is that of a network of this package."""
+    return name.partition('.')[0] in our_models()
 
 
 def check_name(name: str) -> None:
@@ -55,12 +61,40 @@ def names_folder(source: str) -> bool:
     return folder.is_dir() and ((folder / CONFIG_NAME).is_file() or not timm.is_model(source.partition('.')[0]))
 
 
-def load_model(source: str, pretrained: bool = True, **kwargs: Any) -> TimmModel:
-    """Load a network by any of its names.
+def is_repo_name(source: str) -> bool:
+    """Whether the name of a network is that of a repo of the Hub."""
+    return source.startswith('hf-hub:')
+
+
+def with_scheme(source: str) -> str:
+    """A name with timm's usual spelling of ``hf-hub:``, for which it takes ``hf_hub:`` and capitals too."""
+    scheme, colon, rest = source.partition(':')
+    return f'hf-hub:{rest}' if colon and scheme.lower() in ('hf-hub', 'hf_hub') else source
+
+
+def timm_source(source: str) -> str:
+    """The name of a network as ``timm.create_model`` takes it.
 
     Args:
         source: A weights folder, ``hf-hub:OWNER/NAME``, or a name of timm's registry with or without a tag.
-        pretrained: Load the weights; only a name of the registry can do without.
+
+    Raises:
+        UserError: If it is none of these.
+    """
+    source = with_scheme(source)
+    if names_folder(source):
+        return f"local-dir:{source.removeprefix('local-dir:')}"
+    if not is_repo_name(source):
+        source = timm.models.get_deprecated_models().get(source) or source
+        check_name(source)
+    return source
+
+
+def load_model(source: str, **kwargs: Any) -> TimmModel:
+    """Load a network with its weights by any of its names.
+
+    Args:
+        source: As in ``timm_source``.
         **kwargs: Further keywords of ``timm.create_model``.
 
     Returns:
@@ -69,19 +103,18 @@ def load_model(source: str, pretrained: bool = True, **kwargs: Any) -> TimmModel
     Raises:
         UserError: If there is no such network, or no weights of it.
     """
-    if names_folder(source):
+    source = timm_source(source)
+    if source.startswith('local-dir:'):
         return load_folder(source.removeprefix('local-dir:'), **kwargs)
-    if not source.startswith('hf-hub:'):
-        source = timm.models.get_deprecated_models().get(source) or source
-        check_name(source)
+    if not is_repo_name(source):
         cfg = timm.get_pretrained_cfg(source)
-        if pretrained and not (cfg and cfg.has_weights):
+        if not (cfg and cfg.has_weights):
             architecture = source.partition('.')[0]
             others = timm.list_pretrained(f'{architecture}.*')
             hint = f"these tags have: {', '.join(others)}" if others else 'train it, or give a weights folder'
             raise UserError(f'There are no weights of {source}; {hint}.')
     try:
-        return timm.create_model(source, pretrained=pretrained, **kwargs).eval()
+        return timm.create_model(source, pretrained=True, **kwargs).eval()
     except UserError:
         raise
     except KeyError as e:
@@ -95,7 +128,8 @@ def saved_model_args(source: str) -> Dict[str, Any]:
 
     Those of a repo are asked of the Hub, or its cache.
     """
-    if source.startswith('hf-hub:'):
+    source = with_scheme(source)
+    if is_repo_name(source):
         *_, model_args = timm.models.load_model_config_from_hf(source.removeprefix('hf-hub:'))
         return dict(model_args or {})
     folder = Path(source.removeprefix('local-dir:'))

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .card import recorded_error
 from .errors import UserError
 from .files import write_text
-from .hub import TimmModel
+from .model_config import TimmModel
 from .models._weights import weights_dir
 from .names import model_tags, our_models
 from .results import Row, read_rows

@@ -10,7 +10,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 from .encoded import UNREADABLE_IMAGE, convert_image, image_mode
 from .errors import UserError, one_line
-from .hub import TimmModel, image_config, label_names
+from .model_config import TimmModel, image_config, label_names
 from .splits import files_below
 
 

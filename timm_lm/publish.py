@@ -24,12 +24,13 @@ from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from . import __version__
-from .card import CARD_NAME, CARD_TEMPLATE, is_ours, recorded_error
+from .card import CARD_TEMPLATE, recorded_error
 from .errors import UserError, one_line
 from .files import whole_entries, write_text
-from .hub import CHECK_NAME, CONFIG_NAME, read_config, verify_folder
 from .hub_client import HUB_ERRORS, draw_no_bars_into_files, set_up_client
 from .models._weights import PUBLISHED_NAME, WEIGHTS_NAME, weights_dir
+from .names import is_ours
+from .weights_folder import CARD_NAME, CHECK_NAME, CONFIG_NAME, read_config, verify_folder
 
 FILES = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, CHECK_NAME)  # what is published; nothing else ever is
 CARD_KEYS = ('library_name', 'license', 'tags', 'metrics')  # what the front matter of a card must tell
@@ -306,7 +307,7 @@ def verify_repo(source: str) -> Dict[str, float]:
         source: ``hf-hub:OWNER/NAME``, or ``hf-hub:OWNER/NAME@REVISION``.
 
     Returns:
-        As ``timm_lm.hub.verify_folder``.
+        As ``timm_lm.weights_folder.verify_folder``.
 
     Raises:
         UserError: If the Hub can not be reached, or anything is missing, damaged, or computes something else.

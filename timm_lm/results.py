@@ -164,6 +164,8 @@ def check_rows(rows: Sequence[Row], results: Path) -> None:
 
 def add_rows(rows: Sequence[Row], results: Path) -> List[Path]:
     """Add rows to the files of their data sets, as ``add_runs`` does."""
+    if not rows:
+        return []
     results.mkdir(parents=True, exist_ok=True)
     with locked(results):  # of several that are added at once none is lost
         check_rows(rows, results)

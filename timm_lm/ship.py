@@ -11,16 +11,15 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from .card import CARD_NAME
 from .errors import UserError
 from .files import atomic_folder, locked, whole_entries, write_text
-from .hub import load_folder, save_folder, verify_folder, write_digests
-from .models._weights import weights_dir
-from .names import check_name, our_models, saved_model_args
+from .models._weights import weights_dir, write_digests
+from .names import check_name, is_ours, saved_model_args
 from .networks import write_table
 from .results import Row, add_rows, check_rows, read_run, with_result
 from .results_page import write_report
 from .training.result import count_errors, mean_k, run_card
+from .weights_folder import CARD_NAME, load_folder, save_folder, verify_folder
 
 TRACKED_LIMIT = 20 << 20  # bytes of all weights folders together
 
@@ -54,7 +53,7 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
         raise UserError(f'The run {run} has no count of errors to ship, as it was trained without a --val-split; train '
                         'another with one.')
     check_name(row['model'])
-    if row['model'].partition('.')[0] not in our_models() or '.' not in row['model']:
+    if not is_ours(row['model']) or '.' not in row['model']:
         raise UserError(f"The run {run} is of {row['model']}; what ships is a network of this package with a tag, that "
                         'of the run.')
     told = json.loads((run / 'result.json').read_text(encoding='utf-8'))

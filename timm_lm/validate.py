@@ -8,8 +8,8 @@ from tqdm import tqdm
 from .allocator import keep_freed_memory
 from .compiler import check_compiler
 from .data import TooLarge, check_class_names, check_labels, load_images, open_images
-from .hub import TimmModel, image_config, label_names
 from .loader import BatchLoader, MemoryLoader, WorkerLoader
+from .model_config import TimmModel, image_config, label_names
 from .names import load_model
 from .precision import no_bfloat16
 from .training import evaluate

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 from timm_lm.errors import UserError, one_line
-from timm_lm.files import sha256
+from timm_lm.files import sha256, whole_entries, write_text
 
 WEIGHTS_NAME = 'model.safetensors'
 DIGESTS_NAME = 'SHA256SUMS'
@@ -37,6 +37,14 @@ def read_digests(folder: Path) -> Dict[str, str]:
     if any(len(words) != 2 for words in lines):
         raise UserError(f'The digests of weights in {table} are damaged; {_REMEDY}.')
     return {path: digest for digest, path in lines}
+
+
+def write_digests(folder: Path) -> None:
+    """Write ``SHA256SUMS`` for all weights of a folder of weights folders."""
+    found = [path / WEIGHTS_NAME for path in whole_entries(folder) if (path / WEIGHTS_NAME).is_file()]
+    digests = {path.relative_to(folder).as_posix(): sha256(path) for path in found}
+    if digests != read_digests(folder):
+        write_text(folder / DIGESTS_NAME, ''.join(f'{digest}  {path}\n' for path, digest in digests.items()))
 
 
 @cache

@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType
 from timm.utils import ModelEmaV3
 
 from timm_lm.errors import UserError
-from timm_lm.hub import TimmModel
+from timm_lm.model_config import TimmModel
 
 
 class AveragedWeights(ModelEmaV3):

@@ -5,15 +5,15 @@ from typing import Any, Dict, Optional, Sequence, Union
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from timm.data import auto_augment, create_transform, resolve_data_config
+from timm.data import auto_augment, create_transform
 
 from timm_lm.augment import BatchMixup
 from timm_lm.data import TooLarge, is_archive, is_class_folder, load_images, open_images
 from timm_lm.encoded import EncodedImages
 from timm_lm.errors import UserError, one_line
-from timm_lm.hub import TimmModel
 from timm_lm.image_set import ImageSet
 from timm_lm.loader import Augmentation, BatchLoader, MemoryLoader, WorkerLoader
+from timm_lm.model_config import TimmModel, image_channels, image_config
 from timm_lm.splits import check_split_folder
 
 from .option_rules import mixes, not_in_memory
@@ -27,22 +27,14 @@ def resolve_input_config(args: argparse.Namespace, model: TimmModel) -> Dict[str
     Raises:
         UserError: If they do not fit the channels of the network.
     """
-    in_chans = getattr(model, 'in_chans', 3)
     try:
-        config = resolve_data_config(dict(vars(args), in_chans=in_chans), model=model)
+        config = image_config(model, vars(args))
     except AssertionError as e:
-        raise UserError(f'--mean and --std need one value, or one for each of the {in_chans} channels.') from e
+        raise UserError('--mean and --std need one value, or one for each of the '
+                        f'{image_channels(model)} channels.') from e
     config.pop('crop_mode', None)
     if config['crop_pct'] > MAX_CROP_PCT:
         raise UserError(f"--crop-pct is a share of the side, such as 0.875, not {config['crop_pct']:g}.")
-    if config['input_size'][0] != in_chans:
-        config['input_size'] = (in_chans, *config['input_size'][1:])
-    for key in ('mean', 'std'):
-        if in_chans == 1 and not getattr(args, key):  # grey images for a network of RGB ones
-            config[key] = (sum(config[key]) / len(config[key]),)
-    if any(len(config[key]) != in_chans for key in ('mean', 'std')):
-        raise UserError(f'The mean and standard deviation of {args.model} are for {len(config["mean"])} channels, the '
-                        f'images have {in_chans}; give --mean and --std.')
     return config
 
 

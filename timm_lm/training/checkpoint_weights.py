@@ -5,7 +5,8 @@ from typing import Any, Dict
 
 from timm_lm.errors import UserError, one_line
 from timm_lm.files import writing
-from timm_lm.hub import TimmModel, save_folder
+from timm_lm.model_config import TimmModel
+from timm_lm.weights_folder import save_folder
 
 from .checkpoint import Checkpoint, CheckpointStore
 from .factory import create_again, import_modules

@@ -28,8 +28,8 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwarg
 from timm_lm.compiler import check_compiler
 from timm_lm.depth import grow
 from timm_lm.errors import UserError, one_line
-from timm_lm.hub import TimmModel
-from timm_lm.names import check_name, load_model, names_folder
+from timm_lm.model_config import TimmModel
+from timm_lm.names import load_model, timm_source
 from timm_lm.precision import no_bfloat16
 
 from .option_rules import option_name
@@ -224,8 +224,10 @@ def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]]
         overlay = dict(file=args.pretrained_path, num_classes=-1)  # -1: the head is made anew
         kwargs.update(pretrained=True, pretrained_cfg_overlay=overlay)
     try:
-        from_source = args.pretrained and not args.pretrained_path
-        model = load_model(args.model, **kwargs) if from_source else _create(args.model, kwargs)
+        if args.pretrained and not args.pretrained_path:
+            model = load_model(args.model, **kwargs)
+        else:
+            model = timm.create_model(timm_source(args.model), **kwargs)
     except UserError:
         raise
     except (*_UNREADABLE, AssertionError) as e:
@@ -276,15 +278,6 @@ def share_batch_statistics(args: argparse.Namespace, model: TimmModel, accelerat
     if accelerator.device.type == 'cpu':
         raise UserError('--sync-bn needs GPUs; leave it out.')
     return convert_sync_batchnorm(model)
-
-
-def _create(name: str, kwargs: Dict[str, Any]) -> TimmModel:
-    """A network by its name, or as a weights folder or a repo of the Hub has it, with new weights."""
-    if names_folder(name):
-        name = f"local-dir:{name.removeprefix('local-dir:')}"
-    elif not name.startswith('hf-hub:'):
-        check_name(name)
-    return timm.create_model(name, **kwargs)
 
 
 def set_learning_rate(args: argparse.Namespace, num_processes: int) -> None:

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from timm_lm.errors import UserError
-from timm_lm.hub import TimmModel
 from timm_lm.layers import TwoStep
 from timm_lm.loader import BatchLoader
+from timm_lm.model_config import TimmModel
 
 from .average import create_average
 from .checkpoint import Checkpoint, CheckpointStore, Progress, random_states, restore_random_states
@@ -115,7 +115,7 @@ class Training:
         self.best: Optional[Dict[str, Any]] = None
         self.facts: Dict[str, Any] = {}  # what the weights of a checkpoint are told by, beside the options
         self.eval_seconds = 0.
-        self.agree_interval = 1  # updates, or batches of a validation, between two questions to other processes
+        self.agree_interval = 1  # updates, or batches of a validation, until processes ask each other again
         self.start = time.perf_counter()
         self.earlier_seconds = 0.  # of the processes that this one goes on from
         self.live = LiveLine(self.num_epochs, len(loader), accelerator.is_main_process)
@@ -241,7 +241,7 @@ class Training:
 
         Args:
             epoch: The running one.
-            seconds: That an update took in this process, if known.
+            seconds: That an update, or a batch of a validation, took in this process, if known.
 
         Returns:
             Number of the signal, 0 for none.
@@ -309,7 +309,7 @@ class Training:
             Mean ``loss``, accuracy ``top1`` in %, and ``images_per_second`` of the pass, if any batch was left of it.
 
         Raises:
-            Interrupted: After a signal, with the state saved.
+            Interrupted: After a signal, with the state saved, but for one that ended the compiler of the first step.
             UserError: If the loss is not finite.
         """
         args, accelerator = self.args, self.accelerator
@@ -329,7 +329,10 @@ class Training:
             try:
                 self.step(images, targets, epoch, step, is_update)
             except RuntimeError as e:
-                self._tell_signal(e)
+                if self._signal_that_ended_the_compiler(e):
+                    self.live.close()
+                    raise Interrupted(self.signals.number, next(iter(self.store.newest_first()), None)) from e
+                raise
             self.live.advance(epoch, done)
             updates = -(-done // args.grad_accum_steps)
             is_told = is_update and updates % args.log_interval == 0
@@ -427,12 +430,11 @@ class Training:
         if interval and updates % interval == 0:
             self.save(progress)
 
-    def _tell_signal(self, error: RuntimeError) -> NoReturn:
-        """A terminal sends a signal to the programs of the compiler too, which then fails."""
-        if not self.signals.number:
-            raise error
-        self.live.close()
-        raise Interrupted(self.signals.number, next(iter(self.store.newest_first()), None)) from error
+    def _signal_that_ended_the_compiler(self, error: RuntimeError) -> int:
+        """Number of the signal that a terminal sent to its programs too, 0 if it was none. With several processes the
+        launcher ends the others."""
+        is_of_compiler = type(error).__module__.startswith(('torch._dynamo', 'torch._inductor'))
+        return self.signals.number if is_of_compiler and self.accelerator.num_processes == 1 else 0
 
     def _save_and_stop(self, progress: Progress, signal_number: int) -> NoReturn:
         folder = self.save(progress)
@@ -447,7 +449,7 @@ class Training:
             Interrupted: After a signal, with the state saved; what goes on from it validates first.
         """
         start = time.perf_counter()
-        signal_number = 0
+        signal_number, self.agree_interval = 0, 1
         self.network.eval()
         several = self.accelerator.num_processes > 1
 
@@ -463,7 +465,7 @@ class Training:
                 if not several:
                     signal_number = self.signals.number
                 elif done % self.agree_interval == 0:
-                    signal_number = self.agree(epoch)
+                    signal_number = self.agree(epoch, (time.perf_counter() - start) / done)
                 if signal_number:
                     return
 
@@ -473,9 +475,9 @@ class Training:
                     forward, loader, progress=until_a_signal,
                     reduce=(lambda totals: self.accelerator.reduce(totals, 'sum')) if several else None)
             except RuntimeError as e:
-                if several or not self.signals.number:
-                    self._tell_signal(e)
-                signal_number = self.signals.number
+                signal_number = self._signal_that_ended_the_compiler(e)
+                if not signal_number:
+                    raise
         if signal_number:
             self._save_and_stop(Progress(epoch, len(self.loader)), signal_number)
         self.eval_seconds = time.perf_counter() - start

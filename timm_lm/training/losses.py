@@ -11,7 +11,7 @@ from torch import nn
 
 from timm_lm.data import check_class_names
 from timm_lm.errors import UserError
-from timm_lm.hub import TimmModel, image_config, label_names
+from timm_lm.model_config import TimmModel, image_channels, image_config, label_names
 from timm_lm.names import load_model
 
 from .batches import check_input
@@ -35,8 +35,9 @@ def load_teacher(args: argparse.Namespace, student: TimmModel, is_main: bool = T
         UserError: If there is none, or it does not fit the student.
     """
     teacher = load_model(args.kd_model_name)
-    for what, usual in (('num_classes', None), ('in_chans', 3)):  # a few networks of timm tell no in_chans
-        theirs, ours = getattr(teacher, what, usual), getattr(student, what, usual)
+    sizes = [dict(num_classes=model.num_classes, in_chans=image_channels(model)) for model in (student, teacher)]
+    for what, ours in sizes[0].items():
+        theirs = sizes[1][what]
         if theirs != ours:
             raise UserError(f'The teacher {args.kd_model_name} has {what} {theirs}, the network has {ours}; choose '
                             'another --kd-model-name.')

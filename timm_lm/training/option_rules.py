@@ -124,7 +124,8 @@ def _check_schedule(args: argparse.Namespace) -> None:
     if not args.val_split and args.sched == 'plateau':
         raise UserError('--sched plateau lowers the rate by the validation; give --val-split, or another schedule.')
     validations = -(-args.epochs // args.val_interval)
-    if args.sched == 'plateau' and args.patience_epochs + 2 >= validations:  # the first sets what has to be gained on
+    after_warmup = validations - args.warmup_epochs // args.val_interval
+    if args.sched == 'plateau' and args.patience_epochs + 2 >= after_warmup:  # the first sets what has to be gained on
         raise UserError(f'The schedule is longer than the run: --patience-epochs {args.patience_epochs} with --epochs '
                         f'{args.epochs} and {validations} validations; change one of them.')
     if args.sched in ('cosine', 'tanh', 'poly') and args.lr_cycle_mul < 1:

@@ -13,6 +13,7 @@ from typing import Any, Dict, NoReturn, Optional, Sequence, Type
 import yaml
 
 from timm_lm.errors import UserError, one_line
+from timm_lm.names import with_scheme
 from timm_lm.splits import SPLIT_NAMES, TRAIN_OR_TEST
 
 from .option_rules import (
@@ -176,7 +177,7 @@ def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Model')
-    group.add_argument('--model', metavar='NAME', default='lm_resnet20',
+    group.add_argument('--model', type=with_scheme, metavar='NAME', default='lm_resnet20',
                        help='name in timm, weights folder or hf-hub:OWNER/NAME (default: lm_resnet20)')
     group.add_argument('--pretrained', action=_FLAG, default=False, help='start from its pretrained weights')
     group.add_argument('--pretrained-path', metavar='FILE', help='a file to take the pretrained weights from')
@@ -313,7 +314,8 @@ def _add_loss(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--bce-sum', action=_FLAG, default=False, help='binary cross entropy summed over classes')
     group.add_argument('--bce-target-thresh', type=float, metavar='X', help='targets above it become 1, others 0')
     group.add_argument('--bce-pos-weight', type=float, metavar='X', help='weight of positive targets')
-    group.add_argument('--kd-model-name', metavar='NAME_OR_FOLDER', help='distil from the logits of this network')
+    group.add_argument('--kd-model-name', type=with_scheme, metavar='NAME_OR_FOLDER',
+                       help='distil from the logits of this network')
     group.add_argument('--kd-distill-type', default='logit', choices=('logit', 'feature', 'token'),
                        help='what is distilled; logit alone is supported')
     group.add_argument('--kd-loss-type', default='kl', choices=('kl',), help='by which divergence')
@@ -357,7 +359,7 @@ def _add_additions(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--loader', default='auto', choices=('auto', 'memory', 'timm'),
                        help='decoded images in memory, or timm\'s transforms in worker processes; auto: memory where '
                             'the data fits and the augmentation can be done there')
-    group.add_argument('--grow-from', metavar='NAME_OR_FOLDER', default='',
+    group.add_argument('--grow-from', type=with_scheme, metavar='NAME_OR_FOLDER', default='',
                        help='start from the weights of a shallower network, with its blocks repeated')
     group.add_argument('--two-step-epoch', type=int, default=0, metavar='N',
                        help='epoch at which the two-step is switched on; before it k is 0')

@@ -6,9 +6,9 @@ from typing import Any, Dict, List, Optional, Sequence, Union
 import torch
 
 from timm_lm.encoded import EncodedImages
-from timm_lm.hub import TimmModel
 from timm_lm.image_set import ImageSet
 from timm_lm.loader import BatchLoader, MemoryLoader
+from timm_lm.model_config import TimmModel
 
 from .option_rules import not_in_memory
 from .places import start_word

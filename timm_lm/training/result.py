@@ -9,14 +9,15 @@ import torch
 from tqdm import tqdm
 
 import timm_lm
-from timm_lm.card import CARD_NAME, render_card
+from timm_lm.card import render_card
 from timm_lm.data import load_images
 from timm_lm.files import write_text
-from timm_lm.hub import TimmModel, describe, image_config, load_folder, save_folder
 from timm_lm.loader import BatchLoader, MemoryLoader
 from timm_lm.machine import processor_name, usable_cores
+from timm_lm.model_config import TimmModel, image_config, record_data
 from timm_lm.names import saved_model_args
 from timm_lm.precision import asked_precision
+from timm_lm.weights_folder import CARD_NAME, load_folder, save_folder
 
 from .evaluate import evaluate
 from .options import COUNT_BATCH_SIZE
@@ -57,7 +58,8 @@ def describe_trained(args: argparse.Namespace, model: TimmModel, data_config: Di
     else:  # that of what it starts from stays
         licence = None if args.pretrained or args.grow_from else 'apache-2.0'
     # validation crops the middle, as in timm's script, also where the network came with another way
-    describe(model, tag=args.tag or None, class_names=class_names, crop_mode='center', license=licence, **data_config)
+    record_data(
+        model, tag=args.tag or None, class_names=class_names, crop_mode='center', license=licence, **data_config)
 
 
 def run_facts(args: argparse.Namespace, model: TimmModel, command: str, device: torch.device, processes: int,

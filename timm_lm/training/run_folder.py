@@ -11,7 +11,7 @@ from timm.models import parse_model_name, safe_model_name
 
 from timm_lm.errors import UserError, one_line
 from timm_lm.files import write_text
-from timm_lm.hub import TimmModel
+from timm_lm.model_config import TimmModel
 
 from .checkpoint import Checkpoint, CheckpointStore, name_with_step
 from .option_rules import unread

@@ -37,7 +37,7 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             numbers = [getattr(signal, name) for name in _STOPS if hasattr(signal, name)]
             self.before = {number: signal.signal(number, self._note) for number in numbers
-                           if signal.getsignal(number) != signal.SIG_IGN}  # as nohup ignores what its terminal sends
+                           if not (self._is_hangup(number) and signal.getsignal(number) == signal.SIG_IGN)}  # by nohup
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -47,6 +47,12 @@ class StopSignals:
         self.number = number
         if not self.several:
             self._give_back()
+        if self._is_hangup(number):  # a shell and the system send it each
+            signal.signal(number, signal.SIG_IGN)
+
+    @staticmethod
+    def _is_hangup(number: int) -> bool:
+        return number == getattr(signal, 'SIGHUP', None)
 
     def _give_back(self) -> None:
         for number, handler in self.before.items():

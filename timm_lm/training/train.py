@@ -20,9 +20,9 @@ from timm_lm.allocator import keep_freed_memory, release_freed_memory
 from timm_lm.data import TooLarge, check_class_names, check_labels
 from timm_lm.errors import RESUME, UserError, one_line
 from timm_lm.files import writing
-from timm_lm.hub import TimmModel
 from timm_lm.image_set import ImageSet
 from timm_lm.loader import BatchLoader
+from timm_lm.model_config import TimmModel
 
 from .batches import check_input, create_loader, load_split, resolve_input_config
 from .checkpoint import Checkpoint, CheckpointStore, Progress
@@ -64,7 +64,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
 
     Raises:
         UserError: If options and data do not fit together, or the loss is no longer finite.
-        Interrupted: After SIGTERM, SIGINT or SIGHUP, with the state saved.
+        Interrupted: After SIGTERM, SIGINT or SIGHUP, with the state saved once there is one.
     """
     args = copy.deepcopy(args)  # what is filled in is of this training
     import_modules(args)

@@ -6,82 +6,24 @@ features, pre_logits, output), with the SHA-256 of the weights in its metadata.
 """
 import json
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Union
 
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from timm.data import resolve_data_config
 from timm.models._hub import save_config_for_hf
 
-from .card import CARD_NAME
 from .errors import UserError, one_line
-from .files import atomic_folder, own_memory, sha256, whole_entries, write_text
-from .models._weights import DIGESTS_NAME, WEIGHTS_NAME, check_shipped, read_digests, weights_dir
-
-TimmModel = Any  # a torch.nn.Module with the attributes that timm gives it
+from .files import atomic_folder, own_memory, sha256, write_text
+from .model_config import TimmModel, image_config, label_names
+from .models._weights import WEIGHTS_NAME, check_shipped
 
 CONFIG_NAME = 'config.json'
+CARD_NAME = 'README.md'
 CHECK_NAME = 'test/rand_tensors.safetensors'
 CHECK_BATCH = 2
 CHECK_TOLERANCE = 1e-4  # of the largest value: float32 convolutions differ that much from one machine to another
-
-
-# The config of a network
-
-
-def describe(
-        model: TimmModel,
-        tag: Optional[str] = None,
-        class_names: Optional[Sequence[str]] = None,
-        input_size: Optional[Sequence[int]] = None,
-        **data_config: Any,
-) -> None:
-    """Write into ``model.pretrained_cfg`` what the weights were trained on, so that a saved config tells it.
-
-    Args:
-        model: A network of ``timm.create_model``.
-        tag: Tag of the weights.
-        class_names: Names of the classes, unknown if None.
-        input_size: Size (C, H, W) of the images.
-        **data_config: ``mean``, ``std``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``license``.
-    """
-    cfg = model.pretrained_cfg
-    cfg.update({key: value for key, value in data_config.items() if value is not None})
-    cfg['tag'] = tag
-    cfg['num_classes'] = model.num_classes
-    for key in ('test_input_size', 'test_crop_pct', 'origin_url', 'description', 'label_descriptions'):
-        cfg.pop(key, None)
-    cfg.pop('label_names', None)  # those of the data set that the name of the network stands for
-    if class_names is not None and len(class_names) == model.num_classes:
-        cfg['label_names'] = tuple(class_names)
-    if input_size is not None:
-        cfg['input_size'] = tuple(input_size)
-        cfg.pop('pool_size', None)
-        if getattr(model, 'feature_info', None):  # a few networks of timm have none
-            cfg['pool_size'] = tuple(-(-side // model.feature_info[-1]['reduction']) for side in input_size[1:])
-
-
-def label_names(model: TimmModel) -> Tuple[str, ...]:
-    """Names of the classes as the config of a network has them, in the order of their numbers; none if it has none."""
-    names = model.pretrained_cfg.get('label_names') or ()
-    if isinstance(names, Mapping):  # number -> name; in JSON numbers are text
-        numbered = {str(number): str(name) for number, name in names.items()}
-        numbers = [str(i) for i in range(len(numbered))]
-        names = [numbered[number] for number in numbers] if numbered.keys() == {*numbers} else []  # some have none
-    return tuple(names)
-
-
-def image_config(model: TimmModel) -> Dict[str, Any]:
-    """Size, resizing, mean and standard deviation of images for a network: timm's data config, for its own channels."""
-    config = resolve_data_config({}, model=model)
-    channels = getattr(model, 'in_chans', config['input_size'][0])
-    config['input_size'] = (channels, *config['input_size'][1:])
-    for key in ('mean', 'std'):
-        if len(config[key]) != channels:  # those of a network that was made with other channels
-            config[key] = (sum(config[key]) / len(config[key]),) * channels
-    return config
 
 
 # Writing
@@ -129,7 +71,7 @@ def save_folder(
     """Write a weights folder, whole or not at all.
 
     Args:
-        model: A network of ``timm.create_model``, described by ``describe``.
+        model: A network of ``timm.create_model``, whose config ``record_data`` wrote.
         folder: Where; what stands there is replaced when the new folder is whole.
         card: Text of the card.
         model_args: Keywords beside the class count that the network was made with.
@@ -297,13 +239,3 @@ def verify_folder(folder: Union[str, Path]) -> Dict[str, float]:
             raise UserError(f"{folder} computes other '{name}' than recorded (difference {differences[name]:.1e} of "
                             'the largest value); the weights or the config were changed.')
     return differences
-
-
-def write_digests(folder: Optional[Path] = None) -> Dict[str, str]:
-    """Write ``SHA256SUMS`` for all weights of a folder of weights folders, the shipped ones by default."""
-    folder = weights_dir() if folder is None else folder
-    found = [path / WEIGHTS_NAME for path in whole_entries(folder) if (path / WEIGHTS_NAME).is_file()]
-    digests = {path.relative_to(folder).as_posix(): sha256(path) for path in found}
-    if digests != read_digests(folder):
-        write_text(folder / DIGESTS_NAME, ''.join(f'{digest}  {path}\n' for path, digest in digests.items()))
-    return digests
