@@ -2,14 +2,15 @@
 
     python benchmarks/inference.py [--model lm_resnet50 --peer resnetv2_50 --batch-sizes 1 64 --device cuda]
 
-All take turns in one process, in float32 (bfloat16 with --amp); the figures are medians.
+All take turns in one process, in float32 (bfloat16 with --amp); the figures are medians. The least ratio is that of the
+bytes that the updates of the network as it is must move: one state more than sums, at the bandwidth of a copy.
 """
 import argparse
 from functools import partial
 
 import timm
 import torch
-from measure import add_options, parse, print_result, take_turns
+from measure import add_options, history_bytes, parse, pass_seconds, print_result, take_turns
 
 import timm_lm
 from timm_lm.allocator import keep_freed_memory
@@ -36,7 +37,8 @@ def main() -> None:
         networks |= {f'{name}, compiled': torch.compile(networks[name], dynamic=False)  # type: ignore[dict-item]
                      for name in (args.peer, f'{args.model}, optimize()')}
 
-    rows = [('network', 'batch', 'ms', f'of {args.peer}')]
+    rows = [('network', 'batch', 'ms', f'of {args.peer}', 'least ratio')]
+    second = pass_seconds(args.device)
     size = network.pretrained_cfg['input_size']
     with torch.inference_mode(), torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.amp):
         for batch_size in args.batch_sizes:
@@ -44,8 +46,9 @@ def main() -> None:
             images = torch.randn(batch_size, *size, device=args.device)
             peers = {name: partial(net, images) for name, net in networks.items()}
             seconds = take_turns(peers, args.rounds, args.device)
-            rows += [(name, str(batch_size), f'{1e3 * value:.1f}', f'{value / seconds[args.peer]:.3f}')
-                     for name, value in seconds.items()]
+            least = {args.model: 1 + history_bytes(network, peers[args.model]) * second / seconds[args.peer]}
+            rows += [(name, str(batch_size), f'{1e3 * value:.1f}', f'{value / seconds[args.peer]:.3f}',
+                      f'{least[name]:.3f}' if name in least else '') for name, value in seconds.items()]
     settings = dict(device=args.device, amp=args.amp, input='x'.join(map(str, size)), rounds=args.rounds)
     print_result('inference', settings, rows, args.device, args.json)
 

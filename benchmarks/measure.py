@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 
+from timm_lm.layers import FixedTwoStep, TwoStep
 from timm_lm.machine import processor_name, usable_cores
 from timm_lm.precision import no_bfloat16
 
@@ -117,6 +118,43 @@ def kept_bytes(forward: Callable[[], Any]) -> int:
     total = sum(storages.values())
     del result
     return total
+
+
+def history_bytes(network: torch.nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes of the histories that the two-step updates of a network read in one forward pass."""
+    found: List[int] = []
+    hooks = [module.register_forward_hook(lambda _module, states, _out: found.append(states[2].nbytes))
+             for module in network.modules() if isinstance(module, (TwoStep, FixedTwoStep))]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    return sum(found)
+
+
+def pass_seconds(device: str) -> float:
+    """Seconds for each byte that is read or written, by the copy of a tensor that no cache holds."""
+    tensor = torch.ones(2 ** 25, device=device)
+    seconds = take_turns({'copy': tensor.clone}, 10, device, repeats=3)['copy']
+    return seconds / (2 * tensor.nbytes)
+
+
+def peak_bytes(step: Callable[[], Any], device: str) -> int:
+    """The most bytes of tensors that a step holds beside those that are there before it."""
+    step()
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def print_result(name: str, settings: Dict[str, Any], rows: Sequence[Tuple[str, ...]], device: str,

@@ -197,7 +197,7 @@ def test_features(feature_cls):
 
 
 def test_goes_where_the_network_goes():
-    model = made('lm_resnet20', dict(scriptable=True))
+    model = made('lm_resnet18', dict(scriptable=True, layers=(1, 1), channels=(64, 128)))  # its second stage is packed
     optimized = timm_lm.optimize(model)
     x = images(model)
     with torch.no_grad():

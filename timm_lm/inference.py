@@ -13,6 +13,9 @@ from timm_lm.packed_conv import PackedConv2d
 
 Network = TypeVar('Network', bound=nn.Module)
 
+# Weights of a convolution from which on they are packed: fewer are reordered in less time than it takes to look
+# whether they still fit. The CIFAR networks with basic blocks have none.
+PACKED_WEIGHTS = 2 ** 16
 # In evaluation mode all of them are an affine map with constants, and an activation.
 _BATCH_NORMS = (BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct)
 
@@ -25,7 +28,7 @@ def optimize(model: Network) -> Network:
       activation stays. The norms of the state stay too: they follow a sum, which others read as well.
     - Each ``k`` becomes a constant, and stochastic depth and state noise go.
     - Convolutions are in the channels_last layout, which the CPU's and the GPU's kernels for them prefer. On the CPU
-      in float32 they keep a second copy of their weights, ordered as the kernel reads them (``PackedConv2d``).
+      in float32 those of many weights keep a second copy of them, ordered as the kernel reads them (``PackedConv2d``).
 
     The copy is in evaluation mode without parameters to train. It can be compiled, exported and scripted as the network
     could; its state dict is its own: it loads into another optimized copy, not into the network. Networks around one of
@@ -112,8 +115,9 @@ def _fold(block: ResidualBlock, conv_name: str, norm_name: str) -> None:
 
 
 def _pack(block: ResidualBlock) -> None:
-    """Put packed convolutions in the place of plain ones."""
+    """Put packed convolutions in the place of plain ones of many weights."""
     for parent in list(block.modules()):
         for name, conv in list(parent.named_children()):
-            if _is_plain(conv) and conv.padding_mode == 'zeros' and not isinstance(conv.padding, str):
+            is_large = _is_plain(conv) and conv.weight.numel() >= PACKED_WEIGHTS
+            if is_large and conv.padding_mode == 'zeros' and not isinstance(conv.padding, str):
                 setattr(parent, name, PackedConv2d.from_conv(conv))
