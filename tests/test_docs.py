@@ -24,7 +24,8 @@ from hub_server import Hub, running
 from PIL import Image
 from test_data import write_parquet
 
-from timm_lm.networks import count_macs, network_table, write_table
+from timm_lm.networks import count_macs
+from timm_lm.readme_table import network_table, write_table
 from timm_lm.results import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,8 @@ from timm_lm.image_set import ImageSet
 from timm_lm.loader import MemoryLoader, normalize
 from timm_lm.training.evaluate import evaluate
 from timm_lm.training.options import parse_options
-from timm_lm.training.train import command_line, train
+from timm_lm.training.places import command_line
+from timm_lm.training.train import train
 from timm_lm.weights_folder import load_folder, verify_folder
 
 SMALL = ['--model-kwargs', 'layers=(2,2,2)', '--epochs', '2', '--warmup-epochs', '0']

@@ -4,11 +4,16 @@ import sys
 from pathlib import Path
 from typing import Optional, Sequence
 
+import torch
+from huggingface_hub import ModelCard
+
 from .card import recorded_error
 from .errors import UserError
 from .files import whole_entries
 from .models._weights import read_digests, weights_dir
-from .weights_folder import CONFIG_NAME, verify_folder
+from .training.evaluate import COUNT_BATCH_SIZE
+from .validate import validate
+from .weights_folder import CARD_NAME, CONFIG_NAME, verify_folder
 
 # Id of a data set on the Hub, as cards name it, to its folder.
 FOLDERS = {'uoft-cs/cifar10': 'cifar10', 'uoft-cs/cifar100': 'cifar100'}
@@ -38,19 +43,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _check(folder: Path, data: Path) -> bool:
-    from huggingface_hub import ModelCard
-
-    from .training.result import count_errors
-
     verify_folder(folder)
     recorded = recorded_error(folder)
     if recorded is None:
         raise UserError(f'The card of {folder} records no error; restore it, or train the network again.')
-    results = ModelCard.load(folder / 'README.md').data.eval_results
+    results = ModelCard.load(folder / CARD_NAME).data.eval_results
     dataset = results[0].dataset_type
     if dataset not in FOLDERS:
         raise UserError(f'The card of {folder} names the data set {dataset}, known are: {", ".join(FOLDERS)}.')
-    result = count_errors(folder, results[0].dataset_split or 'test', data_dir=data / FOLDERS[dataset])
+    result = validate(
+        str(folder), results[0].dataset_split or 'test', torch.device('cpu'), COUNT_BATCH_SIZE,
+        tell=lambda remark: print(f'check-weights: note: {remark}', file=sys.stderr), data_dir=data / FOLDERS[dataset])
     errors, count = int(result['errors']), int(result['images'])
     expected = round(recorded * count / 100)
     print(f'{folder.name}: {errors} errors of {count} images, recorded {expected}')

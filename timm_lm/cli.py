@@ -20,7 +20,7 @@ from .errors import RESUME, UserError, one_line
 from .model_config import TimmModel, image_config
 from .models._weights import weights_dir
 from .names import is_repo_name, load_model, model_tags, names_folder, our_models, timm_source, with_scheme
-from .networks import count_macs, network_size, split_page, write_table
+from .networks import count_macs, network_size
 from .weights_folder import verify_folder
 
 EXIT_USER_ERROR = 2
@@ -32,8 +32,10 @@ def _train(argv: List[str]) -> None:
     from accelerate import PartialState
 
     from .training.options import parse_options
+    from .training.places import command_line
+    from .training.signals import Interrupted
     from .training.streams import outlasting_output
-    from .training.train import Interrupted, command_line, train
+    from .training.train import train
 
     args = parse_options(argv)
     with outlasting_output():
@@ -71,7 +73,8 @@ def _recipe(argv: List[str]) -> None:
 
 def _validate(argv: List[str]) -> None:
     """count the errors of a network on a data set"""
-    from .training.options import COUNT_BATCH_SIZE, add_data_options
+    from .training.evaluate import COUNT_BATCH_SIZE
+    from .training.options import add_data_options
 
     parser = _parser('validate', _validate)
     parser.add_argument('model', metavar='MODEL_OR_FOLDER',
@@ -290,6 +293,7 @@ def _report(argv: List[str]) -> None:
     parser.add_argument('--readme', type=Path, metavar='FILE', help='renew the table of networks in this file too')
     args = parser.parse_args(argv)
 
+    from .readme_table import split_page, write_table
     from .results import add_runs
     from .results_page import read_frame, write_report
 

@@ -118,6 +118,7 @@ def _pack(block: ResidualBlock) -> None:
     """Put packed convolutions in the place of plain ones of many weights."""
     for parent in list(block.modules()):
         for name, conv in list(parent.named_children()):
-            is_large = _is_plain(conv) and conv.weight.numel() >= PACKED_WEIGHTS
-            if is_large and conv.padding_mode == 'zeros' and not isinstance(conv.padding, str):
+            if not _is_plain(conv) or conv.weight.numel() < PACKED_WEIGHTS:
+                continue
+            if conv.padding_mode == 'zeros' and not isinstance(conv.padding, str):
                 setattr(parent, name, PackedConv2d.from_conv(conv))

@@ -1,6 +1,5 @@
 """The record of runs: a row for each in ``<dataset>.csv``, in a folder of results."""
 import csv
-import json
 import statistics
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Union
@@ -10,7 +9,13 @@ import yaml
 from .errors import UserError
 from .files import locked, write_text
 from .precision import asked_precision
-from .training.places import folder_name
+from .training.checkpoint import CheckpointStore
+from .training.option_rules import unread
+from .training.options import parse_options
+from .training.places import folder_name, last_name, without_place
+from .training.recipes import list_recipes
+from .training.run_folder import FREE_OPTIONS, read_args, read_result
+from .training.run_log import RunLog
 
 # timm's columns of results, then ours: errors and parameters as timm counts them (%, millions).
 COLUMNS = (
@@ -33,18 +38,14 @@ def read_run(folder: Union[str, Path]) -> Row:
     """
     try:
         return _read_run(Path(folder))
-    except (AttributeError, KeyError, OSError, TypeError, ValueError, yaml.YAMLError) as e:
+    except (AttributeError, KeyError, OSError, TypeError, UserError, ValueError) as e:
         reason = f'it does not tell {e}' if isinstance(e, KeyError) else e
         raise UserError(f'{folder} is not the folder of a run ({reason}).') from e
 
 
 def _read_run(folder: Path) -> Row:
-    from .training.checkpoint import CheckpointStore
-    from .training.run_log import RunLog
-    args = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
+    args, result = read_args(folder), read_result(folder)
     epochs = RunLog(folder).rows()
-    path = folder / 'result.json'
-    result = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
     if not epochs:
         raise ValueError('no epoch was finished')
     seen = result.get('seen_in_training') or next((row['eval'] for row in reversed(epochs) if row['eval']), None)
@@ -88,11 +89,6 @@ def with_result(row: Row, result: Mapping[str, Any]) -> Row:
 
 def _recipe(args: Dict[str, Any], processes: int) -> str:
     """Name of the recipe of a run, with what was changed in it; the batch is that of all processes."""
-    from .training.option_rules import unread
-    from .training.options import parse_options
-    from .training.places import last_name, without_place
-    from .training.recipes import list_recipes
-    from .training.run_folder import FREE_OPTIONS
     if args['tag'] not in list_recipes():
         return args['tag']
     shipped = yaml.safe_load(yaml.safe_dump(vars(parse_options(['-c', args['tag']]))))

@@ -13,7 +13,9 @@ import yaml
 
 from .errors import UserError
 from .files import save_figure, write_text
+from .networks import parameter_count
 from .results import Row, read_rows
+from .training.options import parse_options
 
 DATASETS = {'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100', 'ImageNet': 'imagenet-1k'}
 PLOTTED = ('cifar10', 'cifar100')
@@ -84,7 +86,7 @@ def _summary(tables: List[Dict[str, Any]], runs: Dict[str, List[Row]], published
             if found:
                 twin = _spread(finished(rows, plain, _recipe(table, plain)))
                 others = (_of_depth(published, source, table['dataset'], name) for source in SOURCES)
-                lines.append(_line([
+                lines.append(table_line([
                     f'`{name}`', table['dataset'], f"`{table['recipe']}`", _spread(found), twin, *others]))
     return [*lines, '']
 
@@ -98,12 +100,13 @@ def _of_depth(published: List[Row], source: str, dataset: str, network: str) -> 
     return ', '.join(f"{row['top1_err']} ({' '.join(filter(None, (row['network'], row['recipe'])))})" for row in rows)
 
 
-def _line(cells: Iterable[str]) -> str:
+def table_line(cells: Iterable[str]) -> str:
+    """A line of a table in Markdown."""
     return '| ' + ' | '.join(cells) + ' |'
 
 
 def _table_head(header: List[str]) -> List[str]:
-    return [_line(header), _line(['---'] * len(header))]
+    return [table_line(header), table_line(['---'] * len(header))]
 
 
 def _section(table: Dict[str, Any], runs: List[Row], published: List[Row]) -> List[str]:
@@ -129,7 +132,7 @@ def _section(table: Dict[str, Any], runs: List[Row], published: List[Row]) -> Li
     text = [f"## {table['title']}", '']
     if table.get('text'):
         text += [table['text'], '']
-    text += [*_table_head(header), *map(_line, rows), '']
+    text += [*_table_head(header), *map(table_line, rows), '']
     return text + ([' '.join(verdicts), ''] if verdicts else [])
 
 
@@ -174,7 +177,6 @@ def finished(runs: List[Row], network: str, recipe: str) -> List[Row]:
 
 @cache
 def _epochs(recipe: str) -> int:
-    from .training.options import parse_options
     return parse_options(['-c', recipe]).epochs
 
 
@@ -223,7 +225,7 @@ def _all_runs(runs: Dict[str, List[Row]]) -> List[str]:
     for row in (row for rows in runs.values() for row in rows):
         row = row | dict(command=row['command'] and f"`{row['command']}`")
         cells = [row['run'], f"`{row['model'].partition('.')[0]}`", *(row[name] for name in shown)]
-        lines.append(_line(cells))
+        lines.append(table_line(cells))
     return [*lines, '']
 
 
@@ -249,13 +251,9 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout='constrained')
 
 
-@cache
-def parameter_count(network: str, num_classes: int) -> float:
+def _millions(network: str, num_classes: int) -> float:
     """Millions of parameters of the plain network of the same depth; a ``k`` a block is none of them."""
-    import timm
-    name = 'preact_' + network.removeprefix('preact_').removeprefix('lm_')
-    model = timm.create_model(name, num_classes=num_classes, device='meta')
-    return sum(p.numel() for p in model.parameters()) / 1e6
+    return parameter_count('preact_' + network.removeprefix('preact_').removeprefix('lm_'), num_classes) / 1e6
 
 
 def _plot_errors(runs: List[Row], published: List[Row], dataset: str, path: Path) -> bool:
@@ -273,7 +271,7 @@ def _plot_errors(runs: List[Row], published: List[Row], dataset: str, path: Path
             kind = ', LM' if row['network'].startswith('lm_') else ', plain' if row['source'] == 'paper' else ''
             others.setdefault(row['source'] + kind, []).append(row)
     for label, rows in others.items():
-        axes.scatter([parameter_count(row['network'], classes) for row in rows],
+        axes.scatter([_millions(row['network'], classes) for row in rows],
                      [float(row['top1_err']) for row in rows], marker='x', s=24, label=label)
     for prefix, marker in (('lm_', 'o'), ('preact_', 's')):
         rows = [row for row in done if row['model'].startswith(prefix)]

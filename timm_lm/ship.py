@@ -1,6 +1,5 @@
 """``make ship RUNS=...``: put weights of finished runs among those that ship, with digests and rows of results."""
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -8,17 +7,19 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Union
 
 import torch
-import yaml
 from safetensors import SafetensorError
 
 from .errors import UserError
 from .files import atomic_folder, locked, whole_entries, write_text
 from .models._weights import weights_dir, write_digests
 from .names import check_name, is_ours, saved_model_args
-from .networks import write_table
+from .readme_table import write_table
 from .results import Row, add_rows, check_rows, read_run, with_result
 from .results_page import write_report
-from .training.result import count_errors, mean_k, run_card
+from .training.evaluate import COUNT_BATCH_SIZE
+from .training.result import mean_k, run_card
+from .training.run_folder import read_args, read_result
+from .validate import validate
 from .weights_folder import CARD_NAME, load_folder, save_folder, verify_folder
 
 TRACKED_LIMIT = 20 << 20  # bytes of all weights folders together
@@ -56,8 +57,7 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
     if not is_ours(row['model']) or '.' not in row['model']:
         raise UserError(f"The run {run} is of {row['model']}; what ships is a network of this package with a tag, that "
                         'of the run.')
-    told = json.loads((run / 'result.json').read_text(encoding='utf-8'))
-    args = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
+    told, args = read_result(run), read_args(run)
     source = run / 'weights'
     verify_folder(source)
     with tempfile.TemporaryDirectory(prefix='timm-lm-ship-') as temporary:
@@ -84,9 +84,11 @@ def _put(folder: Path, weights: Path) -> None:
 def _count(folder: Path, told: Dict[str, Any], args: Dict[str, Any], data_dir: Optional[str]) -> Dict[str, Any]:
     """Count the errors of a weights folder, and write a card of them; returns the count and ``k``."""
     model = load_folder(folder)
-    counts: Dict[str, Any] = count_errors(
-        folder, args['val_split'], data_dir=data_dir or args['data_dir'], dataset=args['dataset'],
-        input_key=args['input_key'], target_key=args['target_key'], class_map=args['class_map'])
+    counts: Dict[str, Any] = validate(
+        str(folder), args['val_split'], torch.device('cpu'), COUNT_BATCH_SIZE,
+        tell=lambda remark: print(f'ship: note: {remark}', file=sys.stderr), data_dir=data_dir or args['data_dir'],
+        dataset=args['dataset'], input_key=args['input_key'], target_key=args['target_key'],
+        class_map=args['class_map'])
     write_text(folder / CARD_NAME, run_card(told | counts, args, model, 'float16'))
     return counts | dict(k=mean_k(model))
 

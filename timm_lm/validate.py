@@ -75,8 +75,7 @@ def validate(
     try:
         for backend in rounding:
             backend.allow_tf32 = amp and backend.allow_tf32
-        return evaluate.evaluate(
-            forward, loader, progress=lambda batches: tqdm(batches, unit='batch', leave=False, disable=None))
+        return evaluate.evaluate(forward, tqdm(loader, unit='batch', leave=False, disable=None))
     finally:
         for backend, was_allowed in zip(rounding, allowed):
             backend.allow_tf32 = was_allowed

@@ -12,8 +12,7 @@ from .checkpoint import Checkpoint, CheckpointStore
 from .factory import create_again, import_modules
 from .options import parse_options
 from .result import run_card, tell
-from .run_folder import read_args
-from .run_log import MAKE_ROOM
+from .run_folder import ARGS_NAME, read_args
 
 
 def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:
@@ -35,7 +34,7 @@ def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:
     """
     checkpoint = checkpoint.absolute()
     run = checkpoint.parent.parent
-    if not (run / 'args.yaml').is_file():
+    if not (run / ARGS_NAME).is_file():
         raise UserError(f'{checkpoint} is not a checkpoint of a run; give RUN/checkpoints/step-....')
     args = argparse.Namespace(**(vars(parse_options([])) | read_args(run)))
     if output.exists():
@@ -50,7 +49,7 @@ def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:
     epochs = round(found.progress.epoch + found.progress.batch / found.state['batches'], 2)
     told = tell(args, model, int(epochs) if epochs == int(epochs) else epochs, found.state['seconds'], facts)
     card = run_card(told | dict(seen_in_training=None, of_epochs=found.state['epochs']), vars(args), model)
-    with writing(f'The weights in {output}', MAKE_ROOM):
+    with writing(f'The weights in {output}', 'Make room, or name another folder with --output.'):
         return save_folder(model, output, card, facts['model_args'])
 
 

@@ -1,11 +1,13 @@
 """Evaluation of a network on a split."""
 import time
-from typing import Any, Callable, Dict, Optional
+from typing import Callable, Dict, Iterable, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 
-from timm_lm.loader import IGNORE_LABEL, BatchLoader
+from timm_lm.loader import IGNORE_LABEL
+
+COUNT_BATCH_SIZE = 50  # of counts in float32 on the CPU: fast, and small beside the memory of a training
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -18,25 +20,23 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 @torch.no_grad()
 def evaluate(
         model: Callable[[torch.Tensor], torch.Tensor],
-        loader: BatchLoader,
+        batches: Iterable[Tuple[torch.Tensor, torch.Tensor]],
         reduce: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
-        progress: Optional[Callable[[Any], Any]] = None,
 ) -> Dict[str, float]:
     """Count the errors of a network.
 
     Args:
         model: Network in evaluation mode, images (N, C, H, W) to logits (N, classes).
-        loader: Batches of the split; rows of label ``IGNORE_LABEL`` do not count.
+        batches: Images and labels of the split, at least one batch; rows of label ``IGNORE_LABEL`` do not count.
         reduce: Sums a tensor over processes, if there are several.
-        progress: Wraps the loader to show its progress.
 
     Returns:
         ``top1`` and ``top5`` accuracy in %, mean ``loss``, number of ``errors`` and ``images``, ``images_per_second``.
     """
     start = time.perf_counter()
     totals = None  # images, correct at 1, correct at 5, summed loss
-    dtype = sum_dtype(loader.device)
-    for images, labels in progress(loader) if progress else loader:
+    for images, labels in batches:
+        dtype = sum_dtype(labels.device)
         logits = model(images).float()
         top = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         batch = torch.stack([

@@ -458,9 +458,9 @@ class Training:
             with self.autocast():
                 return self.network(images)
 
-        def until_a_signal(batches: BatchLoader) -> Iterator[Any]:
+        def until_a_signal() -> Iterator[Any]:
             nonlocal signal_number
-            for done, batch in enumerate(batches, start=1):
+            for done, batch in enumerate(loader, start=1):
                 yield batch
                 if not several:
                     signal_number = self.signals.number
@@ -472,7 +472,7 @@ class Training:
         with self._averaged_weights():
             try:
                 result = evaluate(
-                    forward, loader, progress=until_a_signal,
+                    forward, until_a_signal(),
                     reduce=(lambda totals: self.accelerator.reduce(totals, 'sum')) if several else None)
             except RuntimeError as e:
                 signal_number = self._signal_that_ended_the_compiler(e)

@@ -27,8 +27,6 @@ from .option_rules import (
 )
 from .recipes import find_recipe
 
-COUNT_BATCH_SIZE = 50  # of counts in float32 on the CPU: fast, and small beside the memory of a training
-
 # Options of timm's train script that this engine does not take, each with the reason; one that is set to off asks for
 # nothing and passes.
 _SPLITS = 'batches are not split by augmentation here'

@@ -9,13 +9,13 @@ from timm_lm.encoded import EncodedImages
 from timm_lm.image_set import ImageSet
 from timm_lm.loader import BatchLoader, MemoryLoader
 from timm_lm.model_config import TimmModel
+from timm_lm.precision import asked_precision
 
 from .option_rules import not_in_memory
 from .places import start_word
 from .schedule import create_schedule
 
 WIDTH, HEIGHT = 72, 8  # characters of the picture
-PRECISIONS = {'no': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16'}  # by Accelerate's names
 _BARS = ' ▁▂▃▄▅▆▇█'
 
 
@@ -85,7 +85,7 @@ def describe_run(
                    + (f' x {accelerator.num_processes} processes' if accelerator.num_processes > 1 else '')
                    + (f' x {args.grad_accum_steps} accumulated' if args.grad_accum_steps > 1 else '')
                    + f', {-(-len(train_loader) // args.grad_accum_steps):,} updates an epoch',
-        'device': f'{accelerator.device}, {PRECISIONS[accelerator.mixed_precision]}, '
+        'device': f'{accelerator.device}, {asked_precision(vars(args))}, '
                   + (f'compiled by {args.torchcompile} in the first steps' if args.torchcompile else 'eager'),
         'run folder': str(folder),
     }

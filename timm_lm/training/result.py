@@ -10,22 +10,20 @@ from tqdm import tqdm
 
 import timm_lm
 from timm_lm.card import render_card
-from timm_lm.data import load_images
 from timm_lm.files import write_text
-from timm_lm.loader import BatchLoader, MemoryLoader
+from timm_lm.loader import BatchLoader
 from timm_lm.machine import processor_name, usable_cores
-from timm_lm.model_config import TimmModel, image_config, record_data
+from timm_lm.model_config import TimmModel, record_data
 from timm_lm.names import saved_model_args
 from timm_lm.precision import asked_precision
 from timm_lm.weights_folder import CARD_NAME, load_folder, save_folder
 
-from .evaluate import evaluate
-from .options import COUNT_BATCH_SIZE
+from .evaluate import COUNT_BATCH_SIZE, evaluate
 from .places import folder_name, last_name, start_word
+from .run_folder import RESULT_NAME
 
 # What of a network's config tells where its weights come from.
 _SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'origin_url')
-RESULT_NAME = 'result.json'  # in the folder of a run that ended
 DATASET_NAMES = {'uoft-cs/cifar10': 'CIFAR-10', 'uoft-cs/cifar100': 'CIFAR-100'}
 
 
@@ -158,21 +156,6 @@ def _start(args: Mapping[str, Any]) -> str:
     said = ((start_word(args['model'], grown), grown), ('starting from', source),
             ('distilled from', args.get('kd_model_name')))
     return ', '.join(f'{how} the weights of `{last_name(name)}`' for how, name in said if name)
-
-
-def count_errors(weights: Path, split: str, **source: Any) -> Dict[str, float]:
-    """Count the errors of a weights folder as records do: in float32, eager, on the CPU.
-
-    Args:
-        weights: The folder.
-        split: The split to count on.
-        **source: Where it is, as in ``load_images``.
-    """
-    model = load_folder(weights)
-    config = image_config(model)
-    size = {name: config[name] for name in ('input_size', 'crop_pct', 'crop_mode', 'interpolation')}
-    images = load_images(split, **size, **source)
-    return evaluate(model, MemoryLoader(images, COUNT_BATCH_SIZE, config['mean'], config['std']))
 
 
 def _k_values(model: TimmModel) -> Dict[str, torch.Tensor]:

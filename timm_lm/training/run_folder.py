@@ -1,6 +1,7 @@
 """The folder of a run: its place, its options, and the checkpoint that a run goes on from."""
 import argparse
 import errno
+import json
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +23,8 @@ try:
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
+ARGS_NAME = 'args.yaml'
+RESULT_NAME = 'result.json'  # of a run that ended
 # Options that may differ between a run and its resumption.
 FREE_OPTIONS = (
     'config', 'resume', 'output', 'experiment', 'data_dir', 'dataset_download', 'log_interval', 'recovery_interval',
@@ -81,7 +84,7 @@ def find_checkpoint(args: argparse.Namespace, folder: Path, store: CheckpointSto
         if folder.exists() and any(folder.iterdir()):
             raise UserError(_OTHER_RUN.format(folder))
         return None
-    if (folder / 'args.yaml').is_file():
+    if (folder / ARGS_NAME).is_file():
         _compare_options(args, folder)
     if args.resume != 'auto':
         return store.read(Path(args.resume))
@@ -98,13 +101,19 @@ def recorded_network(args: argparse.Namespace) -> Dict[str, Any]:
     return facts if 'num_classes' in facts else {}
 
 
+def read_result(folder: Path) -> Dict[str, Any]:
+    """What a run that ended tells in ``result.json``, nothing for one that did not."""
+    path = folder / RESULT_NAME
+    return dict(json.loads(path.read_text(encoding='utf-8'))) if path.is_file() else {}
+
+
 def read_args(folder: Path) -> Dict[str, Any]:
     """The options that a run was started with, from its ``args.yaml``.
 
     Raises:
         UserError: If it has no such file, or a damaged one.
     """
-    path = folder / 'args.yaml'
+    path = folder / ARGS_NAME
     try:
         args = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, yaml.YAMLError) as e:
@@ -161,7 +170,7 @@ def own_run_folder(folder: Path, args: argparse.Namespace, resumed: bool,
             if not resumed:
                 left_out = ('config', 'resume', 'dry_run')
                 options = {name: value for name, value in vars(args).items() if name not in left_out}
-                write_text(folder / 'args.yaml', yaml.safe_dump(options, sort_keys=True))
+                write_text(folder / ARGS_NAME, yaml.safe_dump(options, sort_keys=True))
         except FileExistsError as e:
             raise UserError(_OTHER_RUN.format(folder)) from e
         except OSError as e:

@@ -35,20 +35,12 @@ from .factory import (
     share_batch_statistics,
 )
 from .loop import Training
-from .places import command_line
 from .plan import describe_data, describe_run, describe_schedule
 from .processes import first_of_machine_first, from_main, on_main
-from .result import (
-    RESULT_NAME,
-    describe_trained,
-    run_facts,
-    save_weights,
-)
-from .run_folder import find_checkpoint, own_run_folder, recorded_network, run_folder
+from .result import describe_trained, run_facts, save_weights
+from .run_folder import RESULT_NAME, find_checkpoint, own_run_folder, recorded_network, run_folder
 from .run_log import MAKE_ROOM, RunLog, epoch_table
-from .signals import Interrupted, StopSignals
-
-__all__ = ['Interrupted', 'command_line', 'train']
+from .signals import StopSignals
 
 
 def train(args: argparse.Namespace, command: str = '') -> Path:

@@ -1,0 +1,90 @@
+"""The table of the networks in the README: their sizes, the paper's errors, and those of the weights that ship."""
+import re
+from pathlib import Path
+from typing import Dict, List, Sequence, Tuple
+
+import timm
+
+from .card import recorded_error
+from .errors import UserError
+from .files import write_text
+from .models._weights import weights_dir
+from .names import model_tags, our_models
+from .networks import network_size
+from .results import Row, read_rows
+from .results_page import table_line
+
+_START = '<!-- networks: made by `timm-lm report --readme README.md` -->'
+_END = '<!-- end of networks -->'
+
+
+def network_table(results: Path) -> List[str]:
+    """Lines of a Markdown table of all networks: size, the paper's error and that of the weights that ship.
+
+    Args:
+        results: Folder of results, for what the paper printed.
+    """
+    published = read_rows(results / 'published.csv')
+    header = ['network', 'images', 'parameters', 'MACs', 'error in the paper, %', 'error of weights that ship, %']
+    lines = [table_line(header), table_line(['---', '---', '---:', '---:', '---', '---'])]
+    for name in _in_order(our_models()):
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg is not None
+        parameters, macs = network_size(name, cfg.num_classes, cfg.input_size)
+        lines.append(table_line([
+            f'`{name}`', 'x'.join(map(str, cfg.input_size)), f'{parameters / 1e6:.2f} M', f'{macs / 1e6:,.0f} M',
+            _errors({row['recipe']: row['top1_err'] for row in _of_paper(published, name)}), _errors(_shipped(name)),
+        ]))
+    return lines
+
+
+def _in_order(names: Sequence[str]) -> List[str]:
+    """Small images first, ResNets before ResNeXts, depths as numbers, each network before its plain twin."""
+    def key(name: str) -> Tuple[int, bool, List[int], bool]:
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg is not None
+        numbers = list(map(int, re.findall(r'\d+', name)))
+        return cfg.input_size[-1], 'resnext' in name, numbers, name.startswith('preact')
+    return sorted(names, key=key)
+
+
+def _of_paper(published: List[Row], network: str) -> List[Row]:
+    return [row for row in published if row['source'] == 'paper' and row['network'] == network]
+
+
+def _shipped(network: str) -> Dict[str, str]:
+    """Recorded errors of the shipped weights of a network, by tag."""
+    errors = {tag: recorded_error(weights_dir() / f'{network}.{tag}') for tag in model_tags(network)}
+    return {tag: f'{error:.2f}' for tag, error in errors.items() if error is not None}
+
+
+def _errors(by_recipe: Dict[str, str]) -> str:
+    return ', '.join(f'{error} (`{recipe}`)' for recipe, error in by_recipe.items())
+
+
+def split_page(page: Path) -> Tuple[str, str]:
+    """What stands before and after the table of networks in a page, the marks around it included.
+
+    Raises:
+        UserError: If the page can not be read or has no such marks.
+    """
+    try:
+        text = page.read_text(encoding='utf-8')
+    except (OSError, ValueError) as e:  # no UTF-8
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise UserError(f'{page} can not be read ({reason}); name the README of a checkout.') from e
+    before, start, rest = text.partition(_START)
+    _, end, after = rest.partition(_END)
+    if not start or not end:
+        raise UserError(f"{page} has no place for the table of networks; put '{_START}' and '{_END}' there.")
+    return before + start, end + after
+
+
+def write_table(results: Path, page: Path) -> None:
+    """Write the table of networks between its two marks in a page.
+
+    Raises:
+        UserError: As ``split_page``.
+    """
+    before, after = split_page(page)
+    write_text(page, '\n'.join([before, '', *network_table(results), '', after]))
