@@ -22,11 +22,14 @@ def figures(tmp_path, script, *options):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize('depth, limit, compiled', [(20, 1.03, False), (56, 1.02, False), (20, 1.03, True)])
-def test_bytes_kept_for_backward(depth, limit, compiled, monkeypatch):
-    """Compiled, it is the compiler's partition into forward and backward that counts; no code is generated."""
+@pytest.mark.parametrize('depth, compiled', [(20, False), (56, False), (20, True)])
+def test_bytes_kept_for_backward(depth, compiled, monkeypatch):
+    """The two-step keeps the two projected shortcuts and its k, and nothing else that the plain network does not.
+
+    Compiled, it is the compiler's partition into forward and backward that counts; no code is generated.
+    """
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from measure import kept_bytes
+    from measure import history_bytes, kept_bytes
 
     images = torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     kept = []
@@ -41,8 +44,10 @@ def test_bytes_kept_for_backward(depth, limit, compiled, monkeypatch):
                 return model(images).sum()
 
         kept.append(kept_bytes(forward))
-    assert kept[0] > images.nbytes
-    assert kept[1] <= limit * kept[0]
+    shortcuts = 8 * (32 * 16 * 16 + 64 * 8 * 8) * 2  # in bfloat16
+    assert kept[0] > images.nbytes and shortcuts / 2 < kept[1] - kept[0] <= shortcuts + 1024
+    histories = 8 * (depth - 8) // 6 * (16 * 32 * 32 + 32 * 16 * 16 + 64 * 8 * 8) * 4  # one a block but the first ones
+    assert compiled or history_bytes(model, lambda: model(images)) == histories
 
 
 @pytest.mark.parametrize('recipe', ['best_c10', 'regrow_c100', 'plain_first_c10'])
@@ -71,7 +76,7 @@ def test_checkpointing_keeps_less(tmp_path):
     options = ('--depths', '20', '--batch-size', '4', '--rounds', '1')
     plain, lm = figures(tmp_path, 'training.py', *options)['rows']
     assert (plain['network'], lm['network']) == ('preact_resnet20', 'lm_resnet20')
-    assert 1 < float(lm['bytes ratio']) < 1.1 and float(lm['least ratio']) > float(plain['least ratio']) == 1
+    assert 1 < float(lm['bytes ratio']) < 1.1 and float(lm['least ratio']) >= float(plain['least ratio']) == 1
     assert float(lm['peak KiB an image']) > float(plain['peak KiB an image']) > 100
     less = figures(tmp_path, 'training.py', *options, '--grad-checkpointing')['rows']
     assert all(float(row['KiB an image kept']) < float(whole['KiB an image kept']) / 2

@@ -26,7 +26,8 @@ def test_no_compiler_is_named(few_digits, tmp_path, fails, monkeypatch):
 def test_compiler_is_the_one_that_pytorch_takes(tmp_path, monkeypatch):
     """That of CXX, else g++ alone under Linux; and the headers of Python."""
     monkeypatch.setattr(sys, 'platform', 'linux')
-    monkeypatch.delenv('CPATH', raising=False)
+    for name in ('CPATH', 'C_INCLUDE_PATH', 'CPLUS_INCLUDE_PATH'):
+        monkeypatch.delenv(name, raising=False)
     headers = tmp_path / 'include'
     headers.mkdir()
     (headers / 'Python.h').write_text('')
@@ -73,7 +74,8 @@ def test_what_compiling_for_a_gpu_needs_is_told(monkeypatch, missing, message):
     monkeypatch.setattr(compiler.shutil, 'which', lambda name: None if name == missing else name)
     monkeypatch.setenv('CC', 'ccache gcc')  # which Triton takes for one program
     monkeypatch.setattr(sys, 'platform', 'linux')
-    monkeypatch.delenv('CPATH', raising=False)
+    for name in ('CPATH', 'C_INCLUDE_PATH', 'CPLUS_INCLUDE_PATH'):
+        monkeypatch.delenv(name, raising=False)
     if missing == 'Python.h':
         monkeypatch.setattr(sysconfig, 'get_path', lambda name, scheme='': 'nowhere')
     with pytest.raises(UserError, match=message):

@@ -345,7 +345,7 @@ class TestScriptsOfTimm:
                   '--dynamo_backend', 'no', Path(SCRIPTS).absolute() / 'train.py']
         done = subprocess.run([sys.executable, '-m', *map(str, [
             *launch, *options, '--dataset', f'hfds/{few_digits}', '--device', 'cpu', '--experiment', 'theirs'])],
-            cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
         assert done.returncode == 0, done.stdout
         code, _, err = command('train', *options, '--data-dir', few_digits, '--experiment', 'ours')
         assert code == 0, err

@@ -23,7 +23,7 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGINT and SIGHUP, so that the running step can end; the second one acts as ever.
+    """Notes SIGTERM, SIGINT and SIGHUP, so that the running step can end; the second one acts as ever, but SIGHUP.
 
     Of several processes each may be sent the same signal twice, by its launcher too; there the second one is nothing.
     """
@@ -32,6 +32,7 @@ class StopSignals:
         self.several = several
         self.number = 0
         self.before: Dict[int, Any] = {}
+        self.passed_over: Dict[int, Any] = {}
 
     def __enter__(self) -> 'StopSignals':
         if threading.current_thread() is threading.main_thread():
@@ -42,13 +43,17 @@ class StopSignals:
 
     def __exit__(self, *_: Any) -> None:
         self._give_back()
+        for number, handler in self.passed_over.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, _frame: Any) -> None:
         self.number = number
+        hangup = self._is_hangup(number)
+        if hangup and number in self.before:  # a shell and the system send it each
+            self.passed_over[number] = self.before.pop(number)
+            signal.signal(number, signal.SIG_IGN)
         if not self.several:
             self._give_back()
-        if self._is_hangup(number):  # a shell and the system send it each
-            signal.signal(number, signal.SIG_IGN)
 
     @staticmethod
     def _is_hangup(number: int) -> bool:
