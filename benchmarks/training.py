@@ -77,7 +77,7 @@ def main() -> None:
     labels = torch.randint(10, (args.batch_size,), device=args.device)
     rows = [('network', 'ms a step', 'time ratio', 'least ratio', 'KiB an image kept', 'bytes ratio',
              'peak KiB an image')]
-    passes = COMPILED_PASSES if args.compile else EAGER_PASSES
+    passes = (COMPILED_PASSES if args.compile else EAGER_PASSES) + args.grad_checkpointing  # once more forward
     second = pass_seconds(args.device)
     for depth in args.depths:
         torch.compiler.reset()  # it compiles a few networks of a class, and runs further ones eagerly

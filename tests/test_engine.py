@@ -181,6 +181,8 @@ def test_drop_block_is_for_networks_that_have_it():
     with pytest.raises(UserError, match='lm_resnet20 can not be made .* unexpected option --drop-block'):
         create_model(parse_options(options))
     create_model(parse_options([*options, '--drop-block', '0']))
+    with pytest.raises(UserError, match='unexpected option --drop-block'):
+        create_model(parse_options([*options, '--pretrained']))
 
 
 # The two-step's switch

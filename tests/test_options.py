@@ -132,7 +132,7 @@ def test_refused_options_tell_the_reason(name, tmp_path):
     (dict(epochs=22, sched='plateau', patience_epochs=20), 'longer than the run: --patience-epochs 20'),
     (dict(epochs=15, sched='plateau', warmup_epochs=5), 'longer than the run: --patience-epochs 10'),
     (dict(epochs=12, sched='plateau'), 'longer than the run: --patience-epochs 10 with --epochs 12'),
-    (dict(epochs=60, sched='plateau', patience_epochs=12, val_interval=5), '--epochs 60 and 12 validations'),
+    (dict(epochs=60, sched='plateau', patience_epochs=12, val_interval=5), '--epochs 60 and 11 validations after'),
     (dict(sched='cosine', decay_milestones=[3]), '--decay-milestones does nothing with --sched cosine; it is for mul'),
     (dict(sched='multistep', min_lr=0.1), '--min-lr does nothing with --sched multistep; it is for cosine, tanh,'),
     (dict(sched='poly', decay_epochs=5), '--decay-epochs does nothing with --sched poly'),

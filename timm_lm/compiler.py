@@ -47,7 +47,9 @@ def _name_cache() -> None:
     """Give the compiler's cache a name where the user has none, as in a container; older PyTorch ends there."""
     try:
         getpass.getuser()
-    except (KeyError, OSError):
+    except (ImportError, KeyError, OSError):
+        if not hasattr(os, 'getuid'):
+            return
         place = Path(tempfile.gettempdir(), f'torchinductor_{os.getuid()}')
         os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(place))
 

@@ -1,9 +1,10 @@
-"""Files that are whole or not there: written beside their place and renamed; what safetensors can write; digests."""
+"""Files that are whole or not there: written beside their place and renamed, with usual rights; locks; digests."""
 import errno
 import hashlib
 import os
 import shutil
 import tempfile
+import threading
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Union
@@ -18,6 +19,7 @@ try:
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
+_UMASK = threading.Lock()
 _OLD = '.old.'  # in the name of the folder that holds one which is being replaced
 
 
@@ -98,8 +100,9 @@ def atomic_file(path: Path, name: str = '') -> Iterator[Path]:
 
 def give_usual_rights(path: Path) -> None:
     """Give a file or folder the rights of any new one; ``tempfile`` and safetensors write for the owner alone."""
-    umask = os.umask(0o077)  # for a moment, in which other threads may make files
-    os.umask(umask)
+    with _UMASK:
+        umask = os.umask(0o077)  # for a moment, in which other threads may make files
+        os.umask(umask)
     with suppress(OSError):  # some network disks have rights of their own
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 

@@ -107,8 +107,10 @@ def write_cache(path: Optional[Path], data: ImageSet, content: str = '') -> None
 
 def _remove_unused(folder: Path) -> None:
     """Remove what was not read for a month, such as of data that has another place now, and what kills left."""
-    now = time.time()
-    for path in folder.iterdir():
+    now, found = time.time(), []
+    with suppress(OSError):
+        found = list(folder.iterdir())
+    for path in found:
         with suppress(OSError):  # that of another user, or removed by another process
             days = (now - path.stat().st_mtime) / 86400
             if days > (UNUSED_DAYS if path.suffix == '.safetensors' and path.name[0] != '.' else 1):

@@ -26,7 +26,7 @@ def optimize(model: Network) -> Network:
 
     - A batch norm that follows a plain convolution within a residual branch is folded into that convolution; its
       activation stays. The norms of the state stay too: they follow a sum, which others read as well.
-    - Each ``k`` becomes a constant, and stochastic depth and state noise go.
+    - Each ``k`` becomes a constant; stochastic depth, state noise and gradient checkpointing go.
     - Convolutions are in the channels_last layout, which the CPU's and the GPU's kernels for them prefer. On the CPU
       in float32 those of many weights keep a second copy of them, ordered as the kernel reads them (``PackedConv2d``).
 

@@ -28,7 +28,8 @@ def two_step(
     difference of the states as well; for training under ``torch.compile`` the sum is therefore written such that ``dk``
     is made from the states themselves, and added up in the precision of ``k``. Without a compiler, large states on a
     GPU are updated by one Triton kernel each way, which computes in float32 and rounds once (``fused_two_step``).
-    Traced, exported or compiled for inference it is sums and a product, as not all other formats know ``lerp``.
+    Exported, compiled for inference or traced in float32 it is sums and a product, as not all other formats know
+    ``lerp``.
 
     Args:
         f: The residual branch ``f(x[n])``, shape (N, C, H, W).

@@ -171,6 +171,13 @@ def _has_accelerator() -> bool:
 _OPTIONS = dict(drop_rate='drop', drop_path_rate='drop_path', drop_block_rate='drop_block', global_pool='gp')
 
 
+def _by_options(reason: str) -> str:
+    """Why a network can not be made, with the names of options in the place of its keywords'."""
+    for name, option in _OPTIONS.items():
+        reason = reason.replace(f"keyword argument '{name}'", f'option {option_name(option)}')
+    return reason
+
+
 def create_again(facts: Mapping[str, Any], **kwargs: Any) -> TimmModel:
     """The network of a run, with new weights, whatever became of those that it began with.
 
@@ -228,13 +235,10 @@ def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]]
             model = load_model(args.model, **kwargs)
         else:
             model = timm.create_model(timm_source(args.model), **kwargs)
-    except UserError:
-        raise
+    except UserError as e:
+        raise UserError(_by_options(str(e))) from e
     except (*_UNREADABLE, AssertionError) as e:
-        reason = one_line(e, 300)
-        for name, option in _OPTIONS.items():
-            reason = reason.replace(f"keyword argument '{name}'", f'option {option_name(option)}')
-        raise UserError(f'{args.model} can not be made with these options ({reason}).') from e
+        raise UserError(f'{args.model} can not be made with these options ({_by_options(one_line(e, 300))}).') from e
     if args.initial_checkpoint:
         try:
             load_checkpoint(model, args.initial_checkpoint, weights_only=True)

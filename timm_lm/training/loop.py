@@ -314,6 +314,7 @@ class Training:
         """
         args, accelerator = self.args, self.accelerator
         self.loader.set_epoch(epoch)
+        self.agree_interval = 1  # until an update's time is known
         self.rates = [math.nan] * first_batch  # those of another process were finite, or nothing would go on from it
         if first_batch == 0:
             self.loss_sum, self.correct, self.read_batches, self.finite_batches = 0., 0., 0, 0

@@ -123,19 +123,18 @@ def _check_schedule(args: argparse.Namespace) -> None:
                         f'{args.epochs}; change one of them.')
     if not args.val_split and args.sched == 'plateau':
         raise UserError('--sched plateau lowers the rate by the validation; give --val-split, or another schedule.')
-    validations = -(-args.epochs // args.val_interval)
-    after_warmup = validations - args.warmup_epochs // args.val_interval
+    if args.warmup_epochs >= args.epochs and args.sched != 'none' and not args.warmup_prefix:
+        raise UserError(f'--warmup-epochs {args.warmup_epochs} leave nothing of --epochs {args.epochs}.')
+    after_warmup = -(-args.epochs // args.val_interval) - args.warmup_epochs // args.val_interval
     if args.sched == 'plateau' and args.patience_epochs + 2 >= after_warmup:  # the first sets what has to be gained on
         raise UserError(f'The schedule is longer than the run: --patience-epochs {args.patience_epochs} with --epochs '
-                        f'{args.epochs} and {validations} validations; change one of them.')
+                        f'{args.epochs} and {after_warmup} validations after the warm-up; change one of them.')
     if args.sched in ('cosine', 'tanh', 'poly') and args.lr_cycle_mul < 1:
         cycles = sum(args.epochs * args.lr_cycle_mul ** i for i in range(args.lr_cycle_limit))
         most = args.epochs / (1 - args.lr_cycle_mul)  # of all that there could be
         if int(cycles) + args.cooldown_epochs >= most:
             raise UserError(f'--lr-cycle-mul {args.lr_cycle_mul:g} makes cycles so short that they come to an end '
                             f'before --cooldown-epochs {args.cooldown_epochs} do; change one of them.')
-    if args.warmup_epochs >= args.epochs and args.sched != 'none' and not args.warmup_prefix:
-        raise UserError(f'--warmup-epochs {args.warmup_epochs} leave nothing of --epochs {args.epochs}.')
 
 
 def _check_pairs(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a run: its place, its options, and the checkpoint that a run goes on from."""
+"""The folder of a run: its place, its options and result, and the checkpoint that a run goes on from."""
 import argparse
 import errno
 import json

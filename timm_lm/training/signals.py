@@ -17,7 +17,7 @@ class Interrupted(Exception):
 
     def __init__(self, number: int, checkpoint: Optional[Path]):
         how = ('go on by the same command with --resume ' + shlex.quote(str(checkpoint)) if checkpoint else
-               'there is no checkpoint yet, start again')
+               'there is no checkpoint yet, begin again (with --resume auto in a folder named by --experiment)')
         super().__init__(f'Stopped by {signal.Signals(number).name}; {how}')
         self.exit_code = 128 + number
 
@@ -42,16 +42,14 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.before |= self.passed_over
         self._give_back()
-        for number, handler in self.passed_over.items():
-            signal.signal(number, handler)
 
     def _note(self, number: int, _frame: Any) -> None:
         self.number = number
-        hangup = self._is_hangup(number)
-        if hangup and number in self.before:  # a shell and the system send it each
-            self.passed_over[number] = self.before.pop(number)
-            signal.signal(number, signal.SIG_IGN)
+        for other in filter(self._is_hangup, list(self.before)):  # it may come after another, and twice
+            self.passed_over[other] = self.before.pop(other)
+            signal.signal(other, signal.SIG_IGN)
         if not self.several:
             self._give_back()
 
