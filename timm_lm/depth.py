@@ -16,9 +16,8 @@ from typing import Any, Dict, List, Tuple, cast
 import torch
 
 from .errors import UserError
-from .layers import FixedTwoStep, TwoStep
+from .layers import TwoStep
 from .models import LMResNet
-from .packed_conv import PackedConv2d
 
 # What of a network's config tells how it sees images.
 _IMAGES = ('input_size', 'pool_size', 'mean', 'std', 'crop_pct', 'interpolation')
@@ -67,7 +66,7 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
     for model in (shallow, deep):
         if not isinstance(model, LMResNet):
             raise UserError(f'A {type(model).__name__} can not be grown; give networks of timm-lm.')
-        if any(isinstance(module, (FixedTwoStep, PackedConv2d)) for module in model.modules()):
+        if any(block.is_optimized for stage in model.stages for block in cast(Any, stage).blocks):
             raise UserError('A network that was optimized for inference can not be grown; give the one it was made of.')
     if any('weight' not in block.last_conv()._parameters for _, new in _pairs(shallow, deep) for block in new.blocks):
         raise UserError('A network whose convolutions are made of others, as by weight norm or pruning, can not be '

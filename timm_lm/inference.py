@@ -57,6 +57,7 @@ def optimize(model: Network) -> Network:
                          'it is traced.')
     can_pack = PackedConv2d.is_possible()
     for block in blocks:
+        block.is_optimized = True
         for conv, norm in _branch_pairs(block):
             _fold(block, conv, norm)
         if isinstance(block.step, TwoStep):

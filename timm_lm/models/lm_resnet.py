@@ -81,6 +81,7 @@ class ResidualBlock(nn.Module):
     """
 
     last_conv_name = 'conv2'
+    is_optimized = False  # for inference, by timm_lm.optimize
 
     def __init__(
             self,
