@@ -1,4 +1,4 @@
-"""What the benchmarks share: peers that take turns, the machine, bytes, and tables."""
+"""What the benchmarks share: peers that take turns, the machine, bytes that are kept, moved and held, and tables."""
 import argparse
 import json
 import platform

@@ -1,4 +1,4 @@
-"""Runs that die: killed at any moment and resumed, they end with the weights of the run that was left alone."""
+"""Runs that die, and their checkpoints: killed and resumed, they end with the weights of the run left alone."""
 import csv
 import json
 import math

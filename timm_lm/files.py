@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place and renamed, with usual rights; locks; digests."""
+"""Files that are whole or not there: written beside their place and renamed, with usual rights; locks; memory; digests."""
 import errno
 import hashlib
 import os

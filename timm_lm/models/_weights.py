@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: shipped with the package, published on the Hub, or nowhere."""
+"""Where pretrained weights come from, shipped, published on the Hub, or nowhere; and the digests of those that ship."""
 import json
 import warnings
 from functools import cache
