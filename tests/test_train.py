@@ -1,4 +1,4 @@
-"""Training: from a recipe to a run folder, with real images, through the command line and in fresh processes."""
+"""Training: from a recipe to a run folder, with real images, through the command line."""
 import copy
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place and renamed, with usual rights; locks; memory; digests."""
+"""Files that are whole or not there: written beside their place and renamed; their rights, locks and digests."""
 import errno
 import hashlib
 import os
