@@ -6,8 +6,10 @@ import pytest
 import yaml
 
 from timm_lm.errors import UserError
+from timm_lm.training.arguments import build_parser
 from timm_lm.training.factory import set_learning_rate
-from timm_lm.training.options import REFUSED, build_parser, parse_options
+from timm_lm.training.options import parse_options
+from timm_lm.training.refused import REFUSED
 
 
 def recipe(tmp_path, **values):

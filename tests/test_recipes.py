@@ -11,9 +11,10 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm_lm.errors import UserError
 from timm_lm.layers import StateNoise
 from timm_lm.training import factory
+from timm_lm.training.arguments import build_parser
 from timm_lm.training.batches import resolve_input_config
 from timm_lm.training.factory import create_model, create_optimizer
-from timm_lm.training.options import build_parser, parse_options
+from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe, list_recipes, recipe_title
 
 # Lu et al., ICML 2018 (arXiv 1710.10121), their settings of training: rate 0.1, divided by 10 at the two epochs.

@@ -21,6 +21,7 @@ from .model_config import TimmModel, image_config
 from .models._weights import weights_dir
 from .names import is_repo_name, load_model, model_tags, names_folder, our_models, timm_source, with_scheme
 from .networks import count_macs, network_size
+from .parser import Parser
 from .weights_folder import verify_folder
 
 EXIT_USER_ERROR = 2
@@ -73,8 +74,8 @@ def _recipe(argv: List[str]) -> None:
 
 def _validate(argv: List[str]) -> None:
     """count the errors of a network on a data set"""
+    from .training.arguments import add_data_options
     from .training.evaluate import COUNT_BATCH_SIZE
-    from .training.options import add_data_options
 
     parser = _parser('validate', _validate)
     parser.add_argument('model', metavar='MODEL_OR_FOLDER',
@@ -394,8 +395,6 @@ def _print_table(header: List[str], rows: List[List[str]]) -> None:
 
 
 def _parser(name: str, command: Callable[[List[str]], Optional[int]]) -> argparse.ArgumentParser:
-    from .training.options import Parser
-
     title = command.__doc__ or ''
     return Parser(prog=f'timm-lm {name}', description=f'{title[:1].upper()}{title[1:]}.', allow_abbrev=False)
 

@@ -1,10 +1,16 @@
-"""The shipped recipes: found by name, and told in a line."""
+"""Recipes, YAML files of options: the shipped ones by name, and what any of them says."""
+import argparse
 import difflib
 import re
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
-from timm_lm.errors import UserError
+import yaml
+
+from timm_lm.errors import UserError, one_line
+from timm_lm.parser import KeyValues
+
+from .refused import REFUSED, asks
 
 RECIPES = Path(__file__).resolve().parents[1] / 'recipes'
 
@@ -46,3 +52,68 @@ def recipe_title(name: str) -> str:
     """What a shipped recipe is for: the first line of its header."""
     path, _ = find_recipe(name)
     return path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
+
+
+def read_recipe(path: Path, actions: Dict[str, argparse.Action]) -> Dict[str, Any]:
+    """The options of a recipe, as the actions of the parser take them.
+
+    Raises:
+        UserError: If it is no YAML of options, or one is unknown, refused or has an impossible value.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
+        raise UserError(f'The recipe {path} is not readable YAML ({one_line(e)}).') from e
+    if not isinstance(values, dict):
+        raise UserError(f'The recipe {path} must hold "option: value" lines.')
+    asked = {str(name): value for name, value in values.items()
+             if name not in REFUSED or asks(str(name), value)}
+    if asked.get('data', '') is None:  # timm's older name of data_dir, which it writes beside that
+        del asked['data']
+    return {name: _recipe_value(path, name, value, actions) for name, value in asked.items()}
+
+
+def _recipe_value(path: Path, name: str, value: Any, actions: Dict[str, argparse.Action]) -> Any:
+    if name in REFUSED:
+        raise UserError(f"The option '{name}' in {path} is refused: {REFUSED[name]}.")
+    if name == 'data':
+        raise UserError(f"The option 'data' in {path} is timm's older name of data_dir; name it so.")
+    if name not in actions:
+        near = difflib.get_close_matches(name, actions, n=1)
+        hint = f'did you mean {near[0]}?' if near else 'see `timm-lm train --help`.'
+        raise UserError(f"The option '{name}' in {path} is unknown; {hint}")
+    action = actions[name]
+    if value is None:
+        if action.default is not None:
+            raise UserError(f"The option '{name}' in {path} has no value; give it one, or leave it out.")
+        return None
+    if isinstance(action, KeyValues):
+        if not isinstance(value, dict):
+            raise UserError(f"The option '{name}' in {path} must hold pairs, not '{value}'.")
+        return value
+    many = action.nargs in ('+', '*') or isinstance(action.nargs, int) and action.nargs > 0
+    if isinstance(action, (argparse.BooleanOptionalAction, argparse._StoreTrueAction)):
+        if not isinstance(value, bool):
+            raise UserError(f"The option '{name}' in {path} must be true or false, not '{value}'.")
+        return value
+    try:
+        if many:
+            items = list(value) if isinstance(value, (list, tuple)) else [value]
+            if isinstance(action.nargs, int) and len(items) != action.nargs:
+                raise ValueError
+            return [_convert(action, item) for item in items]
+        return _convert(action, value)
+    except (argparse.ArgumentTypeError, TypeError, ValueError):
+        choices = f"; it can be {', '.join(map(str, filter(None, action.choices)))}" if action.choices else ''
+        raise UserError(f"The option '{name}' in {path} can not be '{value}'{choices}.") from None
+
+
+def _convert(action: argparse.Action, value: Any) -> Any:
+    if isinstance(value, (list, dict, bool)):
+        raise ValueError
+    kind = action.type or str
+    assert callable(kind)
+    converted = kind(str(value))
+    if action.choices is not None and converted not in action.choices:
+        raise ValueError
+    return converted
