@@ -21,9 +21,9 @@ DATASETS = {'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100', 'ImageNet': 'imagene
 PLOTTED = ('cifar10', 'cifar100')
 SOURCES = ('paper', 'pytorch-cifar-models', 'pytorchcv')
 _KEYS = {'title', 'dataset', 'recipe', 'pairs', 'published'}  # of each table
-SUMMARY = ('The LM networks with a finished run by a recipe as it stands, beside their plain twins by the same recipe '
-           'and all figures of others of the same depth. A recipe that grows or teaches a network starts from the '
-           'weights that its table below names.')
+SUMMARY = ('Test errors of the LM networks that were trained to the end with an unmodified recipe, next to their plain '
+           'twins trained with the same recipe and all published figures for the same depth. The weights that a recipe '
+           'starts from, or distils from, are named at its table below.')
 
 
 def read_frame(results: Path) -> Tuple[List[Dict[str, Any]], str]:
@@ -77,7 +77,7 @@ def write_report(results: Path, page: Path) -> None:
 
 def _summary(tables: List[Dict[str, Any]], runs: Dict[str, List[Row]], published: List[Row]) -> List[str]:
     """A table of the LM networks that have a finished run, beside all figures there are of the same depth."""
-    lines = ['## What was reached', '', SUMMARY, '', *_table_head([
+    lines = ['## Summary', '', SUMMARY, '', *_table_head([
         'network', 'data', 'recipe', 'ours, %', 'plain twin, %', *(f'{source}, %' for source in SOURCES)])]
     for table in tables:
         rows = runs.get(table['dataset'], [])
@@ -152,11 +152,10 @@ def _verdict(lm: str, plain_runs: List[Row], lm_runs: List[Row]) -> str:
     plain, own = _mean(plain_runs), _mean(lm_runs)
     variance = (plain * (100 - plain) + own * (100 - own)) / int(lm_runs[0]['images'])  # all seeds see the same images
     points, error = own - plain, variance ** 0.5
-    verdict = 'beats' if points < -2 * error else 'is not told apart from' if points < 0 else 'does not beat'
-    times = f' is {abs(points) / error:.1f} times' if error else ' has'
-    return (f'`{lm}` {verdict} its plain twin: {own:.2f} against {plain:.2f} %. The difference of {abs(points):.2f} '
-            f'points{times} the standard error that the number of test images alone gives it (up to {error:.2f} %); '
-            'seeds add theirs.')
+    verdict = 'beats' if points < -2 * error else 'cannot be told from' if points < 0 else 'does not beat'
+    size = f'{abs(points) / error:.1f} standard errors' if error else 'without a standard error'
+    return (f'`{lm}` {verdict} its plain twin: {own:.2f} against {plain:.2f} %, a difference of {size}. (The standard '
+            f'error of at most {error:.2f} points is due to the number of test images; seeds add to it.)')
 
 
 def finished(runs: List[Row], network: str, recipe: str) -> List[Row]:
@@ -215,10 +214,10 @@ def _published(rows: List[Row], source: str, dataset: str, network: str, recipe:
 
 
 def _all_runs(runs: Dict[str, List[Row]]) -> List[str]:
-    header = ['run', 'network', 'data', 'recipe', 'epochs', 'seed', 'error, %', 'seen in training, %', 'minutes',
+    header = ['run', 'network', 'data', 'recipe', 'epochs', 'seed', 'error, %', 'during training, %', 'minutes',
               'hardware', 'precision', 'status', 'command']
-    about = ('Poor and stopped runs too. An error is a count on the saved file, in float32 on the CPU; the one seen in '
-             'training is that of the last epoch in the precision of the training.')
+    about = ('All runs on record, including poor and stopped ones. The error is counted with the saved weights, in '
+             'float32 on the CPU; the one during training is that of the last epoch, in the precision of the training.')
     lines = ['## All runs', '', about, '', *_table_head(header)]
     shown = ('dataset', 'recipe', 'epochs', 'seed', 'top1_err', 'seen_top1_err', 'minutes', 'hardware', 'precision',
              'status', 'command')
@@ -233,10 +232,10 @@ def _about_k(rows: List[Row]) -> str:
     """What the ODE picture asks of ``k``, and how many runs keep to it."""
     found = [[float(value) for value in row['k'].split()] for row in _with_k(rows)]
     outside = sum(min(k) <= -1 or max(k) > 1 for k in found)
-    return (f'As a method for ODEs the two-step rule is zero-stable for -1 < k <= 1 only. Of the {len(found)} finished '
-            f'LM runs here {outside} end with a `k` outside of this: such a network works all the same, but there the '
-            f'ODE picture does not hold. {sum(max(k) > 0 for k in found)} have a `k` above 0, though a new network '
-            'starts from [-0.1, 0].')
+    return ('As a method for ODEs, the two-step rule is zero-stable only for -1 < k <= 1. '
+            f'Of the {len(found)} finished LM runs, {outside} end with a `k` outside this range. Such a network works '
+            'all the same, but the analogy with ODEs does not hold there. '
+            f'{sum(max(k) > 0 for k in found)} runs end with a `k` above 0, although it is initialised from [-0.1, 0].')
 
 
 def _with_k(rows: List[Row]) -> List[Row]:

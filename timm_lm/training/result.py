@@ -20,6 +20,7 @@ from timm_lm.weights_folder import CARD_NAME, load_folder, save_folder
 
 from .evaluate import COUNT_BATCH_SIZE, evaluate
 from .places import folder_name, last_name, start_word
+from .recipes import CHOSEN_ON_TEST
 from .run_folder import RESULT_NAME
 
 # What of a network's config tells where its weights come from.
@@ -142,6 +143,7 @@ def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel,
         precision=asked_precision(args),
         license=model.pretrained_cfg.get('license') or 'unknown',
         start=_start(args),
+        chosen_on_test=args['tag'] in CHOSEN_ON_TEST,
         of_epochs=told.get('of_epochs'),
         k=_k_summary(model),
         **{name: told[name] for name in (
