@@ -3,14 +3,13 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 
-from timm_lm.layers import FixedTwoStep, TwoStep
+from timm_lm.layers import TwoStep
 from timm_lm.machine import processor_name, usable_cores
 from timm_lm.precision import no_bfloat16
 
@@ -124,7 +123,7 @@ def history_bytes(network: torch.nn.Module, forward: Callable[[], Any]) -> int:
     """Bytes of the histories that the two-step updates of a network read in one forward pass."""
     found: List[int] = []
     hooks = [module.register_forward_hook(lambda _module, states, _out: found.append(states[2].nbytes))
-             for module in network.modules() if isinstance(module, (TwoStep, FixedTwoStep))]
+             for module in network.modules() if isinstance(module, TwoStep)]
     forward()
     for hook in hooks:
         hook.remove()
@@ -174,4 +173,3 @@ def print_result(name: str, settings: Dict[str, Any], rows: Sequence[Tuple[str, 
         result = dict(benchmark=name, machine=where, versions=versions, settings=settings,
                       rows=[dict(zip(rows[0], row)) for row in rows[1:]])
         path.write_text(json.dumps(result, indent=2) + '\n')
-    sys.stdout.flush()

@@ -12,20 +12,23 @@ Further arguments are passed over. REPORT gets one JSON object: ``bytes`` and wh
 import json
 import re
 import resource
-import runpy
 import sys
 import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict
 
+import timm
+import torch
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+
+from timm_lm import cli
 from timm_lm.allocator import keep_freed_memory
 
 
 def peak_memory() -> Dict[str, Any]:
     """The most memory that this process held at once: of tensors on the GPU if it used one, else resident."""
-    torch = sys.modules.get('torch')
-    if torch is not None and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         return dict(bytes=torch.cuda.max_memory_allocated(), kind='torch.cuda.max_memory_allocated')
     try:
         status = Path('/proc/self/status').read_text()
@@ -45,12 +48,6 @@ def bare_loop(options: Namespace) -> None:
         options: Options of a training, with ``images``, the number N, ``input_size`` (C, H, W) and ``steps``, the
             batches of an epoch.
     """
-    import timm
-    import torch
-    from timm.optim import create_optimizer_v2, optimizer_kwargs
-
-    import timm_lm  # noqa: F401  registers its networks
-
     def clock() -> float:
         if device.type == 'cuda':
             torch.cuda.synchronize(device)
@@ -97,8 +94,7 @@ def main() -> None:
                 keep_freed_memory()
             bare_loop(Namespace(**json.loads(Path(rest[0]).read_text())))
         else:
-            sys.argv[1:] = rest
-            runpy.run_module('timm_lm.cli', run_name='__main__', alter_sys=True)
+            sys.exit(cli.main(rest))
     finally:
         Path(report).write_text(json.dumps(peak_memory()))
 

@@ -44,9 +44,9 @@ from measure import columns, machine, machine_line
 
 from timm_lm.errors import UserError
 from timm_lm.machine import usable_cores
-from timm_lm.precision import no_bfloat16
+from timm_lm.precision import asked_precision, no_bfloat16
 from timm_lm.splits import find_parquet
-from timm_lm.training.factory import can_fuse
+from timm_lm.training.optimizer import can_fuse
 from timm_lm.training.options import parse_options
 
 ONE_TRAINING = Path(__file__).resolve().parent / 'one_training.py'
@@ -331,7 +331,7 @@ def compare(args: argparse.Namespace, folder: Path) -> Dict[str, Any]:
         machine=machine(args.device),
         versions=versions(of_script),
         settings=dict(
-            recipe=recipe_name, precision=options.amp_dtype if options.amp else 'float32', model=args.model,
+            recipe=recipe_name, precision=asked_precision(vars(options)), model=args.model,
             device=args.device, batch_size=options.batch_size, steps=steps,
             epochs=args.epochs, rounds=args.rounds, workers=args.workers),
         engines=[

@@ -7,11 +7,10 @@ from timm.utils import ModelEmaV3
 from timm_lm.training.average import AveragedWeights
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('warmup', [True, False])
-def test_average_is_that_of_timm(dtype, warmup):
+def test_average_is_that_of_timm(warmup):
     torch.manual_seed(0)
-    model = timm.create_model('lm_resnet20', layers=(1, 1, 1)).to(dtype)
+    model = timm.create_model('lm_resnet20', layers=(1, 1, 1))
     ours, timms = (kind(model, decay=0.9, use_warmup=warmup) for kind in (AveragedWeights, ModelEmaV3))
     for step in range(1, 4):
         with torch.no_grad():

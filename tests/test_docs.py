@@ -24,7 +24,7 @@ from hub_server import Hub, running
 from PIL import Image
 from test_data import write_parquet
 
-from timm_lm.networks import count_macs
+from timm_lm.network_size import count_macs
 from timm_lm.readme_table import network_table, write_table
 from timm_lm.results import read_rows
 
@@ -36,7 +36,7 @@ BUDGET = '--epochs 1 --warmup-epochs 0 --sched cosine --batch-size 20 --workers 
 # with an exit code. The words are those of timm-lm, or 'python' and a file.
 SERVER = '''
 import json, os, runpy, socket, sys
-from timm_lm import export, networks, predict, publish
+from timm_lm import export, network_size, predict, publish
 from timm_lm.cli import main
 from timm_lm.training import train
 

@@ -23,11 +23,12 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm_lm.data import load_images
 from timm_lm.errors import UserError
 from timm_lm.loader import MemoryLoader
-from timm_lm.results import read_run
+from timm_lm.run_row import read_run
 from timm_lm.training import loop, plan
 from timm_lm.training.evaluate import evaluate
-from timm_lm.training.factory import create_model, create_optimizer, share_batch_statistics
 from timm_lm.training.loop import Training
+from timm_lm.training.network import create_model, share_batch_statistics
+from timm_lm.training.optimizer import create_optimizer
 from timm_lm.training.options import parse_options
 from timm_lm.training.run_log import LiveLine
 from timm_lm.training.train import train

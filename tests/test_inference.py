@@ -14,7 +14,6 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import is_parametrized
 
 import timm_lm
-from timm_lm.layers import TwoStep
 from timm_lm.models._weights import weights_dir
 
 NETWORKS = [
@@ -79,7 +78,6 @@ def test_norms_after_convolutions_are_folded(name, norms):
     """Left are those of the state: the first of each block, the last of all, and those of the two shortcuts."""
     optimized = timm_lm.optimize(timm.create_model(name))
     assert sum(isinstance(module, nn.BatchNorm2d) for module in optimized.modules()) == norms
-    assert not any(isinstance(module, TwoStep) for module in optimized.modules())
     assert not any(name.endswith('step.k') for name, _ in optimized.named_parameters())
 
 

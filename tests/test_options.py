@@ -7,7 +7,7 @@ import yaml
 
 from timm_lm.errors import UserError
 from timm_lm.training.arguments import build_parser
-from timm_lm.training.factory import set_learning_rate
+from timm_lm.training.optimizer import set_learning_rate
 from timm_lm.training.options import parse_options
 from timm_lm.training.refused import REFUSED
 
@@ -135,6 +135,7 @@ def test_refused_options_tell_the_reason(name, tmp_path):
     (dict(epochs=15, sched='plateau', warmup_epochs=5), 'longer than the run: --patience-epochs 10'),
     (dict(epochs=12, sched='plateau'), 'longer than the run: --patience-epochs 10 with --epochs 12'),
     (dict(epochs=60, sched='plateau', patience_epochs=12, val_interval=5), '--epochs 60 and 11 validations after'),
+    (dict(epochs=10, sched='plateau', patience_epochs=8, warmup_epochs=5, warmup_prefix=True), '10 validations after'),
     (dict(sched='cosine', decay_milestones=[3]), '--decay-milestones does nothing with --sched cosine; it is for mul'),
     (dict(sched='multistep', min_lr=0.1), '--min-lr does nothing with --sched multistep; it is for cosine, tanh,'),
     (dict(sched='poly', decay_epochs=5), '--decay-epochs does nothing with --sched poly'),

@@ -9,9 +9,10 @@ import yaml
 from test_train import SMALL
 
 from timm_lm import precision
-from timm_lm.results import read_run
+from timm_lm.run_row import read_run
+from timm_lm.training import accelerator
 from timm_lm.training import evaluate as evaluate_module
-from timm_lm.training import factory
+from timm_lm.training.optimizer import begin_momentum, create_optimizer
 from timm_lm.training.options import parse_options
 
 NOTE = 'this CPU has no instructions for bfloat16'
@@ -97,22 +98,22 @@ def test_validation_in_bfloat16_where_the_cpu_has_it(has_bfloat16, weights, few_
 
 def test_gpu_without_bfloat16_trains_in_float32(monkeypatch):
     """Without a GPU here, by what PyTorch would tell of one."""
-    monkeypatch.setattr(factory, '_on_cpu', lambda args: False)
+    monkeypatch.setattr(accelerator, '_on_cpu', lambda args: False)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     for supported in (True, False):
         monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation, s=supported: s)
         args = parse_options(['-c', 'paper_c10'])
-        note = factory.settle_precision(args)
+        note = accelerator.settle_precision(args)
         assert args.amp == supported and ('this GPU has no instructions for bfloat16' in note) == (not supported)
     args = parse_options(['-c', 'paper_c10', '--amp-dtype', 'float16'])
-    assert factory.settle_precision(args) == '' and args.amp
+    assert accelerator.settle_precision(args) == '' and args.amp
 
 
 @pytest.mark.parametrize('name', ['momentum', 'lookahead_momentum'])
 def test_fused_momentum_begins_by_zero(name):
     model = torch.nn.Linear(2, 2)
-    optimizer = factory.create_optimizer(parse_options(['--opt', name]), model)
-    factory.begin_momentum(optimizer)
+    optimizer = create_optimizer(parse_options(['--opt', name]), model)
+    begin_momentum(optimizer)
     base = getattr(optimizer, '_base_optimizer', optimizer)
     assert base.defaults['fused']
     for parameter in model.parameters():
@@ -126,7 +127,7 @@ def test_momentum_of_fused_sgd_outlives_an_overflow_in_the_first_step(nesterov):
         weight = torch.nn.Parameter(torch.ones(1000))
         optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, nesterov=nesterov, fused=fused)
         if begin:
-            factory.begin_momentum(optimizer)
+            begin_momentum(optimizer)
         scaler = torch.amp.GradScaler('cpu', init_scale=4.)
         for gradient in (*first, 1., 2.):
             weight.grad = torch.full_like(weight, gradient * scaler.get_scale())

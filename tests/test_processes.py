@@ -309,7 +309,7 @@ def test_images_that_fit_in_the_memory_of_one_process_alone(driven, output):
 
 def test_run_without_a_name_has_one_folder(driven):
     first, second = (facts['unnamed'] for facts in driven.facts)
-    assert first == second and '/20000101-000000-000000-lm_resnet20-32' in first
+    assert first == second and '/20000101-000000-000000-lm_resnet20' in first
 
 
 def test_disk_of_the_main_process_that_is_full_ends_all(driven, output):

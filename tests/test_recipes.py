@@ -10,10 +10,11 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_lm.errors import UserError
 from timm_lm.layers import StateNoise
-from timm_lm.training import factory
+from timm_lm.training import optimizer as optimizer_module
 from timm_lm.training.arguments import build_parser
 from timm_lm.training.batches import resolve_input_config
-from timm_lm.training.factory import create_model, create_optimizer
+from timm_lm.training.network import create_model
+from timm_lm.training.optimizer import create_optimizer
 from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe, list_recipes, recipe_title
 
@@ -161,10 +162,10 @@ def test_optimizer_of_the_paper(paper):
     assert {'norm.weight', 'norm.bias', 'head.fc.bias'} <= set(decays)
 
 
-@pytest.mark.parametrize('spares', {False, factory._TIMM_SPARES})
+@pytest.mark.parametrize('spares', {False, optimizer_module._TIMM_SPARES})
 def test_weight_decay_of_the_paper_spares_k_with_any_timm(monkeypatch, spares):
     """Newer timm makes such groups by itself; for older ones they are made here."""
-    monkeypatch.setattr(factory, '_TIMM_SPARES', spares)
+    monkeypatch.setattr(optimizer_module, '_TIMM_SPARES', spares)
     args = parse_options(['-c', 'paper_c10'])
     model = timm.create_model('lm_resnet20')
     optimizer = create_optimizer(args, model)

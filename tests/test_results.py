@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from timm_lm import results_page
+from timm_lm import results_plots
 from timm_lm.errors import UserError
 from timm_lm.names import model_tags
-from timm_lm.results import COLUMNS, add_rows, add_runs, read_rows, read_run
+from timm_lm.results import COLUMNS, add_rows, read_rows
 from timm_lm.results_page import finished, read_frame, write_report
+from timm_lm.run_row import add_runs, read_run
 from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
 
@@ -295,7 +296,7 @@ def test_run_of_other_epochs_fills_the_row_that_asks_for_them(tmp_path):
 
 def test_panel_that_no_network_fills_is_empty(monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr(results_page, 'save_figure', lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(results_plots, 'save_figure', lambda figure, path: drawn.append(figure))
     found = (('lm_resnet20', '0.1'), ('lm_resnet32', '0.1 0.2'), ('lm_resnet44', '0 1 1'))
-    results_page._plot_k([row(name, '8', k=k) for name, k in found], tmp_path / 'k.png')
+    results_plots.plot_k([row(name, '8', k=k) for name, k in found], tmp_path / 'k.png')
     assert [axes.axison for axes in drawn[0].axes] == [True, True, True, False]

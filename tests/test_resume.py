@@ -25,7 +25,7 @@ from timm_lm.errors import UserError
 from timm_lm.files import write_text
 from timm_lm.image_set import ImageSet, write_cache
 from timm_lm.precision import cpu_has_bfloat16
-from timm_lm.results import read_run
+from timm_lm.run_row import read_run
 from timm_lm.training import checkpoint as checkpoint_module
 from timm_lm.training import train as train_module
 from timm_lm.training.checkpoint import CheckpointStore, Progress, random_states, restore_random_states
@@ -659,17 +659,6 @@ sys.exit(cli.main(sys.argv[1:]))
     code, *_ = Command(*arguments(few_digits, tmp_path), script=script, read=False).wait()
     assert code == 143
     assert [path.name for path in checkpoints(tmp_path)] == ['step-000000001']
-
-
-def test_checkpoint_of_an_earlier_version_is_read(few_digits, left_alone, tmp_path):
-    shutil.copytree(left_alone / 'run', tmp_path / 'run')
-    *_, before, last = checkpoints(tmp_path)
-    shutil.rmtree(last)
-    state = json.loads((before / 'state.json').read_text())
-    del state['state_sha256']
-    (before / 'state.json').write_text(json.dumps(state))
-    assert f'Going on from {before}' in finish(few_digits, tmp_path)
-    assert final_state(tmp_path) == final_state(left_alone)
 
 
 def test_old_checkpoint_that_can_not_be_removed_is_told(tmp_path, monkeypatch, capsys):

@@ -19,7 +19,8 @@ from timm_lm.card import recorded_error
 from timm_lm.errors import UserError
 from timm_lm.models._weights import read_digests
 from timm_lm.publish import prepare_tree
-from timm_lm.results import read_rows, read_run
+from timm_lm.results import read_rows
+from timm_lm.run_row import read_run
 from timm_lm.ship import ship
 from timm_lm.training.options import parse_options
 from timm_lm.training.train import train

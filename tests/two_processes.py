@@ -29,9 +29,10 @@ from timm_lm.errors import UserError
 from timm_lm.loader import IGNORE_LABEL, BatchLoader
 from timm_lm.training import loop, run_folder
 from timm_lm.training import train as train_module
+from timm_lm.training.accelerator import create_accelerator
 from timm_lm.training.batches import create_loader, load_split, resolve_input_config
 from timm_lm.training.checkpoint import CheckpointStore
-from timm_lm.training.factory import create_accelerator, create_model
+from timm_lm.training.network import create_model
 from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
 from timm_lm.training.run_log import RunLog

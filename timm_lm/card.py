@@ -17,8 +17,6 @@ def render_card(
         dataset_name: str,
         split: str,
         error: Optional[float],
-        error_count: Optional[int] = None,
-        num_images: Optional[int] = None,
         license: str = 'apache-2.0',
         **fields: Any,
 ) -> str:
@@ -30,8 +28,6 @@ def render_card(
         dataset_name: Its name for people.
         split: The split that was evaluated.
         error: Top-1 error on it in %, none if None.
-        error_count: Its wrong images.
-        num_images: Its images.
         license: Of the weights, by the Hub's identifier or timm's.
         **fields: The other fields of the template.
     """
@@ -56,8 +52,7 @@ def render_card(
     architecture = name.partition('.')[0]
     return str(ModelCard.from_template(
         data, template_path=str(CARD_TEMPLATE), name=name, architecture=architecture, ours=is_ours(architecture),
-        dataset=dataset, dataset_name=dataset_name, split=split, error=error, error_count=error_count,
-        num_images=num_images, **fields))
+        dataset=dataset, dataset_name=dataset_name, split=split, error=error, **fields))
 
 
 def recorded_error(folder: Union[str, Path]) -> Optional[float]:

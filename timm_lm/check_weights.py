@@ -4,14 +4,12 @@ import sys
 from pathlib import Path
 from typing import Optional, Sequence
 
-import torch
 from huggingface_hub import ModelCard
 
 from .card import recorded_error
 from .errors import UserError
 from .files import whole_entries
 from .models._weights import read_digests, weights_dir
-from .training.evaluate import COUNT_BATCH_SIZE
 from .validate import validate
 from .weights_folder import CARD_NAME, CONFIG_NAME, verify_folder
 
@@ -52,7 +50,7 @@ def _check(folder: Path, data: Path) -> bool:
     if dataset not in FOLDERS:
         raise UserError(f'The card of {folder} names the data set {dataset}, known are: {", ".join(FOLDERS)}.')
     result = validate(
-        str(folder), results[0].dataset_split or 'test', torch.device('cpu'), COUNT_BATCH_SIZE,
+        str(folder), results[0].dataset_split or 'test',
         tell=lambda remark: print(f'check-weights: note: {remark}', file=sys.stderr), data_dir=data / FOLDERS[dataset])
     errors, count = int(result['errors']), int(result['images'])
     expected = round(recorded * count / 100)

@@ -20,7 +20,7 @@ from .errors import RESUME, UserError, one_line
 from .model_config import TimmModel, image_config
 from .models._weights import weights_dir
 from .names import is_repo_name, load_model, model_tags, names_folder, our_models, timm_source, with_scheme
-from .networks import count_macs, network_size
+from .network_size import count_macs, network_size
 from .parser import Parser
 from .weights_folder import verify_folder
 
@@ -74,7 +74,7 @@ def _recipe(argv: List[str]) -> None:
 
 def _validate(argv: List[str]) -> None:
     """count the errors of a network on a data set"""
-    from .training.arguments import add_data_options
+    from .training.arguments import add_data_options, data_source
     from .training.evaluate import COUNT_BATCH_SIZE
 
     parser = _parser('validate', _validate)
@@ -102,8 +102,7 @@ def _validate(argv: List[str]) -> None:
     result = validate(
         args.model, args.val_split, _device(args.device), args.batch_size, args.workers, args.amp, args.channels_last,
         args.torchcompile, tell=lambda remark: print(f'timm-lm: note: {remark}', file=sys.stderr),
-        data_dir=args.data_dir, dataset=args.dataset, input_key=args.input_key,
-        target_key=args.target_key, class_map=args.class_map, download=args.dataset_download)
+        **data_source(vars(args)))
     print(f"{args.model}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}, "
           f"{result['errors']} errors of {result['images']} images ({100 - result['top1']:.2f} %), "
           f"{result['images_per_second']:.0f} images/s")
@@ -295,8 +294,8 @@ def _report(argv: List[str]) -> None:
     args = parser.parse_args(argv)
 
     from .readme_table import split_page, write_table
-    from .results import add_runs
     from .results_page import read_frame, write_report
+    from .run_row import add_runs
 
     read_frame(args.results)  # what is in the way is told before anything is written
     if args.readme:
@@ -336,21 +335,23 @@ COMMANDS: Dict[str, Callable[[List[str]], Optional[int]]] = {
 }
 
 
-def _is_out_of_memory(e: BaseException) -> bool:
-    """Whether an error is that of PyTorch or of Python when memory runs out."""
-    told = 'not enough memory', "can't allocate memory", 'out of memory'
-    return isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError' or any(text in str(e) for text in told)
+# Errors of PyTorch and the system that a person can do something about: words of them, and what is said.
+_FAILURES = (
+    (('MemoryError', 'not enough memory', "can't allocate memory", 'out of memory'),
+     'The memory does not suffice ({}); use a smaller --batch-size, or a smaller network.'),
+    (('DataLoader worker (pid', 'unable to allocate shared memory'),  # killed, or a full /dev/shm
+     'The processes that read images failed ({}), maybe for want of memory, or of room in /dev/shm; use fewer '
+     f'--workers. A training goes on {RESUME}.'),
+    # where it is raised says little, as the host runs ahead
+    (('AcceleratorError', 'CUDA error', 'CUDA driver error', 'cuDNN error', 'Triton Error [CUDA]'),
+     f'The device failed ({{}}), maybe through another process on it; start again. A training goes on {RESUME}.'),
+)
 
 
-def _is_of_a_worker(e: BaseException) -> bool:
-    """Whether an error is PyTorch's of a worker process that was killed, or of a full /dev/shm."""
-    return any(text in str(e) for text in ('DataLoader worker (pid', 'unable to allocate shared memory'))
-
-
-def _is_of_a_device(e: BaseException) -> bool:
-    """Whether an error is one that a GPU ended with; where it is raised tells little, as the host runs ahead."""
-    told = 'CUDA error', 'CUDA driver error', 'cuDNN error', 'Triton Error [CUDA]'  # the first in older PyTorch
-    return type(e).__name__ == 'AcceleratorError' or str(e).startswith(told)
+def _failure(error: BaseException) -> str:
+    """What to say of an error that a person can do something about, '' of others."""
+    text = f'{type(error).__name__}: {error}'
+    return next((said.replace('{}', one_line(error)) for words, said in _FAILURES if any(w in text for w in words)), '')
 
 
 def _device(name: str) -> Any:
@@ -450,17 +451,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (MemoryError, RuntimeError) as e:
-        if _is_out_of_memory(e):
-            _tell(f'timm-lm: error: The memory does not suffice ({one_line(e)}); use a smaller --batch-size, or a '
-                  'smaller network.')
-        elif _is_of_a_worker(e):
-            _tell(f'timm-lm: error: The processes that read images failed ({one_line(e)}), maybe for want of memory, '
-                  f'or of room in /dev/shm; use fewer --workers. A training goes on {RESUME}.')
-        elif _is_of_a_device(e):
-            _tell(f'timm-lm: error: The device failed ({one_line(e)}), maybe through another process on it; start '
-                  f'again. A training goes on {RESUME}.')
-        else:
+        said = _failure(e)
+        if not said:
             raise
+        _tell(f'timm-lm: error: {said}')
         return EXIT_USER_ERROR
     except OSError as e:
         _tell(f'timm-lm: error: {e}; check the path, the rights to it, the room there and the connection.')

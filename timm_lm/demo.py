@@ -1,5 +1,6 @@
 """The whole job in two minutes: train on scikit-learn's digits, save, reload through timm, evaluate, draw."""
 import io
+import json
 import shutil
 import tempfile
 import time
@@ -22,19 +23,16 @@ from .training.train import train
 SPLITS = ('test', 'train')
 
 
-def write_digits(folder: Path, test_share: float = 0.2, limit: int = 0) -> Path:
+def write_digits(folder: Path, limit: int = 0) -> Path:
     """Write scikit-learn's handwritten digits (1,797 images of 8x8 pixels) as Parquet in the Hub's layout.
 
     Args:
         folder: Where; made if missing.
-        test_share: Share of the images that the test split gets.
         limit: Use so many images only, all if 0.
 
     Raises:
         UserError: If scikit-learn is missing.
     """
-    import json
-
     import pyarrow as pa
     import pyarrow.parquet as pq
     try:
@@ -44,7 +42,7 @@ def write_digits(folder: Path, test_share: float = 0.2, limit: int = 0) -> Path:
 
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))[:limit or None]
-    test_size = int(len(order) * test_share)
+    test_size = len(order) // 5
     features = {'image': {'_type': 'Image'}, 'label': {'_type': 'ClassLabel', 'names': [str(i) for i in range(10)]}}
     metadata = {'huggingface': json.dumps({'info': {'features': features}})}
     folder.mkdir(parents=True, exist_ok=True)

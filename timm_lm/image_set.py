@@ -53,7 +53,7 @@ def cache_path(source: Sequence[str], settings: Dict[str, Any]) -> Optional[Path
         settings: How it is decoded.
     """
     from huggingface_hub import cached_assets_path
-    key = hashlib.sha256(json.dumps([4, source, settings], sort_keys=True).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([source, settings], sort_keys=True).encode()).hexdigest()[:32]
     try:
         return cached_assets_path('timm-lm', namespace='decoded') / f'{key}.safetensors'
     except (OSError, ValueError):
@@ -79,7 +79,7 @@ def read_cache(path: Optional[Path], content: str = '') -> Optional[ImageSet]:
         with safe_open(path, 'pt') as f:
             metadata = f.metadata() or {}
             names = json.loads(metadata['class_names'])
-            if metadata.get('content', '') != content:
+            if metadata['content'] != content:
                 return None
             data = ImageSet(f.get_tensor('images'), f.get_tensor('labels'), tuple(names) if names else None)
         with suppress(OSError):

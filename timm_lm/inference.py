@@ -1,13 +1,12 @@
 """The form of a network for inference: norms folded into convolutions, every ``k`` a constant."""
 import copy
-from typing import List, Tuple, TypeGuard, TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
-from timm.layers import BatchNormAct2d, DropPath, FrozenBatchNormAct2d, SyncBatchNormAct
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from timm_lm.layers import FixedTwoStep, StateNoise, TwoStep
 from timm_lm.models.lm_resnet import ResidualBlock
 from timm_lm.packed_conv import PackedConv2d
 
@@ -26,7 +25,7 @@ def optimize(model: Network) -> Network:
 
     - A batch norm that follows a plain convolution within a residual branch is folded into that convolution; its
       activation stays. The norms of the state stay too: they follow a sum, which others read as well.
-    - Each ``k`` becomes a constant; stochastic depth, state noise and gradient checkpointing go.
+    - Each ``k`` becomes a buffer; gradient checkpointing is switched off.
     - Convolutions are in the channels_last layout, which the CPU's and the GPU's kernels for them prefer. On the CPU
       in float32 those of many weights keep a second copy of them, ordered as the kernel reads them (``PackedConv2d``).
 
@@ -58,29 +57,18 @@ def optimize(model: Network) -> Network:
     can_pack = PackedConv2d.is_possible()
     for block in blocks:
         block.is_optimized = True
-        for conv, norm in _branch_pairs(block):
-            _fold(block, conv, norm)
-        if isinstance(block.step, TwoStep):
-            fixed = FixedTwoStep(block.step.k, block.step.per_channel)
-            # hooks that make k of other tensors, as pruning does, are done with
-            is_plain = 'k' in block.step._parameters or 'k' in block.step._buffers
-            block.step = _with_hooks(fixed, block.step) if is_plain else fixed
-        if isinstance(block.drop_path, DropPath):
-            block.drop_path = _with_hooks(nn.Identity(), block.drop_path)
-        if isinstance(block.noise, StateNoise):
-            block.noise = _with_hooks(nn.Identity(), block.noise)
+        for i in (1, 2):  # convolutions of the branch that a norm may follow
+            if hasattr(block, f'norm{i + 1}'):
+                _fold(block, f'conv{i}', f'norm{i + 1}')
+        k = block.step._parameters.pop('k', None)
+        if k is not None:  # one that hooks make of other tensors, as pruning does, stays as it is
+            block.step.register_buffer('k', k.detach())
         if can_pack:
             _pack(block)
     for module in model.modules():
         if hasattr(module, 'grad_checkpointing'):
             setattr(module, 'grad_checkpointing', False)  # noqa: B010
     return model.to(memory_format=torch.channels_last)
-
-
-def _branch_pairs(block: ResidualBlock) -> List[Tuple[str, str]]:
-    """Names of the convolutions of the branch that a norm follows, with the name of the norm."""
-    pairs = [(f'conv{i}', f'norm{i + 1}') for i in (1, 2)]
-    return [(conv, norm) for conv, norm in pairs if hasattr(block, norm)]
 
 
 def _is_plain(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
@@ -90,13 +78,6 @@ def _is_plain(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks)
-
-
-def _with_hooks(module: Network, replaced: nn.Module) -> Network:
-    """A module with the forward hooks of the one it takes the place of."""
-    vars(module).update({name: value for name, value in vars(replaced).items()
-                         if name.startswith('_forward_') and 'hooks' in name})
-    return module
 
 
 def _fold(block: ResidualBlock, conv_name: str, norm_name: str) -> None:

@@ -8,13 +8,13 @@ import threading
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import fast_collate
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from .augment import BatchMixup, Values, normalize, pad_crop, random_erase, random_hflip, random_vflip, to_device
 from .encoded import EncodedImages
@@ -24,6 +24,7 @@ from .image_set import ImageSet
 IGNORE_LABEL = -100  # of the rows that fill up the last batch of an evaluation; cross entropy leaves it out
 
 Batch = Tuple[torch.Tensor, torch.Tensor]
+Planned = Tuple[int, Tuple[int, ...]]  # index of an image, and the numbers that its seed is made of
 
 
 def _seed(*parts: int) -> int:
@@ -248,21 +249,23 @@ class WorkerLoader(BatchLoader):
             batch_size: As in ``BatchLoader``, and so are the others.
             transform: Image to uint8 array or tensor (C, H, W), as timm's with ``use_prefetcher``.
             workers: Processes that read, 0 for this one.
-            pin_memory: Put batches into pinned memory.
+            pin_memory: Put batches into pinned memory, as is always done for a GPU of NVIDIA.
         """
         super().__init__(data, batch_size, mean, std, device, **kwargs)
-        self.plan = _Plan()
+        self.plan: List[List[Planned]] = []  # the images of each batch of a pass
         self.loader = DataLoader(
             _Seeded(data, transform), batch_sampler=self.plan, collate_fn=fast_collate, num_workers=workers,
-            pin_memory=pin_memory, persistent_workers=workers > 0, generator=torch.Generator(),
+            pin_memory=pin_memory or device.type == 'cuda',  # else a copy waits for the device
+            persistent_workers=workers > 0, generator=torch.Generator(),
             worker_init_fn=_leave_signals_to_the_parent)
 
     def read(self, order: torch.Tensor, start: int) -> Iterator[Batch]:
-        self.plan.batches = [
+        batches: List[List[Planned]] = [
             [(index, (self.seed, self.epoch, self.rank, first + i)) for i, index in enumerate(indices.tolist())]
             or [(0, (0,))]  # no image is left for this process; the first one stands in, without a label
             for first, indices in self._slices(order, start)
         ]
+        self.plan[:] = batches
         empty = [len(indices) == 0 for _, indices in self._slices(order, start)]
         try:
             for is_empty, (images, labels) in zip(empty, self.loader):
@@ -294,22 +297,6 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
         os._exit(0)
 
     threading.Thread(target=obey_the_parent, daemon=True).start()
-
-
-Planned = Tuple[int, Tuple[int, ...]]  # index of an image, and the numbers that its seed is made of
-
-
-class _Plan(Sampler[List[Planned]]):
-    """The images of each batch of a pass."""
-
-    def __init__(self) -> None:
-        self.batches: Sequence[List[Planned]] = ()
-
-    def __iter__(self) -> Iterator[List[Planned]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
 
 class _Seeded(Dataset):

@@ -1,43 +1,30 @@
 """Weights folders to the Hub and back: checked, published in one commit, and verified where they are published."""
-import errno
 import hashlib
 import json
 import re
 import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
-import huggingface_hub
 import jinja2
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token, metadata_load
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from . import __version__
 from .card import CARD_TEMPLATE, recorded_error
-from .errors import UserError, one_line
+from .errors import UserError, one_line, some
 from .files import whole_entries, write_text
-from .hub_client import HUB_ERRORS, draw_no_bars_into_files, set_up_client
+from .hub_client import AGAIN, LOG_IN, explained, set_up_client
 from .models._weights import PUBLISHED_NAME, WEIGHTS_NAME, weights_dir
 from .names import is_ours
 from .weights_folder import CARD_NAME, CHECK_NAME, CONFIG_NAME, read_config, verify_folder
 
 FILES = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, CHECK_NAME)  # what is published; nothing else ever is
 CARD_KEYS = ('library_name', 'license', 'tags', 'metrics')  # what the front matter of a card must tell
-LOG_IN = 'log in by `hf auth login` (`huggingface-cli login` before huggingface_hub 0.34)'
 LOCAL_SOURCE = 'local-dir:FOLDER'  # how a local card tells to load the network
-SHOWN = 5  # names of files that are left out
-AGAIN = 'run the same command again, what is already there is left alone'
 
 _USE = re.compile(r'^## Use\n.*?(?=^## |\Z)', re.MULTILINE | re.DOTALL)
 
@@ -88,8 +75,7 @@ def prepare(folder: Union[str, Path], repo_id: str) -> Upload:
     others = sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*') if not path.is_dir())
     left_out = [name for name in others if name not in FILES]
     if left_out:
-        more = f' and {len(left_out) - SHOWN} more' if len(left_out) > SHOWN else ''
-        remarks.append(f"left out, not part of a weights folder: {', '.join(left_out[:SHOWN])}{more}")
+        remarks.append(f'left out, not part of a weights folder: {some(left_out)}')
     return Upload(folder, repo_id, files, remarks)
 
 
@@ -194,7 +180,6 @@ def push(
         UserError: If the Hub can not be reached or refuses.
     """
     set_up_client()
-    draw_no_bars_into_files()
     token = get_token()
     owner = uploads[0].repo_id.partition('/')[0]
     if not token:
@@ -203,7 +188,7 @@ def push(
     if not re.fullmatch('[!-~]+', token):
         raise UserError('The token of the Hub holds characters that no token has; set HF_TOKEN to it again.')
     api = HfApi(token=token, library_name='timm-lm', library_version=__version__)
-    with _told(uploads[0].repo_id):
+    with explained(uploads[0].repo_id):
         api.whoami()
     not_recorded: Optional[NotRecorded] = None
     for upload in uploads:
@@ -217,7 +202,7 @@ def push(
 
 def _push(api: HfApi, upload: Upload, private: bool, revision: Optional[str], create_pr: bool) -> str:
     repo_id = upload.repo_id
-    with _told(repo_id):
+    with explained(repo_id):
         is_private = _find_or_create(api, repo_id, private, create_pr)
         there = _digests(api, repo_id, revision)
         if there is None and not create_pr:
@@ -315,10 +300,9 @@ def verify_repo(source: str) -> Dict[str, float]:
     repo_id, _, revision = source.removeprefix('hf-hub:').partition('@')
     _check_repo_id(repo_id)
     set_up_client()
-    draw_no_bars_into_files()
     api = HfApi(library_name='timm-lm', library_version=__version__)
     with tempfile.TemporaryDirectory(prefix='timm-lm-') as folder:
-        with _told(repo_id, again='run the same command again', writes=False):
+        with explained(repo_id, again='run the same command again', writes=False):
             info = api.model_info(repo_id, revision=revision or None)
             for name in sorted({file.rfilename for file in info.siblings or []} & {*FILES}):
                 # not from the cache: what is checked is what stands on the Hub
@@ -327,57 +311,3 @@ def verify_repo(source: str) -> Dict[str, float]:
             return verify_folder(folder)
         except UserError as e:
             raise UserError(str(e).replace(folder, source)) from e
-
-
-# What can go wrong on the way
-
-
-@contextmanager
-def _told(repo_id: str, again: str = AGAIN, writes: bool = True) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except HUB_ERRORS as e:
-        raise UserError(_explain(e, repo_id, again, writes)) from e
-
-
-def _explain(error: BaseException, repo_id: str, again: str, writes: bool) -> str:
-    """One line on what was wrong on the way to the Hub, and what to do."""
-    chain = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
-    endpoint, owner = huggingface_hub.constants.ENDPOINT, repo_id.partition('/')[0]
-    if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
-        return f'{endpoint} is not asked, because HF_HUB_OFFLINE is set; unset it, and {again}.'
-    answered = next((e for e in chain if getattr(e, 'response', None) is not None), None)
-    access = f'write access to {owner}' if writes else f'read access to {repo_id}'
-    no_access = (f'{endpoint} does not accept the token (401); set HF_TOKEN to one with {access}, or {LOG_IN}, and '
-                 f'{again}.')
-    if any(type(e).__name__ == 'XetAuthenticationError' for e in chain):  # of the package hf_xet, without an answer
-        return no_access
-    if answered is None:
-        failures = [e for e in chain if isinstance(e, (OSError, *HfHubHTTPError.__bases__))]
-        if not failures:
-            return f'{endpoint} did not answer like a Hub ({one_line(error)}); check the network, and {again}.'
-        deepest = next((e for e in reversed(failures) if isinstance(e, OSError)), failures[-1])
-        if getattr(deepest, 'errno', None) == errno.ENOSPC:
-            return f'The disk is full ({one_line(deepest)}); make room, and {again}.'
-        return f'The connection to {endpoint} failed ({one_line(deepest)}); check the network, and {again}.'
-    status = getattr(answered, 'response').status_code  # noqa: B009
-    message = one_line(getattr(answered, 'server_message', None) or answered)
-    if isinstance(answered, GatedRepoError):
-        return f'{endpoint} gives access to {repo_id} on request only; ask for it on its page, and {again}.'
-    if isinstance(answered, RepositoryNotFoundError):
-        return f'There is no {repo_id} on {endpoint}, or it is private and not open to the token; check the name.'
-    if isinstance(answered, RevisionNotFoundError):
-        return f'There is no such revision of {repo_id} on {endpoint}; check its name.'
-    if status == 401:
-        return no_access
-    if status == 403:
-        right = f'write to {repo_id}' if writes else f'read {repo_id}'
-        return (f'The token has no right to {right} (403: {message}); use one that has, or another name, and '
-                f'{again}.')
-    if status == 429 or status >= 500:
-        return f'{endpoint} is not working as it should ({status}: {message}); wait a while, and {again}.'
-    return f'{endpoint} refused {repo_id} ({status}: {message}); mend it, and {again}.'

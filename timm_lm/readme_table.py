@@ -10,7 +10,7 @@ from .errors import UserError
 from .files import write_text
 from .models._weights import weights_dir
 from .names import model_tags, our_models
-from .networks import network_size
+from .network_size import network_size
 from .results import Row, read_rows
 from .results_page import table_line
 

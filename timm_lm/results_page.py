@@ -1,4 +1,4 @@
-"""The page of results and its pictures, made of the record of runs.
+"""The page of results, made of the record of runs.
 
 A folder of results holds, beside the runs, ``published.csv`` with figures of others, ``tables.yaml`` with the tables of
 the page, and ``remarks.md`` with what there is to say about them.
@@ -12,12 +12,11 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 import yaml
 
 from .errors import UserError
-from .files import save_figure, write_text
-from .networks import parameter_count
+from .files import write_text
 from .results import Row, read_rows
+from .results_plots import plot_errors, plot_k, with_k
 from .training.options import parse_options
 
-DATASETS = {'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100', 'ImageNet': 'imagenet-1k'}
 PLOTTED = ('cifar10', 'cifar100')
 SOURCES = ('paper', 'pytorch-cifar-models', 'pytorchcv')
 _KEYS = {'title', 'dataset', 'recipe', 'pairs', 'published'}  # of each table
@@ -54,9 +53,7 @@ def write_report(results: Path, page: Path) -> None:
     """
     tables, remarks = read_frame(results)
     published = read_rows(results / 'published.csv')
-    runs = {dataset: read_rows(results / f'{dataset}.csv') for dataset in DATASETS.values()}
-    others = [path.stem for path in sorted(results.glob('*.csv')) if path.stem not in ('published', *runs)]
-    runs |= {dataset: read_rows(results / f'{dataset}.csv') for dataset in others}
+    runs = {path.stem: read_rows(path) for path in sorted(results.glob('*.csv')) if path.stem != 'published'}
     if not tables and not any(runs.values()):
         raise UserError(f'{results} has no record of runs; add some with --add, or name a record with --results.')
     lines = ['# Results', '', '<!-- made by `timm-lm report`; change results/ and run it again -->', '']
@@ -66,10 +63,10 @@ def write_report(results: Path, page: Path) -> None:
         lines += _section(table, runs.get(table['dataset'], []), published)
     page.parent.mkdir(parents=True, exist_ok=True)
     for dataset in PLOTTED:
-        if _plot_errors(runs[dataset], published, dataset, page.parent / f'error_{dataset}.png'):
+        if plot_errors(runs.get(dataset, []), published, dataset, page.parent / f'error_{dataset}.png'):
             lines += [f'![Error against parameters on {dataset}](error_{dataset}.png)', '']
     all_rows = [row for rows in runs.values() for row in rows]
-    if _plot_k(all_rows, page.parent / 'k_by_depth.png'):
+    if plot_k(all_rows, page.parent / 'k_by_depth.png'):
         lines += ['## The learned k', '', _about_k(all_rows), '', '![k of each block by depth](k_by_depth.png)', '']
     lines += _all_runs(runs)
     write_text(page, '\n'.join(lines).rstrip() + '\n')
@@ -230,85 +227,9 @@ def _all_runs(runs: Dict[str, List[Row]]) -> List[str]:
 
 def _about_k(rows: List[Row]) -> str:
     """What the ODE picture asks of ``k``, and how many runs keep to it."""
-    found = [[float(value) for value in row['k'].split()] for row in _with_k(rows)]
+    found = [[float(value) for value in row['k'].split()] for row in with_k(rows)]
     outside = sum(min(k) <= -1 or max(k) > 1 for k in found)
     return ('As a method for ODEs, the two-step rule is zero-stable only for -1 < k <= 1. '
             f'Of the {len(found)} finished LM runs, {outside} end with a `k` outside this range. Such a network works '
             'all the same, but the analogy with ODEs does not hold there. '
             f'{sum(max(k) > 0 for k in found)} runs end with a `k` above 0, although it is initialised from [-0.1, 0].')
-
-
-def _with_k(rows: List[Row]) -> List[Row]:
-    return [row for row in rows if row['k'] and row['status'] == 'done']
-
-
-# Pictures
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-    return Figure(figsize=(width, height), layout='constrained')
-
-
-def _millions(network: str, num_classes: int) -> float:
-    """Millions of parameters of the plain network of the same depth; a ``k`` a block is none of them."""
-    return parameter_count('preact_' + network.removeprefix('preact_').removeprefix('lm_'), num_classes) / 1e6
-
-
-def _plot_errors(runs: List[Row], published: List[Row], dataset: str, path: Path) -> bool:
-    """Error against parameters: our LM and plain networks, and published ones."""
-    classes = 100 if dataset == 'cifar100' else 10
-    done = [row for row in runs if row['status'] == 'done' and row['top1_err'] and row['param_count']
-            and 'resnext' not in row['model']]
-    if not done:
-        return False
-    figure = _figure(7, 4.2)
-    axes = figure.subplots()
-    others: Dict[str, List[Row]] = {}
-    for row in published:
-        if row['dataset'] == dataset and 'resnext' not in row['network']:
-            kind = ', LM' if row['network'].startswith('lm_') else ', plain' if row['source'] == 'paper' else ''
-            others.setdefault(row['source'] + kind, []).append(row)
-    for label, rows in others.items():
-        axes.scatter([_millions(row['network'], classes) for row in rows],
-                     [float(row['top1_err']) for row in rows], marker='x', s=24, label=label)
-    for prefix, marker in (('lm_', 'o'), ('preact_', 's')):
-        rows = [row for row in done if row['model'].startswith(prefix)]
-        if rows:
-            axes.scatter([float(row['param_count']) for row in rows], [float(row['top1_err']) for row in rows],
-                         marker=marker, label='LM, ours' if prefix == 'lm_' else 'plain, ours')
-    axes.set(xlabel='parameters (millions)', ylabel='test error (%)', xscale='log')
-    ticks = [0.2, 0.3, 0.5, 1, 2, 3]
-    axes.set_xticks(ticks, labels=map(str, ticks))
-    axes.set_xticks([], minor=True)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize='small')
-    save_figure(figure, path)
-    return True
-
-
-def _plot_k(rows: List[Row], path: Path) -> bool:
-    """The learned ``k`` of each block, from the first to the last: a panel for each network, a line for each run."""
-    panels: Dict[str, List[Row]] = {}
-    for row in sorted(_with_k(rows), key=lambda row: len(row['k'].split())):
-        panels.setdefault(row['model'].partition('.')[0], []).append(row)
-    if not panels:
-        return False
-    figure = _figure(9, 3.4 * -(-len(panels) // 2))
-    grid = figure.subplots(-(-len(panels) // 2), 2, sharey=True, squeeze=False).flat
-    for (network, runs), axes in zip(panels.items(), grid):  # in this order, as zip takes one more of the first
-        for number, row in enumerate(runs):
-            k = [float(value) for value in row['k'].split()]
-            recipe, changed, _ = row['recipe'].partition(' with ')
-            label = f"{recipe}{' (changed)' if changed else ''}, {row['epochs']} epochs, seed {row['seed']}"
-            style = ('-', '--')[number // 10 % 2]  # matplotlib has ten colours
-            axes.plot(range(1, len(k) + 1), k, style, color=f'C{number % 10}', marker='.', linewidth=1, label=label)
-        axes.axhline(0, color='black', linewidth=0.8)
-        axes.set(title=network, xlabel='block with a k', ylabel='k')
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize='xx-small')
-    for axes in grid:  # an odd number of networks leaves one empty
-        axes.set_axis_off()
-    save_figure(figure, path)
-    return True

@@ -14,9 +14,10 @@ from .files import atomic_folder, locked, whole_entries, write_text
 from .models._weights import weights_dir, write_digests
 from .names import check_name, is_ours, saved_model_args
 from .readme_table import write_table
-from .results import Row, add_rows, check_rows, read_run, with_result
+from .results import Row, add_rows, check_rows
 from .results_page import write_report
-from .training.evaluate import COUNT_BATCH_SIZE
+from .run_row import read_run, with_result
+from .training.arguments import data_source
 from .training.result import mean_k, run_card
 from .training.run_folder import read_args, read_result
 from .validate import validate
@@ -85,10 +86,9 @@ def _count(folder: Path, told: Dict[str, Any], args: Dict[str, Any], data_dir: O
     """Count the errors of a weights folder, and write a card of them; returns the count and ``k``."""
     model = load_folder(folder)
     counts: Dict[str, Any] = validate(
-        str(folder), args['val_split'], torch.device('cpu'), COUNT_BATCH_SIZE,
-        tell=lambda remark: print(f'ship: note: {remark}', file=sys.stderr), data_dir=data_dir or args['data_dir'],
-        dataset=args['dataset'], input_key=args['input_key'], target_key=args['target_key'],
-        class_map=args['class_map'])
+        str(folder), args['val_split'],
+        tell=lambda remark: print(f'ship: note: {remark}', file=sys.stderr),
+        **data_source(args | dict(data_dir=data_dir or args['data_dir'])))
     write_text(folder / CARD_NAME, run_card(told | counts, args, model, 'float16'))
     return counts | dict(k=mean_k(model))
 

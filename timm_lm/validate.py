@@ -14,12 +14,14 @@ from .names import load_model
 from .precision import no_bfloat16
 from .training import evaluate
 
+_CPU = torch.device('cpu')
+
 
 def validate(
         name: str,
         split: str,
-        device: torch.device,
-        batch_size: int,
+        device: torch.device = _CPU,
+        batch_size: int = evaluate.COUNT_BATCH_SIZE,
         workers: int = 4,
         amp: bool = False,
         channels_last: bool = False,
@@ -91,5 +93,4 @@ def _create_loader(model: TimmModel, split: str, source: Dict[str, Any], workers
     except TooLarge:
         data = open_images(split, channels=config['input_size'][0], **source)
         transform: Any = create_transform(use_prefetcher=True, **size)
-        pin_memory = common['device'].type == 'cuda'  # else a copy waits for the device
-        return WorkerLoader(data, transform=transform, workers=workers, pin_memory=pin_memory, **common)
+        return WorkerLoader(data, transform=transform, workers=workers, **common)

@@ -117,25 +117,6 @@ class TwoStep(nn.Module):
         return f'{shape}, k_init={self.k_init}, trainable={isinstance(self.k, nn.Parameter)}'
 
 
-class FixedTwoStep(nn.Module):
-    """The two-step update with constant ``k``, for inference; a buffer, so that weights are saved with it."""
-
-    k: torch.Tensor
-
-    def __init__(self, k: torch.Tensor, per_channel: bool = False):
-        """
-        Args:
-            k: Values, shape (1,), or (C,) if per channel.
-            per_channel: One ``k`` for each channel instead of one for the block.
-        """
-        super().__init__()
-        k = k.detach().clone()
-        self.register_buffer('k', k.view(-1, 1, 1) if per_channel else k.view(()))
-
-    def forward(self, f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor) -> torch.Tensor:
-        return two_step(f, x, x_prev, self.k)
-
-
 class EulerStep(nn.Module):
     """The plain residual update, ``x[n+1] = x[n] + f(x[n])``: forward Euler, the two-step rule at ``k = 0``."""
 

@@ -34,7 +34,7 @@ from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureListN
 from timm.models._manipulate import checkpoint
 from torch import nn
 
-from timm_lm.layers import EulerStep, FixedTwoStep, StateNoise, TwoStep
+from timm_lm.layers import EulerStep, StateNoise, TwoStep
 from timm_lm.layers.two_step import KInit
 
 from . import _labels
@@ -448,9 +448,9 @@ class LMResNet(nn.Module):
         return OrderedDict((name, step.k.detach().float().reshape(-1).cpu().clone()) for name, step in self._steps())
 
     @torch.jit.ignore
-    def _steps(self) -> List[Tuple[str, Union[TwoStep, FixedTwoStep]]]:
+    def _steps(self) -> List[Tuple[str, TwoStep]]:
         suffix = '.step'
-        return [(n[:-len(suffix)], m) for n, m in self.named_modules() if isinstance(m, (TwoStep, FixedTwoStep))]
+        return [(n[:-len(suffix)], m) for n, m in self.named_modules() if isinstance(m, TwoStep)]
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -704,11 +704,11 @@ def _cifar_cfg(labels: Tuple[str, ...], **kwargs: Any) -> Dict[str, Any]:
 
 
 # True mean and standard deviation of the pixels of the train splits.
-_c10 = partial(_cifar_cfg, _labels.CIFAR10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-_c100 = partial(_cifar_cfg, _labels.CIFAR100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
+_C10 = _cifar_cfg(_labels.CIFAR10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+_C100 = _cifar_cfg(_labels.CIFAR100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
 
 
-def _cifar_tags(*further: str) -> Dict[str, Callable[..., Dict[str, Any]]]:
+def _cifar_tags(*further: str) -> Dict[str, Dict[str, Any]]:
     """Tags of a network of small images, which are the names of its recipes, in timm's order.
 
     The first one fixes the number of classes; the first one of as many classes that has weights is the default.
@@ -717,22 +717,22 @@ def _cifar_tags(*further: str) -> Dict[str, Callable[..., Dict[str, Any]]]:
     tags = sorted(
         (*(tag for tag in best_first if tag in further), 'best_c10', *further, 'best_c100', 'paper_c100'),
         key=lambda tag: tag.endswith('_c100'))
-    return {tag: _c100 if tag.endswith('_c100') else _c10 for tag in tags}
+    return {tag: _C100 if tag.endswith('_c100') else _C10 for tag in tags}
 
 
-_C100_TAGS = dict(best_c100=_c100, paper_c100=_c100)
-_RESNEXT_TAGS = dict(resnext_c100=_c100)
-_UNTRAINED_TAGS = dict(untrained=_cfg)
+_C100_TAGS = dict(best_c100=_C100, paper_c100=_C100)
+_RESNEXT_TAGS = dict(resnext_c100=_C100)
+_UNTRAINED_TAGS = dict(untrained=_cfg())
 
 
-def _resnetv2_tag(tag: str, hf_hub_id: str, **kwargs: Any) -> Dict[str, Callable[[], Dict[str, Any]]]:
+def _resnetv2_tag(tag: str, hf_hub_id: str, **kwargs: Any) -> Dict[str, Dict[str, Any]]:
     """Weights of timm's plain ResNetV2, loaded with ``k = 0``."""
-    return {tag: partial(
-        _cfg, hf_hub_id=hf_hub_id, test_input_size=(3, 288, 288), test_crop_pct=1.0,
+    return {tag: _cfg(
+        hf_hub_id=hf_hub_id, test_input_size=(3, 288, 288), test_crop_pct=1.0,
         description='Weights of the plain ResNetV2 of timm with k = 0, a start for fine-tuning.', **kwargs)}
 
 
-_TAGS: Mapping[str, Mapping[str, Callable[..., Dict[str, Any]]]] = {
+_TAGS: Mapping[str, Dict[str, Dict[str, Any]]] = {
     'lm_resnet20': _cifar_tags('distill_c10', 'distill_c100', 'grow_c100', 'paper_c10', 'demo_c10', 'plain_first_c10'),
     'lm_resnet32': _cifar_tags('distill_c10', 'grow_c10', 'grow_c100', 'paper_c10', 'plain_first_c10'),
     'lm_resnet44': _cifar_tags('distill_c10', 'grow_c10', 'grow_c100', 'regrow_c100', 'paper_c10', 'plain_first_c10'),
@@ -764,8 +764,7 @@ _TAGS: Mapping[str, Mapping[str, Callable[..., Dict[str, Any]]]] = {
 }
 
 default_cfgs = generate_default_cfgs({
-    full_name: cfg for name, tags in _TAGS.items()
-    for full_name, cfg in sources_of_tags(name, {tag: cfg_fn() for tag, cfg_fn in tags.items()}).items()
+    full_name: cfg for name, tags in _TAGS.items() for full_name, cfg in sources_of_tags(name, tags).items()
 })
 
 _CIFAR_BASIC = dict(channels=(16, 32, 64), stem_chs=16, stem_type='cifar', basic=True, shortcut_norm=True)

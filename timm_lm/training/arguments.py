@@ -3,6 +3,7 @@
 Our own additions are in one group at the end.
 """
 import argparse
+from typing import Any, Dict, Mapping
 
 from timm_lm.names import with_scheme
 from timm_lm.parser import KeyValues, Parser
@@ -33,10 +34,16 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--target-key', metavar='NAME', help='column of the labels')
 
 
-def build_parser(prog: str = 'timm-lm train') -> argparse.ArgumentParser:
+def data_source(options: Mapping[str, Any]) -> Dict[str, Any]:
+    """Where these options say that the images are, as ``load_images`` takes it."""
+    names = ('data_dir', 'dataset', 'input_key', 'target_key', 'class_map')
+    return {name: options[name] for name in names} | dict(download=options['dataset_download'])
+
+
+def build_parser() -> argparse.ArgumentParser:
     """The parser of a training."""
-    parser = Parser(prog=prog, description='Train a network by a recipe of timm train-script options.',
-                     allow_abbrev=False)
+    parser = Parser(prog='timm-lm train', description='Train a network by a recipe of timm train-script options.',
+                    allow_abbrev=False)
     parser.add_argument('-c', '--config', metavar='RECIPE',
                         help='a shipped recipe (see timm-lm recipe), one for another of its networks such as '
                              'lm_resnet56.paper_c10, or a YAML file')

@@ -1,6 +1,6 @@
 """The moving average of the weights."""
 import argparse
-from typing import List, Optional, Tuple
+from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator
@@ -17,22 +17,16 @@ class AveragedWeights(ModelEmaV3):
     Made at each update, as timm does, they take longer than the update of a small network.
     """
 
-    _pairs: Optional[Tuple[List[torch.Tensor], List[torch.Tensor]]] = None  # of the average, and of the network
-    _is_float32 = True
-    _counts: Optional[Tuple[List[torch.Tensor], List[torch.Tensor]]] = None  # whole numbers of both, such as of batches
+    _averaged: Any = None  # tensors of the average, and of the network
+    _counts: Any = ()  # whole numbers of both, such as of batches
 
     def apply_update_(self, model: torch.nn.Module, decay: float) -> None:
-        if self._pairs is None:
+        if self._averaged is None:
             pairs = list(zip(self.module.state_dict().values(), model.state_dict().values()))
-            averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-            self._pairs = [own for own, _ in averaged], [theirs for _, theirs in averaged]
-            counts = [pair for pair in pairs if not pair[0].is_floating_point()]
-            self._counts = ([own for own, _ in counts], [theirs for _, theirs in counts]) if counts else None
-            self._is_float32 = all(tensor.dtype == torch.float32 for tensor in self._pairs[0])
-        if not self._is_float32:
-            super().apply_update_(model, decay)  # which rounds low precision in its own way
-            return
-        torch._foreach_lerp_(*self._pairs, weight=1. - decay)
+            self._averaged, self._counts = (
+                tuple(zip(*(pair for pair in pairs if pair[0].is_floating_point() == kind))) for kind in (True, False))
+        own, theirs = self._averaged
+        torch._foreach_lerp_(own, theirs, weight=1. - decay)
         if self._counts:
             torch._foreach_copy_(*self._counts)
 

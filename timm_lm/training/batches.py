@@ -16,6 +16,7 @@ from timm_lm.loader import Augmentation, BatchLoader, MemoryLoader, WorkerLoader
 from timm_lm.model_config import TimmModel, image_channels, image_config
 from timm_lm.splits import check_split_folder
 
+from .arguments import data_source
 from .option_rules import mixes, not_in_memory
 
 MAX_CROP_PCT = 2.  # images are padded beyond 1, as some networks of timm have it
@@ -82,14 +83,7 @@ def load_split(
     if args.val_split and is_archive(args.data_dir, args.dataset):
         raise UserError(f"{args.data_dir} is one archive without splits, so the images to train on would be those to "
                         "validate on; unpack it into folders train and validation, or give --val-split ''.")
-    source: Dict[str, Any] = dict(
-        data_dir=args.data_dir,
-        dataset=args.dataset,
-        input_key=args.input_key,
-        target_key=args.target_key,
-        class_map=args.class_map,
-        download=args.dataset_download,
-    )
+    source = data_source(vars(args))
     _, height, width = data_config['input_size']
     one_by_one = is_training and (not_in_memory(args) or height != width and not args.no_aug)  # timm's crops are square
     if kind == 'memory' or kind == 'auto' and not one_by_one:
@@ -137,8 +131,7 @@ def create_loader(args: argparse.Namespace, data: Union[ImageSet, EncodedImages]
     transform = _transform(args, data_config, is_training)
     return WorkerLoader(
         data, batch_size, mean, std, accelerator.device, transform, args.workers,
-        pin_memory=args.pin_mem or accelerator.device.type == 'cuda',  # else a copy waits for the device
-        **common)
+        pin_memory=args.pin_mem, **common)
 
 
 def _augmentation(args: argparse.Namespace, num_classes: int, input_size: Sequence[int], flips: bool) -> Augmentation:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from safetensors import SafetensorError
@@ -92,8 +92,7 @@ def _join_optimizer(tensors: Dict[str, torch.Tensor], rest: Dict[str, Any]) -> D
 
 def state_digest(state: Dict[str, Any]) -> str:
     """SHA-256 of the rest of a checkpoint, without its own."""
-    rest = {key: value for key, value in state.items() if key != 'state_sha256'}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def random_states() -> Dict[str, torch.Tensor]:
@@ -153,7 +152,6 @@ class CheckpointStore:
             random_states: List[Dict[str, torch.Tensor]],
             rest: Dict[str, Any],
             also_keep: Optional[str] = None,
-            tell: Callable[[str], Any] = print,
     ) -> Path:
         """Write a checkpoint, and remove those that are too many.
 
@@ -165,7 +163,6 @@ class CheckpointStore:
             random_states: ``random_states()`` of each process.
             rest: States that JSON can hold.
             also_keep: Name of an older checkpoint that stays.
-            tell: Takes a line about an old one that can not be removed.
 
         Raises:
             UserError: If it can not be written, as on a full disk; earlier ones stay whole.
@@ -195,7 +192,7 @@ class CheckpointStore:
                 try:
                     shutil.rmtree(old)
                 except OSError as e:
-                    tell(f'note: The old checkpoint {old} could not be removed ({e}); it is tried again later.')
+                    print(f'note: The old checkpoint {old} could not be removed ({e}); it is tried again later.')
         return folder
 
     def remove_unfinished(self) -> None:
@@ -239,8 +236,8 @@ class CheckpointStore:
             raise UserError(f'There is no checkpoint {folder}; give RUN/checkpoints/step-..., or --resume auto.')
         try:
             state = json.loads((folder / STATE).read_text(encoding='utf-8'))
-            told = state.pop('state_sha256', None)  # which an earlier version did not write
-            if sha256(folder / TENSORS) != state['sha256'] or told not in (None, state_digest(state)):
+            told = state.pop('state_sha256')
+            if sha256(folder / TENSORS) != state['sha256'] or told != state_digest(state):
                 raise ValueError('its digest differs')
             return Checkpoint(folder, load_file(folder / TENSORS), state)
         except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as e:
@@ -249,9 +246,9 @@ class CheckpointStore:
             raise UserError(f'The checkpoint {folder} can not be read ({e}); see to the disk, or the rights to it, and '
                             'try again.') from e
 
-    def newest_state(self, only: Optional[Path] = None) -> Dict[str, Any]:
-        """What the newest readable checkpoint, or only this one, tells beside its tensors, which are not read."""
-        for folder in [only] if only else self.newest_first():
+    def newest_state(self) -> Dict[str, Any]:
+        """What the newest readable checkpoint records besides its tensors, which are not read."""
+        for folder in self.newest_first():
             with suppress(OSError, TypeError, ValueError):
                 return dict(json.loads((folder / STATE).read_text(encoding='utf-8')))
         return {}
@@ -276,8 +273,7 @@ class CheckpointStore:
 def restore_random_states(checkpoint: Checkpoint, rank: int) -> None:
     """Put the random states of a process back."""
     states = checkpoint.group(f'random{rank}')
-    if 'cpu' in states:
-        torch.set_rng_state(states['cpu'])
+    torch.set_rng_state(states['cpu'])
     if 'cuda' in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states['cuda'])
     for name in ('mps', 'xpu'):

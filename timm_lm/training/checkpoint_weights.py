@@ -9,9 +9,8 @@ from timm_lm.model_config import TimmModel
 from timm_lm.weights_folder import save_folder
 
 from .checkpoint import Checkpoint, CheckpointStore
-from .factory import create_again, import_modules
-from .options import parse_options
-from .result import run_card, tell
+from .network import create_again, import_modules
+from .result import run_card, run_result
 from .run_folder import ARGS_NAME, read_args
 
 
@@ -36,18 +35,15 @@ def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:
     run = checkpoint.parent.parent
     if not (run / ARGS_NAME).is_file():
         raise UserError(f'{checkpoint} is not a checkpoint of a run; give RUN/checkpoints/step-....')
-    args = argparse.Namespace(**(vars(parse_options([])) | read_args(run)))
+    args = argparse.Namespace(**read_args(run))
     if output.exists():
         raise UserError(f'{output} is there already; name another folder with --output.')
     found = CheckpointStore(checkpoint.parent).read(checkpoint)
-    facts = found.state.get('facts') or {}
-    if 'num_classes' not in facts:
-        raise UserError(f'{checkpoint} was written by an older version, which kept too little for this; go on with its '
-                        'run by --resume, which ends with weights.')
+    facts = found.state['facts']
     import_modules(args)  # they may register the network
     model = _network(facts, found, checkpoint)
     epochs = round(found.progress.epoch + found.progress.batch / found.state['batches'], 2)
-    told = tell(args, model, int(epochs) if epochs == int(epochs) else epochs, found.state['seconds'], facts)
+    told = run_result(args, model, int(epochs) if epochs == int(epochs) else epochs, found.state['seconds'], facts)
     card = run_card(told | dict(seen_in_training=None, of_epochs=found.state['epochs']), vars(args), model)
     with writing(f'The weights in {output}', 'Make room, or name another folder with --output.'):
         return save_folder(model, output, card, facts['model_args'])

@@ -26,8 +26,8 @@ from timm_lm.model_config import TimmModel
 from .average import create_average
 from .checkpoint import Checkpoint, CheckpointStore, Progress, random_states, restore_random_states
 from .evaluate import evaluate, sum_dtype
-from .factory import begin_momentum, create_optimizer
 from .losses import create_loss
+from .optimizer import begin_momentum, create_optimizer
 from .processes import on_main
 from .run_log import LiveLine
 from .schedule import create_schedule, load_schedule, schedule_state
@@ -71,10 +71,10 @@ class Training:
         self.signals = signals
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self.model = model.to(accelerator.device)
-        self.steps = {name: m for name, m in model.named_modules() if isinstance(m, TwoStep)}
-        if args.two_step_epoch and not self.steps:
+        self.two_steps = {name: m for name, m in model.named_modules() if isinstance(m, TwoStep)}
+        if args.two_step_epoch and not self.two_steps:
             raise UserError(f'--two-step-epoch switches two-step blocks on and {args.model} has none; leave it out.')
-        self.k_sizes = {name: step.k.numel() for name, step in self.steps.items()}  # sharded ones tell a part
+        self.k_sizes = {name: step.k.numel() for name, step in self.two_steps.items()}  # sharded: a part
         self.average = create_average(args, model, accelerator)
         self.updates_per_epoch = -(-len(loader) // args.grad_accum_steps)
         if self.sharded and args.clip_grad is not None and args.clip_mode == 'agc':
@@ -157,7 +157,7 @@ class Training:
         self.agree(progress.epoch if progress.batch else progress.epoch - 1)
         # on the CPU, as each process unpacks what all of them sent
         own = [random_states() | {name: buffer.cpu() for name, buffer in self._own_buffers().items()}]
-        states = gather_object(own) if self.accelerator.num_processes > 1 else own
+        states = gather_object(own)
         sums = self._reduced_sums()
         model, optimizer = self._whole_states()
         tensors = dict(model=model, epoch=dict(sums=sums))
@@ -187,7 +187,7 @@ class Training:
         Raises:
             UserError: If it is of another number of processes or images, whose batches were others.
         """
-        images = checkpoint.state.get('images', len(self.loader.data))
+        images = checkpoint.state['images']
         if images != len(self.loader.data):
             raise UserError(f'The run was started with {images:,} images to train on, the data has '
                             f'{len(self.loader.data):,} now; give the same data, or start another run with another '
@@ -213,7 +213,7 @@ class Training:
         self.best = checkpoint.state['best']
         self.earlier_seconds = checkpoint.state['seconds']
         sums = checkpoint.group('epoch')['sums']  # of all processes; each takes its share, which the live line shows
-        self.loss_sum, self.correct = (sums[:2] / self.accelerator.num_processes).tolist()
+        self.loss_sum, self.correct = (sums / self.accelerator.num_processes).tolist()
         self.read_batches = self.finite_batches = checkpoint.progress.batch
         rank = self.accelerator.process_index
         restore_random_states(checkpoint, rank)
@@ -252,7 +252,7 @@ class Training:
         self._read_results()
         done, finite = len(self.rates), self.finite_batches
         found = [[*((finite + 1, self.rates[finite]) if finite < done else (0, 0.)), self.signals.number, seconds]]
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1:  # one alone need not send its numbers to the device and back
             ours = torch.tensor(found, dtype=self.sum_dtype, device=self.accelerator.device)
             found = self.accelerator.gather(ours).tolist()
         slowest = max(taken for *_, taken in found)
@@ -282,7 +282,7 @@ class Training:
     def _reduced_sums(self) -> torch.Tensor:
         """Summed loss and correct images of all processes, as read."""
         sums = torch.tensor([self.loss_sum, self.correct], dtype=self.sum_dtype, device=self.accelerator.device)
-        return self.accelerator.reduce(sums, 'sum') if self.accelerator.num_processes > 1 else sums
+        return self.accelerator.reduce(sums)
 
     # Steps
 
@@ -294,7 +294,7 @@ class Training:
                 torch.default_generator.manual_seed(self.args.seed)
                 fresh: Dict[str, Any] = {
                     f'{name}.k': TwoStep(self.k_sizes[name], step.k_init, step.per_channel).k.detach()
-                    for name, step in self.steps.items()}
+                    for name, step in self.two_steps.items()}
             if epoch < switch:
                 fresh = {name: torch.zeros_like(k) for name, k in fresh.items()}
             if self.sharded:
@@ -399,7 +399,7 @@ class Training:
     def _update(self, epoch: int, step: int) -> None:
         args = self.args
         if epoch < args.two_step_epoch:
-            for two_step in self.steps.values():
+            for two_step in self.two_steps.values():
                 if two_step.k.grad is not None:
                     two_step.k.grad.zero_()
         if args.clip_grad is not None:
@@ -472,9 +472,7 @@ class Training:
 
         with self._averaged_weights():
             try:
-                result = evaluate(
-                    forward, until_a_signal(),
-                    reduce=(lambda totals: self.accelerator.reduce(totals, 'sum')) if several else None)
+                result = evaluate(forward, until_a_signal(), reduce=self.accelerator.reduce)
             except RuntimeError as e:
                 signal_number = self._signal_that_ended_the_compiler(e)
                 if not signal_number:

@@ -47,17 +47,6 @@ def load_teacher(args: argparse.Namespace, student: TimmModel, is_main: bool = T
     return teacher.requires_grad_(False)
 
 
-class PlainLoss(nn.Module):
-    """Loss on logits and targets alone, with the call of ``Distillation``."""
-
-    def __init__(self, criterion: nn.Module):
-        super().__init__()
-        self.criterion = criterion
-
-    def forward(self, images: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.criterion(logits, targets)
-
-
 class Distillation(nn.Module):
     """Loss on labels plus divergence from a teacher's logits, both softened by a temperature.
 
@@ -124,11 +113,11 @@ def _renormalization(student: Dict[str, Sequence[float]],
 
 
 def create_loss(args: argparse.Namespace, model: TimmModel, data_config: Dict[str, Any],
-                accelerator: Accelerator) -> nn.Module:
-    """The loss (images, logits, targets) on its device, with a teacher if there is to be one."""
-    criterion = create_criterion(args)
+                accelerator: Accelerator) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The loss of (images, logits, targets) on its device, with a teacher if there is to be one."""
+    criterion = create_criterion(args).to(accelerator.device)
     if not args.kd_model_name:
-        return PlainLoss(criterion).to(accelerator.device)
+        return lambda images, logits, targets: criterion(logits, targets)
     teacher: Any = load_teacher(args, model, accelerator.is_main_process)
     check_input(teacher, data_config, f'The teacher {args.kd_model_name}')
     norm = image_config(teacher)

@@ -125,7 +125,8 @@ def _check_schedule(args: argparse.Namespace) -> None:
         raise UserError('--sched plateau lowers the rate by the validation; give --val-split, or another schedule.')
     if args.warmup_epochs >= args.epochs and args.sched != 'none' and not args.warmup_prefix:
         raise UserError(f'--warmup-epochs {args.warmup_epochs} leave nothing of --epochs {args.epochs}.')
-    after_warmup = -(-args.epochs // args.val_interval) - args.warmup_epochs // args.val_interval
+    epochs = args.epochs + (args.warmup_epochs if args.warmup_prefix else 0)
+    after_warmup = -(-epochs // args.val_interval) - args.warmup_epochs // args.val_interval
     if args.sched == 'plateau' and args.patience_epochs + 2 >= after_warmup:  # the first sets what has to be gained on
         raise UserError(f'The schedule is longer than the run: --patience-epochs {args.patience_epochs} with --epochs '
                         f'{args.epochs} and {after_warmup} validations after the warm-up; change one of them.')
@@ -206,8 +207,7 @@ def unread(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
         yield ('lr_cycle_mul', 'lr_cycle_decay'), 'without --lr-cycle-limit of at least 2; give both'
     if not (values['mixup'] and (values['cutmix'] or values['cutmix_minmax'])):
         yield ('mixup_switch_prob',), 'without --mixup and --cutmix; give both'
-    yield from ((names, f"with --opt {values['opt']}, which has none; take another optimizer")
-                for names in _unread_by_optimizer(values['opt']))
+    yield _unread_by_optimizer(values['opt']), f"with --opt {values['opt']}, which has none; take another optimizer"
 
 
 @cache
@@ -219,12 +219,12 @@ def _optimizer_info(opt: str) -> Any:
         return None
 
 
-def _unread_by_optimizer(opt: str) -> List[Tuple[str]]:
+def _unread_by_optimizer(opt: str) -> Tuple[str, ...]:
     info = _optimizer_info(opt)
     if info is None:
-        return []
+        return ()
     read = dict(momentum=info.has_momentum, opt_eps=info.has_eps, opt_betas=info.has_betas)
-    return [(name,) for name, is_read in read.items() if not is_read]
+    return tuple(name for name, is_read in read.items() if not is_read)
 
 
 def check_unread(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:

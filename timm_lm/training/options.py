@@ -12,15 +12,13 @@ from timm_lm.splits import SPLIT_NAMES, TRAIN_OR_TEST
 from .arguments import build_parser
 from .option_rules import ONLY_WITH, check_options, check_taken, check_unread, unread, usual_decay_epochs
 from .recipes import find_recipe, read_recipe
-from .refused import REFUSED
 
 
-def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm train') -> argparse.Namespace:
+def parse_options(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Options of a training: timm's defaults, then the recipe, then the command line.
 
     Args:
         argv: Arguments of the command.
-        prog: Its name in messages.
 
     Returns:
         The options, by timm's names.
@@ -28,12 +26,11 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
     Raises:
         UserError: If an option is unknown, refused, or has an impossible value.
     """
-    parser = build_parser(prog)
-    given = defaults = {
-        action.dest: action.default for action in parser._actions if action.dest not in (*REFUSED, 'help')}
-    actions = {action.dest: action for action in parser._actions if action.dest not in (*REFUSED, 'help', 'config')}
+    parser = build_parser()
+    given = defaults = _defaults()
+    actions = {action.dest: action for action in parser._actions if action.dest in defaults.keys() - {'config'}}
     actions['torchcompile'] = next(a for a in parser._actions if '--torchcompile' in a.option_strings)
-    first = Parser(prog=prog, add_help=False, allow_abbrev=False)
+    first = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     first.add_argument('-c', '--config')
     config = first.parse_known_args(argv)[0].config
     if config:
@@ -47,12 +44,10 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0], options, n=1)
-        hint = f'did you mean {near[0]}?' if near else f'see `{prog} --help`.'
+        hint = f'did you mean {near[0]}?' if near else f'see `{parser.prog} --help`.'
         if not unknown[0].startswith('-'):
             hint = 'name the data with --data-dir.'
         raise UserError(f"Unknown argument '{unknown[0]}'; {hint}")
-    for name in REFUSED:
-        delattr(args, name)
     if args.val_split in SPLIT_NAMES[1] and args.dataset.lower() in TRAIN_OR_TEST:
         args.val_split = 'test'  # which timm takes for any other name, and validation is its default
     if args.no_aug:
@@ -71,13 +66,13 @@ def parse_options(argv: Optional[Sequence[str]] = None, prog: str = 'timm-lm tra
     return args
 
 
-def turn_off(args: argparse.Namespace, *leaders: str) -> None:
-    """Put options back to timm's default, and those with them that mean nothing without them.
+def turn_off(args: argparse.Namespace, leader: str) -> None:
+    """Put an option back to timm's default, and those with it that mean nothing without it.
 
     What a recipe gives them may stand beside an option that the command line takes back; recorded like that it would be
     refused as a recipe.
     """
-    _reset(args, *leaders, *ONLY_WITH[leaders])
+    _reset(args, leader, *ONLY_WITH[leader,])
 
 
 def _reset(args: argparse.Namespace, *names: str) -> None:
@@ -87,4 +82,5 @@ def _reset(args: argparse.Namespace, *names: str) -> None:
 
 @cache
 def _defaults() -> Dict[str, Any]:
-    return {action.dest: action.default for action in build_parser('')._actions}
+    actions = build_parser()._actions
+    return {action.dest: action.default for action in actions if action.default is not argparse.SUPPRESS}

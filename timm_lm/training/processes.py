@@ -2,7 +2,7 @@
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, Optional, TypeVar
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from timm_lm.errors import UserError
 
@@ -26,20 +26,17 @@ def on_main(accelerator: Any, work: Callable[[], Result]) -> Optional[Result]:
             result = work()
         except (OSError, UserError) as e:
             error = e
-    if accelerator.num_processes > 1:
-        (told,) = broadcast_object_list([None if error is None else str(error)])
-        if told and error is None:
-            raise UserError(told)
+    (told,) = broadcast_object_list([None if error is None else str(error)])
     if error is not None:
         raise error
+    if told is not None:
+        raise UserError(told)
     return result
 
 
-def from_main(accelerator: Any, value: Result) -> Result:
-    """What a value is in the main process."""
-    if accelerator.num_processes > 1:
-        (value,) = broadcast_object_list([value])
-    return value
+def differs(value: Any) -> bool:
+    """Whether a value is not the same in all processes."""
+    return len({*gather_object([value])}) > 1
 
 
 @contextmanager

@@ -66,7 +66,8 @@ def add_refused_options(parser: argparse.ArgumentParser) -> None:
     """Options that end the command with their reason, without a line in its help."""
     for name, reason in REFUSED.items():
         names = filter(None, (option_name(name), _OTHER_NAMES.get(name)))
-        parser.add_argument(*names, nargs='*', dest=name, action=_refuse(name, reason), help=argparse.SUPPRESS)
+        parser.add_argument(*names, nargs='*', dest=name, action=_refuse(name, reason), default=argparse.SUPPRESS,
+                            help=argparse.SUPPRESS)
 
 
 def _refuse(name: str, reason: str) -> Type[argparse.Action]:

@@ -31,7 +31,7 @@ DATASET_NAMES = {'uoft-cs/cifar10': 'CIFAR-10', 'uoft-cs/cifar100': 'CIFAR-100'}
 def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_loader: Optional[BatchLoader],
                  seen: Optional[Dict[str, float]], epochs: int, seconds: float, facts: Mapping[str, Any]) -> None:
     """Write the weights folder, then count the errors of what was written: in float32, eager, on the CPU."""
-    told: Dict[str, Any] = dict(seen_in_training=seen) | tell(args, model, epochs, seconds, facts)
+    told: Dict[str, Any] = dict(seen_in_training=seen) | run_result(args, model, epochs, seconds, facts)
     options = vars(args)
     weights = save_folder(model, folder / 'weights', run_card(told, options, model), facts['model_args'])
     if eval_loader is None:
@@ -94,9 +94,9 @@ def run_facts(args: argparse.Namespace, model: TimmModel, command: str, device: 
     return json.loads(json.dumps(facts, default=str))
 
 
-def tell(args: argparse.Namespace, model: TimmModel, epochs: float, seconds: float,
-         facts: Mapping[str, Any]) -> Dict[str, Any]:
-    """What ``result.json`` tells of a run beside its errors."""
+def run_result(args: argparse.Namespace, model: TimmModel, epochs: float, seconds: float,
+               facts: Mapping[str, Any]) -> Dict[str, Any]:
+    """What ``result.json`` records of a run, except for its errors."""
     architecture = model.pretrained_cfg['architecture']
     return dict(
         model=f'{architecture}.{args.tag}' if args.tag else architecture,
@@ -126,7 +126,7 @@ def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel,
         model: The network.
         saved_in: Precision of the saved weights.
     """
-    dataset, dataset_name = _dataset(args, told.get('folder'))
+    dataset, dataset_name = _dataset(args, told['folder'])
     seen = told['seen_in_training']
     is_counted = 'errors' in told
     return render_card(
@@ -154,9 +154,9 @@ def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel,
 def _start(args: Mapping[str, Any]) -> str:
     """What weights a run began with and learned from, '' for new ones; of a place on disk the last name alone."""
     source = args['initial_checkpoint'] or args['pretrained'] and (args['pretrained_path'] or args['model'])
-    grown = args.get('grow_from') or ''
+    grown = args['grow_from']
     said = ((start_word(args['model'], grown), grown), ('starting from', source),
-            ('distilled from', args.get('kd_model_name')))
+            ('distilled from', args['kd_model_name']))
     return ', '.join(f'{how} the weights of `{last_name(name)}`' for how, name in said if name)
 
 
@@ -174,12 +174,12 @@ def _k_summary(model: TimmModel) -> str:
     return f'{min(values):.3f} to {max(values):.3f}' if values else ''
 
 
-def _dataset(args: Mapping[str, Any], folder: Optional[str]) -> Tuple[str, str]:
+def _dataset(args: Mapping[str, Any], folder: str) -> Tuple[str, str]:
     """Id on the Hub ('' if it has none) and name of the data set; a folder is told by its last name alone."""
     source = args['dataset'].removeprefix('hfds/')
     if args['dataset'].startswith('hfds/') and not Path(source).is_dir():
         return source, DATASET_NAMES.get(source, source)
-    return '', folder or folder_name(args['data_dir'] or source)
+    return '', folder
 
 
 def _hardware(device: torch.device) -> str:

@@ -12,7 +12,6 @@ from timm.models import parse_model_name, safe_model_name
 
 from timm_lm.errors import UserError, one_line
 from timm_lm.files import write_text
-from timm_lm.model_config import TimmModel
 
 from .checkpoint import Checkpoint, CheckpointStore, name_with_step
 from .option_rules import unread
@@ -37,7 +36,7 @@ _OTHER_RUN = ('The run folder {} holds another run; give another --experiment, g
               'it.')
 
 
-def run_folder(args: argparse.Namespace, model: TimmModel) -> Path:
+def run_folder(args: argparse.Namespace) -> Path:
     """Where the run is to be, not made yet.
 
     Raises:
@@ -55,8 +54,7 @@ def run_folder(args: argparse.Namespace, model: TimmModel) -> Path:
         return folder
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto looks in the folder of a run; name it with --experiment.')
-    size = model.pretrained_cfg['input_size'][-1]
-    name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S-%f}-{_safe_name(args.model)}-{size}'
+    name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S-%f}-{_safe_name(args.model)}'
     folder = Path(args.output or 'output/train') / name
     if {*'#?'} & {*str(folder)} and parse_model_name(f'local-dir:{folder}')[1] != str(folder):
         raise UserError(f'This timm can not load weights from {folder}, as it cuts paths at # and ?; choose another '
@@ -89,16 +87,6 @@ def find_checkpoint(args: argparse.Namespace, folder: Path, store: CheckpointSto
     if args.resume != 'auto':
         return store.read(Path(args.resume))
     return store.newest(tell)
-
-
-def recorded_network(args: argparse.Namespace) -> Dict[str, Any]:
-    """What the checkpoint that a run is to go on from tells of its network, nothing for a new run."""
-    if not args.resume or args.resume == 'auto' and not args.experiment:
-        return {}
-    only = None if args.resume == 'auto' else Path(args.resume)
-    folder = only.parent if only else Path(args.output or 'output/train', args.experiment, 'checkpoints')
-    facts = CheckpointStore(folder).newest_state(only).get('facts') or {}
-    return facts if 'num_classes' in facts else {}
 
 
 def read_result(folder: Path) -> Dict[str, Any]:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from tqdm import tqdm
 
 from timm_lm.allocator import keep_freed_memory, release_freed_memory
@@ -24,21 +23,16 @@ from timm_lm.image_set import ImageSet
 from timm_lm.loader import BatchLoader
 from timm_lm.model_config import TimmModel
 
+from .accelerator import create_accelerator, settle_precision
 from .batches import check_input, create_loader, load_split, resolve_input_config
 from .checkpoint import Checkpoint, CheckpointStore, Progress
-from .factory import (
-    create_accelerator,
-    create_model,
-    import_modules,
-    set_learning_rate,
-    settle_precision,
-    share_batch_statistics,
-)
 from .loop import Training
+from .network import create_model, import_modules, share_batch_statistics
+from .optimizer import set_learning_rate
 from .plan import describe_data, describe_run, describe_schedule
-from .processes import first_of_machine_first, from_main, on_main
+from .processes import differs, first_of_machine_first, on_main
 from .result import describe_trained, run_facts, save_weights
-from .run_folder import RESULT_NAME, find_checkpoint, own_run_folder, recorded_network, run_folder
+from .run_folder import RESULT_NAME, find_checkpoint, own_run_folder, run_folder
 from .run_log import MAKE_ROOM, RunLog, epoch_table
 from .signals import StopSignals
 
@@ -61,17 +55,12 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     args = copy.deepcopy(args)  # what is filled in is of this training
     import_modules(args)
 
-    # Network, and the run folder to be
-    set_seed(args.seed)
-    recorded = recorded_network(args)
-    model = create_model(args, recorded)
-    folder = run_folder(args, model)
-
     # Device, precision and processes
+    folder = run_folder(args)
     remark = settle_precision(args)  # before the options are compared with those of the run, and so the rate
     accelerator = create_accelerator(args, folder)
     if not (args.experiment or args.resume):
-        folder = from_main(accelerator, folder)  # which has the time in its name
+        (folder,) = broadcast_object_list([folder])  # which has the time in its name
     is_main = accelerator.is_main_process
     if remark and is_main:
         print(f'note: {remark}', flush=True)
@@ -81,7 +70,14 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     store = CheckpointStore(folder / 'checkpoints', keep=args.checkpoint_hist)
     found = store.newest_first()
     checkpoint = find_checkpoint(args, folder, store, tell=tqdm.write if is_main else lambda line: None)
-    _compare_checkpoints(accelerator, checkpoint, folder)
+    if differs(checkpoint and checkpoint.state['sha256']):
+        raise UserError(f'The processes do not find the same checkpoint in {folder}; the folder of a run must lie on a '
+                        'disk that all machines see.')
+
+    # Network
+    set_seed(args.seed)
+    recorded = checkpoint.state['facts'] if checkpoint else {}
+    model = create_model(args, recorded)
 
     # Data
     data_config = resolve_input_config(args, model)
@@ -89,7 +85,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     with first_of_machine_first(accelerator):
         load = partial(load_split, args, data_config=data_config, show=is_main, device=accelerator.device)
         # images are read as before where a run goes on, whatever fits on this machine
-        kind = checkpoint.state.get('loader') if checkpoint else None
+        kind = checkpoint.state['loader'] if checkpoint else None
         try:
             train_set = load(args.train_split, is_training=True, kind=kind)
         except TooLarge as e:
@@ -98,13 +94,15 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
             raise UserError(f'{str(e).partition(";")[0]}; the run began with its images in memory and can only go on '
                             'where they fit. Start another run with another --experiment.') from e
         eval_set = load(args.val_split) if args.val_split else None
-    _check_same_loader(accelerator, isinstance(train_set, ImageSet))
+    if differs(isinstance(train_set, ImageSet)):  # whose images are augmented by other seeds
+        raise UserError('The training images fit into the memory of some processes and not of others; give --loader '
+                        'timm to all of them.')
     for data in (train_set, eval_set):
         if data is not None:
             check_class_names(data.class_names, train_set.class_names, of='the training split', may_differ=False)
             check_labels(data, model.num_classes)
     if checkpoint is not None:
-        before = (checkpoint.state.get('facts') or {}).get('pretrained_cfg', {}).get('label_names')
+        before = recorded['pretrained_cfg'].get('label_names')
         check_class_names(train_set.class_names, before, of='the run when it was started', may_differ=False)
     train_loader = create_loader(args, train_set, data_config, accelerator, model.num_classes, is_training=True)
     eval_loader = create_loader(args, eval_set, data_config, accelerator, model.num_classes) if eval_set else None
@@ -205,13 +203,6 @@ def _run(
     on_main(accelerator, end)
 
 
-def _check_same_loader(accelerator: Accelerator, in_memory: bool) -> None:
-    """Each process has its own device and maybe its own machine; images are augmented by other seeds in memory."""
-    if accelerator.num_processes > 1 and len({*gather_object([in_memory])}) > 1:
-        raise UserError('The training images fit into the memory of some processes and not of others; give --loader '
-                        'timm to all of them.')
-
-
 def _clear_way(args: argparse.Namespace, training: Training, log: RunLog, checkpoint: Optional[Checkpoint],
                progress: Progress) -> None:
     """Take what a run left after the checkpoint that it goes on from out of the way, and tell where it goes on."""
@@ -246,12 +237,6 @@ def _check_unchanged(store: CheckpointStore, found: List[Path]) -> None:
     """Another process may have run there until now, while this one read the checkpoint and the data."""
     if store.newest_first() != found:
         raise UserError(f'Another process went on with the run in {store.folder.parent} in the meantime; start again.')
-
-
-def _compare_checkpoints(accelerator: Any, checkpoint: Optional[Checkpoint], folder: Path) -> None:
-    if accelerator.num_processes > 1 and len(set(gather_object([checkpoint and checkpoint.state['sha256']]))) > 1:
-        raise UserError(f'The processes do not find the same checkpoint in {folder}; the folder of a run must lie on a '
-                        'disk that all machines see.')
 
 
 def _start_trackers(args: argparse.Namespace, accelerator: Any, folder: Path) -> None:

@@ -22,17 +22,13 @@ def parameter_count(architecture: str, num_classes: int) -> int:
 def network_size(architecture: str, num_classes: int, input_size: Tuple[int, int, int]) -> Tuple[int, float]:
     """Parameters and MACs, counted without memory for either."""
     model = timm.create_model(architecture, num_classes=num_classes, device='meta')
-    return parameter_count(architecture, num_classes), _count_and_spoil(model, input_size)
+    return sum(p.numel() for p in model.parameters()), count_macs(model, input_size)
 
 
 def count_macs(model: TimmModel, input_size: Sequence[int]) -> float:
     """Multiply-accumulate operations of one image (C, H, W)."""
-    return _count_and_spoil(copy.deepcopy(model).to('meta'), input_size)
-
-
-def _count_and_spoil(model: TimmModel, input_size: Sequence[int]) -> float:
-    """MACs of a network on the meta device, which loses its norms: PyTorch's counter takes them apart to find none."""
-    for module in list(model.eval().modules()):
+    model = copy.deepcopy(model).to('meta').eval()
+    for module in list(model.modules()):  # PyTorch's counter would take norms apart, to find no products in them
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
                 setattr(module, name, nn.Identity())

@@ -1,0 +1,152 @@
+"""The network of a training, with its first weights."""
+import argparse
+import importlib
+from pathlib import Path
+from pickle import PickleError
+from typing import Any, Mapping, Optional
+
+import timm
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from timm.layers import convert_sync_batchnorm
+from timm.models import load_checkpoint
+
+from timm_lm.depth import grow
+from timm_lm.errors import UserError, one_line
+from timm_lm.model_config import TimmModel
+from timm_lm.names import load_model, timm_source
+
+from .option_rules import option_name
+
+# What loading a file of weights fails with.
+_UNREADABLE = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, PickleError,
+               SafetensorError)
+# Keywords of a network that have an option of another name.
+_OPTIONS = dict(drop_rate='drop', drop_path_rate='drop_path', drop_block_rate='drop_block', global_pool='gp')
+
+
+def import_modules(args: argparse.Namespace) -> None:
+    """Import the modules that the options name, as some register networks.
+
+    Raises:
+        UserError: If there is none of this name, or it can not be imported.
+    """
+    for module in args.device_modules or ():
+        try:
+            importlib.import_module(module)
+        except (ImportError, SyntaxError, TypeError, ValueError) as e:  # the latter two of a name that none can have
+            raise UserError(f"--device-modules '{module}' can not be imported ({one_line(e)}).") from e
+
+
+def _by_options(reason: str) -> str:
+    """Why a network can not be made, with the names of options in the place of its keywords'."""
+    for name, option in _OPTIONS.items():
+        reason = reason.replace(f"keyword argument '{name}'", f'option {option_name(option)}')
+    return reason
+
+
+def create_again(facts: Mapping[str, Any], **kwargs: Any) -> TimmModel:
+    """The network of a run, with new weights, whatever became of those that it began with.
+
+    Args:
+        facts: What ``run_facts`` told of it.
+        **kwargs: Keywords beside those that are told.
+    """
+    sizes = {name: facts[name] for name in ('num_classes', 'in_chans') if facts[name] is not None}
+    cfg = dict(facts['pretrained_cfg'])
+    model: TimmModel = timm.create_model(cfg['architecture'], **kwargs | sizes | facts['model_args'])
+    model.pretrained_cfg = cfg
+    return model
+
+
+def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]] = None) -> TimmModel:
+    """The network, with its first weights.
+
+    Args:
+        args: Options.
+        recorded: What the run told of its network, if it goes on: the first weights are not loaded again then.
+
+    Raises:
+        UserError: If there is no such network, it does not take the options, or the weights can not be loaded.
+    """
+    in_chans = args.in_chans
+    if in_chans is None and args.input_size is not None:
+        in_chans = args.input_size[0]
+    kwargs = dict(
+        num_classes=args.num_classes,
+        in_chans=in_chans,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path,
+        drop_block_rate=args.drop_block or None,
+        global_pool=args.gp,
+    )
+    for name in sorted(kwargs.keys() & args.model_kwargs.keys()):
+        raise UserError(f'--model-kwargs has {name}; give it by {option_name(_OPTIONS.get(name, name))}.')
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    if recorded:  # with its own --model-kwargs; others are told when the options are compared
+        try:
+            return create_again(recorded, **kwargs)
+        except (*_UNREADABLE, AssertionError) as e:
+            raise UserError(f'The network of the run can not be made again ({one_line(e, 300)}).') from e
+    kwargs |= args.model_kwargs
+    for name in ('pretrained_path', 'initial_checkpoint'):
+        path = getattr(args, name)
+        if path and not Path(path).is_file():
+            what = 'is a folder; --model takes weights folders' if Path(path).is_dir() else 'does not exist'
+            raise UserError(f"--{name.replace('_', '-')} {path} {what}. Give a file of weights.")
+    if args.pretrained_path:
+        overlay = dict(file=args.pretrained_path, num_classes=-1)  # -1: the head is made anew
+        kwargs.update(pretrained=True, pretrained_cfg_overlay=overlay)
+    try:
+        if args.pretrained and not args.pretrained_path:
+            model = load_model(args.model, **kwargs)
+        else:
+            model = timm.create_model(timm_source(args.model), **kwargs)
+    except UserError as e:
+        raise UserError(_by_options(str(e))) from e
+    except (*_UNREADABLE, AssertionError) as e:
+        raise UserError(f'{args.model} can not be made with these options ({_by_options(one_line(e, 300))}).') from e
+    if args.initial_checkpoint:
+        try:
+            load_checkpoint(model, args.initial_checkpoint, weights_only=True)
+        except _UNREADABLE as e:
+            raise UserError(f'--initial-checkpoint {args.initial_checkpoint} could not be loaded ({one_line(e)}).'
+                            ) from e
+    if args.grow_from:
+        try:
+            shallow = load_model(args.grow_from)
+            grow(shallow, model)
+            model.pretrained_cfg['license'] = shallow.pretrained_cfg.get('license')
+        except UserError as e:
+            raise UserError(f'--grow-from {args.grow_from} can not start {args.model}: {e}') from e
+    _init_head(args, model)
+    return model
+
+
+@torch.no_grad()
+def _init_head(args: argparse.Namespace, model: TimmModel) -> None:
+    if args.head_init_scale is None and args.head_init_bias is None:
+        return
+    head = model.get_classifier()
+    if any(getattr(head, name, None) is None for name in ('weight', 'bias')):
+        raise UserError(f'The head of {args.model} is no layer with a weight and a bias; leave --head-init-scale and '
+                        '--head-init-bias out.')
+    if args.head_init_scale is not None:
+        head.weight.mul_(args.head_init_scale)
+        head.bias.mul_(args.head_init_scale)
+    if args.head_init_bias is not None:
+        head.bias.fill_(args.head_init_bias)
+
+
+def share_batch_statistics(args: argparse.Namespace, model: TimmModel, accelerator: Accelerator) -> TimmModel:
+    """Batch norms whose statistics are those of all processes, if the options ask for them.
+
+    Raises:
+        UserError: On the CPU, where PyTorch has none.
+    """
+    if not args.sync_bn or accelerator.num_processes == 1:
+        return model
+    if accelerator.device.type == 'cpu':
+        raise UserError('--sync-bn needs GPUs; leave it out.')
+    return convert_sync_batchnorm(model)
