@@ -44,8 +44,8 @@ from measure import columns, machine, machine_line
 
 from timm_lm.errors import UserError
 from timm_lm.machine import usable_cores
+from timm_lm.parquet import find_parquet
 from timm_lm.precision import asked_precision, no_bfloat16
-from timm_lm.splits import find_parquet
 from timm_lm.training.optimizer import can_fuse
 from timm_lm.training.options import parse_options
 

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from timm_lm import data as data_module
-from timm_lm import encoded
+from timm_lm import timm_data
 from timm_lm.data import check_class_names, load_images, open_images
 from timm_lm.errors import UserError
 from timm_lm.image_set import ImageSet, read_cache, write_cache
-from timm_lm.splits import find_parquet
+from timm_lm.parquet import find_parquet
 
 
 def png(array):
@@ -172,7 +172,7 @@ def test_data_that_is_read_from_end_to_end_only_is_refused(tmp_path, monkeypatch
         def __iter__(self):
             return iter(())
 
-    monkeypatch.setattr(encoded, 'create_dataset', lambda *args, **kwargs: FromEndToEnd())
+    monkeypatch.setattr(timm_data, 'create_dataset', lambda *args, **kwargs: FromEndToEnd())
     with pytest.raises(UserError, match=r'wds/shards.* \(it can be read from end to end only; give Parquet'):
         load_images('train', tmp_path, dataset='wds/shards')
 
@@ -253,7 +253,7 @@ def test_class_goes_before_what_else_is_known_of_an_image(images):
         def __len__(self):
             return 2
 
-    assert encoded._dataset_labels(Digits()).tolist() == [3, 1]
+    assert timm_data._dataset_labels(Digits()).tolist() == [3, 1]
 
 
 def test_parquet_is_found_behind_links(tmp_path, images):

@@ -11,19 +11,22 @@ from PIL import Image
 from timm.data import create_transform
 from tqdm import tqdm
 
-from .encoded import (
-    EncodedImages,
+from .encoded import EncodedImages, image_mode
+from .errors import UserError, some
+from .files import files_below, sha256
+from .image_set import ImageSet, cache_path, read_cache, stamp, write_cache
+from .parquet import (
+    count_rows,
+    download_parquet,
     find_columns,
-    image_mode,
-    is_torch_folder,
-    open_dataset,
+    find_parquet,
     open_parquet,
+    release_arrow_memory,
+    rows_of_part,
+    split_of_part,
     stored_class_names,
 )
-from .errors import UserError, some
-from .files import sha256
-from .image_set import ImageSet, cache_path, read_cache, stamp, write_cache
-from .splits import download_parquet, files_below, find_parquet, rows_of_part, split_of_part
+from .timm_data import is_torch_folder, open_dataset
 
 LONG_TO_READ = 1 << 30  # bytes of files; whether a split fits is found before they are read
 MEMORY_LIMIT = 4 << 30  # bytes of a decoded split, less where memory is small
@@ -157,13 +160,13 @@ def load_images(
     paths = find_parquet(folder, whole)
     _check_no_class_map(folder, class_map)
     if sum(path.stat().st_size for path in paths) > LONG_TO_READ:
-        _check_memory(split, _count_rows(paths), input_size, device)
+        _check_memory(split, count_rows(paths), input_size, device)
     cache = cache_path([sha256(path) for path in paths], settings)
     data = read_cache(cache)
     if data is None:
-        _check_memory(split, _count_rows(paths), input_size, device)
+        _check_memory(split, count_rows(paths), input_size, device)
         data = _decode_all(open_parquet(paths, mode, input_key, target_key), decode, progress)
-        _release_arrow_memory()
+        release_arrow_memory()
         write_cache(cache, data)
     else:
         _check_memory(split, len(data), input_size, device)
@@ -212,21 +215,6 @@ def _check_no_class_map(folder: Path, class_map: str) -> None:
     if class_map:
         raise UserError(f'--class-map numbers the classes of folders of images; the Parquet files in {folder} have '
                         'class numbers of their own. Leave it out.')
-
-
-def _release_arrow_memory() -> None:
-    """Give back what the encoded images took; pyarrow keeps it for later otherwise."""
-    import pyarrow as pa
-    pa.default_memory_pool().release_unused()
-
-
-def _count_rows(paths: List[Path]) -> int:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    try:
-        return sum(pq.read_metadata(path).num_rows for path in paths)
-    except (pa.ArrowException, OSError):
-        return 0  # named when it is read
 
 
 def _check_memory(split: str, count: int, input_size: Sequence[int], device: Optional[torch.device]) -> None:

@@ -68,6 +68,12 @@ def whole_entries(folder: Path) -> List[Path]:
     return sorted(folder.glob('[!.]*'))
 
 
+def files_below(folder: Union[str, Path]) -> Iterator[Path]:
+    """All files below a folder, behind links too, as timm reads a folder of images."""
+    for parent, _, names in os.walk(folder, followlinks=True):
+        yield from (Path(parent, name) for name in names)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file beside its place, and rename it."""
     with atomic_file(path) as temporary:

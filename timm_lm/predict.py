@@ -10,8 +10,8 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 from .encoded import UNREADABLE_IMAGE, convert_image, image_mode
 from .errors import UserError, one_line
+from .files import files_below
 from .model_config import TimmModel, image_config, label_names
-from .splits import files_below
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from timm_lm.errors import UserError, one_line
 from timm_lm.image_set import ImageSet
 from timm_lm.loader import Augmentation, BatchLoader, MemoryLoader, WorkerLoader
 from timm_lm.model_config import TimmModel, image_channels, image_config
-from timm_lm.splits import check_split_folder
+from timm_lm.timm_data import check_split_folder
 
 from .arguments import data_source
 from .option_rules import mixes, not_in_memory

@@ -7,7 +7,7 @@ from typing import Any, Dict, Optional, Sequence
 
 from timm_lm.errors import UserError
 from timm_lm.parser import Parser
-from timm_lm.splits import SPLIT_NAMES, TRAIN_OR_TEST
+from timm_lm.timm_data import SPLIT_NAMES, TRAIN_OR_TEST
 
 from .arguments import build_parser
 from .option_rules import ONLY_WITH, check_options, check_taken, check_unread, unread, usual_decay_epochs

@@ -1,33 +1,30 @@
-"""Which files a split of a data set is made of, by the layouts that the Hub and timm have, and which are left out."""
-import os
+"""Parquet in the Hub's layout: the files of a split, parts of it, and the images that they hold."""
+import io
+import json
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
+import numpy as np
+import torch
 from PIL import Image
-from timm.data import get_img_extensions
 
+from .encoded import EncodedImages
 from .errors import UserError, one_line, some
+from .files import files_below
+from .models._labels import CIFAR100
 
 # train-00000-of-00005, also with the digest that older uploads have, or train
 _SHARD = re.compile(r'(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+)(?:-[0-9a-f]{16})?)?$')
 _NUMBERED = re.compile(r'\d{4,5}$')  # train/0000, as on the Hub's branch of converted data sets
 # train[:90%], train[45000:]: a part of a split, as the package datasets names it
 _PART = re.compile(r'(?P<split>[^\[\]]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]$')
-# Names of a split that timm takes for one another in a folder of images.
-SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'), ('test',))
-# Data sets of torchvision for which timm takes every name of a split but those of training for the test split.
-TRAIN_OR_TEST = {f'torch/{name}' for name in ('cifar10', 'cifar100', 'fashion_mnist', 'kmnist', 'mnist', 'qmnist')}
+# uoft-cs/cifar100 on the Hub calls its crabs so, and all else as torchvision and the authors' own files do.
+_MISSPELT_CIFAR100 = tuple('cra' if name == 'crab' else name for name in CIFAR100)
 
 
-def files_below(folder: Union[str, Path]) -> Iterator[Path]:
-    """All files below a folder, behind links too, as timm reads a folder of images."""
-    for parent, _, names in os.walk(folder, followlinks=True):
-        yield from (Path(parent, name) for name in names)
-
-
-# Parquet
+# Files
 
 
 def _parquet_splits(folder: Path) -> Dict[Tuple[str, str], List[Tuple[Path, int, int]]]:
@@ -146,53 +143,115 @@ def _splits_of_repo(repo_id: str) -> List[str]:
     return sorted({name for _, name in _splits_by_name(Path(), paths)})
 
 
-# Folders of images
+# Images
 
 
-def check_split_folder(folder: Union[str, Path], split: str, required: bool = False, is_training: bool = False) -> None:
-    """Check that a folder of images has a subfolder for a split; where it has none, timm takes all images.
+def stored_class_names(schema: Any, target_key: str) -> Optional[Tuple[str, ...]]:
+    """Names of the labels, which the Hub's files carry in the schema's metadata."""
+    try:
+        info = json.loads((schema.metadata or {})[b'huggingface'])
+        names = tuple(info['info']['features'][target_key]['names'])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return CIFAR100 if names == _MISSPELT_CIFAR100 else names
 
-    Args:
-        folder: The folder.
-        split: Name of the split.
-        required: A folder of classes, without folders of splits, does not do.
-        is_training: The split is the one to train on.
+
+def _find_column(schema: Any, key: Optional[str], wanted: str, guesses: Sequence[str], path: Path) -> str:
+    names = schema.names
+    candidates = [key] if key else [name for name in guesses if name in names]
+    if len(candidates) != 1 or candidates[0] not in names:
+        option = f'--{wanted}-key'
+        raise UserError(f"{path} has no {wanted} column '{key or ' or '.join(guesses)}' (its columns: "
+                        f"{', '.join(names)}); name one with {option}.")
+    return candidates[0]
+
+
+def find_columns(schema: Any, input_key: Optional[str], target_key: Optional[str], path: Path) -> Tuple[str, str]:
+    """The columns of images and of class numbers, guessed where they are not named.
 
     Raises:
-        UserError: If the folder has other splits, or none and one is required.
+        UserError: If there are none, or several.
     """
-    names = next((names for names in SPLIT_NAMES if split in names), ())
-    if any((Path(folder) / name).is_dir() for name in (split, *names)):
-        return
-    folders = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
-    others = [name for name in folders if name.lower() in sum(SPLIT_NAMES, ())]
-    if others:
-        advice = 'name one of these (--val-split, in training --train-split too), or add the images'
-        if required and not is_training and [name.lower() in SPLIT_NAMES[0] for name in others] == [True]:
-            advice = "add the images, or train without validation by --val-split ''"
-        raise UserError(f"The data folder {folder} has no split '{split}' (it has: {', '.join(others)}); {advice}.")
-    if required:
-        raise UserError(f"The data folder {folder} has no folder '{split}' (it has: {some(folders)}), so that the "
-                        'images to train on would be those to validate on; make train/ and validation/, name others by '
-                        "--train-split and --val-split, or train without validation by --val-split ''.")
+    return (_find_column(schema, input_key, 'input', ('image', 'img'), path),
+            _find_column(schema, target_key, 'target', ('label', 'labels', 'fine_label'), path))
 
 
-def unread_images(root: str, read: Set[str]) -> str:
-    """A remark on the images of a folder that timm reads only if their endings are named, '' if there are none."""
-    kinds = {*Image.registered_extensions(), '.heic', '.heif'} - get_img_extensions(as_set=True) - read  # of phones
-    left_out = [path for path in files_below(root) if path.suffix.lower() in kinds]
-    endings = ', '.join(sorted({path.suffix.lower() for path in left_out}))
-    return _left_out(left_out, root, f'timm does not read {endings} by itself; convert them, or name all endings, as '
-                                    "by --input-key '.png;.webp'")
+def open_parquet(paths: List[Path], mode: str, input_key: Optional[str], target_key: Optional[str]) -> EncodedImages:
+    """The images of some Parquet files, held encoded.
+
+    Raises:
+        UserError: If one is no Parquet, lacks a column, or has labels that are no numbers, or all of them are empty.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names, columns, labels, class_names = [], [], [], None
+    for path in paths:
+        try:
+            schema = pq.read_schema(path)
+            image_column, label_column = find_columns(schema, input_key, target_key, path)
+            table = pq.read_table(path, columns=[image_column, label_column])
+        except (pa.ArrowException, OSError) as e:
+            raise UserError(f'{path} is not a readable Parquet file ({one_line(e)}); copy it again.') from e
+        class_names = class_names or stored_class_names(schema, label_column)
+        names.append(image_column)
+        columns.append(table.column(image_column))
+        column = table.column(label_column)
+        if not pa.types.is_integer(column.type) or column.null_count:
+            raise UserError(f"The column '{label_column}' of {path} is not one of class numbers; name another with "
+                            '--target-key.')
+        labels.append(column.to_numpy())
+    images = _ParquetImages(paths, names, columns)
+    if not images.starts[-1]:
+        raise UserError(f'{paths[0].parent} has no rows in the split; give a folder that has.')
+    return EncodedImages(
+        images.read, torch.from_numpy(np.concatenate(labels).astype(np.int64)), class_names, mode, images.place)
 
 
-def unnamed_images(root: str, read: Set[str], numbers: Mapping[str, int]) -> str:
-    """A remark on the images of folders that a class map does not name, '' if there are none."""
-    left_out = [path for path in files_below(root) if path.suffix.lower() in read and path.parent.name not in numbers]
-    names = some(sorted({path.parent.name for path in left_out}))
-    return _left_out(left_out, root, f'--class-map does not name {names}')
+class _ParquetImages:
+    """The images of some Parquet files, counted through.
+
+    Worker processes that do not begin as a copy of this one are sent no images; they read the files themselves.
+    """
+
+    def __init__(self, paths: List[Path], names: List[str], columns: List[Any]):
+        self.paths = paths
+        self.names = names  # of the columns
+        self.columns: Optional[List[Any]] = columns
+        self.starts = np.cumsum([0, *map(len, columns)])
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, 'columns': None}
+
+    def _locate(self, index: int) -> Tuple[int, int]:
+        file = int(np.searchsorted(self.starts, index, side='right')) - 1
+        return file, index - int(self.starts[file])
+
+    def read(self, index: int) -> Image.Image:
+        if self.columns is None:
+            import pyarrow.parquet as pq
+            self.columns = [
+                pq.read_table(path, columns=[name]).column(name) for path, name in zip(self.paths, self.names)]
+        file, row = self._locate(index)
+        cell = self.columns[file][row].as_py()
+        return Image.open(io.BytesIO((cell.get('bytes') if isinstance(cell, dict) else cell) or b''))
+
+    def place(self, index: int) -> str:
+        file, row = self._locate(index)
+        return f'Row {row} of {self.paths[file]}'
 
 
-def _left_out(images: Sequence[Path], root: str, reason: str) -> str:
-    count = '1 image' if len(images) == 1 else f'{len(images)} images'
-    return f'{count} in {root} left out, as {reason}.' if images else ''
+def count_rows(paths: List[Path]) -> int:
+    """Rows of some Parquet files, 0 if one is none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    try:
+        return sum(pq.read_metadata(path).num_rows for path in paths)
+    except (pa.ArrowException, OSError):
+        return 0  # which is named when it is read
+
+
+def release_arrow_memory() -> None:
+    """Give back what the encoded images took; pyarrow keeps it for later otherwise."""
+    import pyarrow as pa
+    pa.default_memory_pool().release_unused()

@@ -1,0 +1,207 @@
+"""Data sets of timm's factory, read by index; and the folders of images among them, by the layout that timm has."""
+import os
+from pathlib import Path
+from pickle import PickleError
+from tarfile import TarError
+from typing import Any, Dict, Mapping, Optional, Sequence, Set, Tuple, Union
+
+import torch
+from PIL import Image
+from timm.data import ImageDataset, create_dataset, get_img_extensions
+from timm.utils import natural_key
+from torch.utils.data import IterableDataset
+
+from .encoded import EncodedImages
+from .errors import UserError, one_line, some
+from .files import files_below
+from .parquet import split_of_part
+
+# Names of a split that timm takes for one another in a folder of images.
+SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'), ('test',))
+# Data sets of torchvision for which timm takes every name of a split but those of training for the test split.
+TRAIN_OR_TEST = {f'torch/{name}' for name in ('cifar10', 'cifar100', 'fashion_mnist', 'kmnist', 'mnist', 'qmnist')}
+_TORCH_FOLDERS = ('torch/folder', 'torch/image_folder')
+
+
+# Folders of images
+
+
+def check_split_folder(folder: Union[str, Path], split: str, required: bool = False, is_training: bool = False) -> None:
+    """Check that a folder of images has a subfolder for a split; where it has none, timm takes all images.
+
+    Args:
+        folder: The folder.
+        split: Name of the split.
+        required: A folder of classes, without folders of splits, does not do.
+        is_training: The split is the one to train on.
+
+    Raises:
+        UserError: If the folder has other splits, or none and one is required.
+    """
+    names = next((names for names in SPLIT_NAMES if split in names), ())
+    if any((Path(folder) / name).is_dir() for name in (split, *names)):
+        return
+    folders = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
+    others = [name for name in folders if name.lower() in sum(SPLIT_NAMES, ())]
+    if others:
+        advice = 'name one of these (--val-split, in training --train-split too), or add the images'
+        if required and not is_training and [name.lower() in SPLIT_NAMES[0] for name in others] == [True]:
+            advice = "add the images, or train without validation by --val-split ''"
+        raise UserError(f"The data folder {folder} has no split '{split}' (it has: {', '.join(others)}); {advice}.")
+    if required:
+        raise UserError(f"The data folder {folder} has no folder '{split}' (it has: {some(folders)}), so that the "
+                        'images to train on would be those to validate on; make train/ and validation/, name others by '
+                        "--train-split and --val-split, or train without validation by --val-split ''.")
+
+
+def unread_images(root: str, read: Set[str]) -> str:
+    """A remark on the images of a folder that timm reads only if their endings are named, '' if there are none."""
+    kinds = {*Image.registered_extensions(), '.heic', '.heif'} - get_img_extensions(as_set=True) - read  # of phones
+    left_out = [path for path in files_below(root) if path.suffix.lower() in kinds]
+    endings = ', '.join(sorted({path.suffix.lower() for path in left_out}))
+    return _left_out(left_out, root, f'timm does not read {endings} by itself; convert them, or name all endings, as '
+                                    "by --input-key '.png;.webp'")
+
+
+def unnamed_images(root: str, read: Set[str], numbers: Mapping[str, int]) -> str:
+    """A remark on the images of folders that a class map does not name, '' if there are none."""
+    left_out = [path for path in files_below(root) if path.suffix.lower() in read and path.parent.name not in numbers]
+    names = some(sorted({path.parent.name for path in left_out}))
+    return _left_out(left_out, root, f'--class-map does not name {names}')
+
+
+def _left_out(images: Sequence[Path], root: str, reason: str) -> str:
+    count = '1 image' if len(images) == 1 else f'{len(images)} images'
+    return f'{count} in {root} left out, as {reason}.' if images else ''
+
+
+# Data sets
+
+
+def is_torch_folder(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
+    """Whether the options name a folder of images by one of timm's names for such."""
+    return dataset.lower() in _TORCH_FOLDERS and data_dir is not None and Path(data_dir).is_dir()
+
+
+def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: str, download: bool,
+                 input_key: Optional[str], target_key: Optional[str]) -> EncodedImages:
+    """A data set of timm's factory that can be read by index.
+
+    Raises:
+        UserError: If timm can not open it, it can be read from end to end only, or an option does not go with it.
+    """
+    root = None if data_dir is None else str(data_dir)
+    is_folder = not dataset and data_dir is not None and Path(data_dir).is_dir()  # of images, as it has no Parquet
+    if split_of_part(split) != split and not dataset.startswith('hfds/'):  # the test split to timm's torch/
+        raise UserError(f"'{split}' is a part of a split, which only Parquet has; name a whole one.")
+    if is_folder or is_torch_folder(data_dir, dataset):
+        check_split_folder(str(data_dir), split)
+    if dataset.lower() in TRAIN_OR_TEST and split not in sum(SPLIT_NAMES, ()):
+        raise UserError(f"{dataset} has no split '{split}'; there are train and test.")
+    if dataset.startswith('torch/') and class_map:
+        raise UserError(f'timm takes no --class-map for {dataset}; leave it out.')
+    keys = {name: key for name, key in dict(input_key=input_key, target_key=target_key).items() if key}
+    remarks = []
+    if not dataset.startswith('hfds/'):
+        # names of columns, which a recipe may give; for a folder of images timm takes endings instead
+        columns = [name for name, key in keys.items() if not (is_folder and name == 'input_key' and '.' in key)]
+        told = ' and '.join(f"--{name.replace('_', '-')} {keys.pop(name)}" for name in columns)
+        if told:
+            remarks.append(f'{told} say nothing of {dataset or root}, which has no columns.')
+    try:
+        images = _create_dataset(dataset, root, split, class_map, download, keys)
+        if isinstance(images, IterableDataset):
+            raise TypeError('it can be read from end to end only; give Parquet, a folder of images, or one of torch/ '
+                            'or hfds/')
+        len(images)
+    except (AssertionError, EOFError, ImportError, KeyError, NotImplementedError, OSError, PickleError, RuntimeError,
+            TarError, TypeError, ValueError) as e:
+        reason = one_line(e, 1000).replace('download=True', '--dataset-download')
+        raise UserError(
+            f"timm could not open the split '{split}' of the data set '{dataset or root}' ({reason}).") from e
+    reader = getattr(images, 'reader', images)
+    numbers = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}  # of a tar file
+    if is_folder:
+        root = getattr(getattr(images, 'reader', None), 'root', '')
+        endings = keys.get('input_key')
+        read = set(endings.lower().split(';')) if endings else get_img_extensions(as_set=True)
+        odd = sorted(name for name in numbers if not name or name.startswith('.'))
+        if odd and not class_map:
+            where = f'in {odd[-1]}' if odd[-1] else 'beside its folders of classes'
+            raise UserError(f'{root} has images {where}, which would be a class; move them away.')
+        remarks += [unread_images(root, read), unnamed_images(root, read, numbers) if class_map else '']
+    labels = _dataset_labels(images)
+    if not class_map and not dataset.startswith(('hfds/', 'torch/')):
+        numbers, labels = _in_one_order(numbers, labels)
+    source = _TimmImages(images)
+    samples = getattr(source.source, 'samples', None) if is_folder else None
+    return EncodedImages(
+        source.read, labels, _names_in_order(numbers), mode, source.place,
+        ' '.join(filter(None, remarks)), [os.path.abspath(path) for path, _ in samples or ()])
+
+
+def _create_dataset(dataset: str, root: Optional[str], split: str, class_map: str, download: bool,
+                    keys: Dict[str, str]) -> Any:
+    if dataset.startswith('hfds/'):  # as create_dataset of older timm (1.0.26) has all of the name in lower case
+        from timm.data.readers.reader_hfds import ReaderHfds
+        name = dataset.removeprefix('hfds/')
+        return ImageDataset(root, reader=ReaderHfds(name, root=root, split=split, class_map=class_map, **keys))  # type: ignore[arg-type]
+    return create_dataset(
+        dataset, root=root, split=split, class_map=class_map, download=download, **keys)  # type: ignore[arg-type]
+
+
+def _in_one_order(numbers: Mapping[Any, int], labels: torch.Tensor) -> Tuple[Mapping[Any, int], torch.Tensor]:
+    """Classes numbered by their names where timm numbers some at random, as it does those that differ in case alone."""
+    names = sorted(numbers, key=lambda name: (natural_key(name), name))
+    if [numbers[name] for name in names] == list(range(len(names))):
+        return numbers, labels
+    places = torch.empty(len(names), dtype=torch.long)
+    for place, name in enumerate(names):
+        places[numbers[name]] = place
+    return {name: place for place, name in enumerate(names)}, places[labels]
+
+
+def _names_in_order(numbers: Mapping[Any, int]) -> Optional[Tuple[str, ...]]:
+    """The names of classes in the order of their numbers, of each the first one; None if some have no name."""
+    names: Dict[int, str] = {}
+    for name, number in numbers.items():
+        if str(name):  # none is the end of a class map
+            names.setdefault(number, str(name))
+    if not names or set(names) != set(range(len(names))):
+        return None
+    return tuple(names[number] for number in range(len(names)))
+
+
+class _TimmImages:
+    """The images of a data set of timm's factory; timm's own getter replaces one that is broken by the next."""
+
+    def __init__(self, images: Any):
+        self.images = images
+        self.source = getattr(images, 'reader', images)
+
+    def read(self, index: int) -> Image.Image:
+        image, _ = self.source[index]
+        return image if isinstance(image, Image.Image) else Image.open(image)
+
+    def place(self, index: int) -> str:
+        try:
+            name = self.images.filename(index, absolute=True)
+        except (AttributeError, KeyError, NotImplementedError, TypeError):
+            name = None
+        return f'Image {index} of the data' + (f' ({name})' if name else '')
+
+
+def _dataset_labels(images: Any) -> torch.Tensor:
+    """Class numbers without decoding images, where the data set has them apart."""
+    reader = getattr(images, 'reader', images)
+    targets = getattr(reader, 'targets', None)
+    if targets is not None and len(targets) == len(images):
+        numbers = torch.as_tensor(targets).long()
+        return numbers[:, 0] if numbers.ndim == 2 else numbers  # the class goes before what else is known
+    samples = getattr(reader, 'samples', None)
+    if samples is not None and len(samples) == len(images):
+        return torch.tensor([int(label) for _, label in samples])
+    table: Any = getattr(reader, 'dataset', None)  # of the package datasets
+    if hasattr(table, 'column_names'):
+        return torch.as_tensor(table[reader.label_key]).long()
+    return torch.tensor([int(label) for _, label in images])
