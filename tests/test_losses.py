@@ -145,7 +145,9 @@ def test_loss_of_the_options_renormalizes_for_its_teacher(teachers):
                           '--task-loss-weight', '0.3', '--distill-loss-weight', '0.6', '--smoothing', '0'])
     student = timm.create_model('lm_resnet20', num_classes=CLASSES, layers=(1, 1, 1))
     config = dict(STUDENT_NORM, input_size=(3, 32, 32))
-    loss = create_loss(args, student, config, Accelerator(cpu=True))
+    accelerator = Accelerator(cpu=True)
+    loss = create_loss(args, student, config, accelerator)
+    assert loss.autocast == accelerator.autocast
     by_hand = Distillation(
         torch.nn.CrossEntropyLoss(), load_teacher(args, student), STUDENT_NORM, TEACHER_NORM, 3., 0.3, 0.6)
     images = torch.randn(8, 3, 32, 32, generator=seeded())

@@ -153,6 +153,20 @@ def test_bad_recipes_are_told_in_one_line(tmp_path, values, message):
     assert '\n' not in str(e.value)
 
 
+def test_numbers_below_0_are_refused_where_they_mean_nothing():
+    meant = {'mean', 'head_init_scale', 'head_init_bias', 'opt_eps', 'opt_betas', 'layer_decay_min_scale',
+             'layer_decay_no_opt_scale', 'lr_noise_std', 'decay_milestones', 'color_jitter', 'bce_target_thresh',
+             'bce_pos_weight', 'distill_loss_weight', 'task_loss_weight'}
+    numbers = {action.dest: action for action in build_parser()._actions
+               if action.type in (int, float) and action.dest not in REFUSED}
+    assert meant < numbers.keys() and len(numbers) > 60
+    for name in numbers.keys() - meant:
+        count = numbers[name].nargs if isinstance(numbers[name].nargs, int) else 1
+        option = f"--{name.replace('_', '-')}"
+        with pytest.raises(UserError, match=f'^{option} (must|takes two)'):
+            parse_options([option, *['-1'] * count])
+
+
 def test_bad_files_and_arguments(tmp_path):
     with pytest.raises(UserError, match='no recipe .*Did you mean paper_c10'):
         parse_options(['-c', 'paper_c11'])

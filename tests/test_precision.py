@@ -50,12 +50,23 @@ def test_instructions_of_other_machines(monkeypatch, flags, expected):
     assert precision.cpu_has_bfloat16() == expected
 
 
-def test_training_says_and_records_its_precision(has_bfloat16, few_digits, tmp_path, command):
+def test_training_computes_in_the_precision_that_it_says_and_records(
+        has_bfloat16, few_digits, tmp_path, command, monkeypatch):
     """A run on a CPU without bfloat16 is told to be one in float32, in all that it leaves, and goes on as one."""
-    options = ['-c', 'demo_digits', '--data-dir', few_digits, *SMALL, '--output', tmp_path, '--experiment', 'run']
+    convolved, forward = set(), torch.nn.Conv2d.forward
+
+    def watched(self, x):
+        y = forward(self, x)
+        convolved.add((self.training, y.dtype))
+        return y
+
+    monkeypatch.setattr(torch.nn.Conv2d, 'forward', watched)
+    options = ['-c', 'demo_digits', '--data-dir', few_digits, '--train-split', 'train[:64]', *SMALL, '--output',
+               tmp_path, '--experiment', 'run']
     code, out, err = command('train', *options)
     assert code == 0, err
     name = 'bfloat16' if has_bfloat16 else 'float32'
+    assert {dtype for training, dtype in convolved if training} == {getattr(torch, name)}
     assert f'cpu, {name}, eager' in out
     assert (NOTE in out) == (not has_bfloat16)
     run = tmp_path / 'run'

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+from argparse import Namespace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -29,9 +30,10 @@ from timm_lm.run_row import read_run
 from timm_lm.training import checkpoint as checkpoint_module
 from timm_lm.training import train as train_module
 from timm_lm.training.checkpoint import CheckpointStore, Progress, random_states, restore_random_states
+from timm_lm.training.option_rules import unread
 from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
-from timm_lm.training.run_folder import own_run_folder
+from timm_lm.training.run_folder import _compare_options, own_run_folder
 from timm_lm.training.run_log import EVALUATION, RunLog
 from timm_lm.training.signals import StopSignals
 from timm_lm.training.train import train
@@ -418,6 +420,11 @@ def test_damaged_newest_checkpoint_is_passed_over(few_digits, left_alone, tmp_pa
     (flipped / 'state.json').write_text(text.replace('"epoch": 3', '"epoch": 2'))
     with pytest.raises(UserError, match='is not whole .its digest differs'):
         store.read(flipped)
+    for name in ('state.safetensors', 'state.json'):
+        (flipped / name).unlink()
+        told = []
+        assert store.newest(told.append).folder == cut
+        assert len(told) == 1 and f'{flipped} is not whole' in told[0] and 'passed over' in told[0]
 
 
 def test_run_without_a_readable_checkpoint_does_not_begin_anew(few_digits, left_alone, tmp_path):
@@ -584,16 +591,19 @@ def test_result_of_a_later_end_goes(few_digits, left_alone, tmp_path):
     assert not unfinished.exists()
 
 
-def test_loss_that_is_not_finite_names_batch_rate_and_checkpoint(few_digits, tmp_path, fails):
+@pytest.mark.parametrize('log_interval, accumulated', [(1, 1), (50, 1), (1, 2)])
+def test_loss_that_is_not_finite_names_batch_rate_and_checkpoint(
+        few_digits, tmp_path, fails, log_interval, accumulated):
     words = ['train', '-c', 'demo_digits', '--data-dir', few_digits, *OPTIONS, '--output', tmp_path, '--lr', '1e20',
-             '--log-interval', '1', '--no-sched-on-updates']
+             '--log-interval', log_interval, '--grad-accum-steps', accumulated, '--no-sched-on-updates']
     line = fails(*words, '--warmup-epochs', '1', '--warmup-lr', '0.001')
-    assert 'The loss is not finite from batch 2 of epoch 2 on (learning rate 7.5e+19)' in line
-    *_, good, ruined = checkpoints(tmp_path)  # one is written after each batch, the last one after what ruined it
+    bad, updates = accumulated + 1, 8 // accumulated
+    assert f'The loss is not finite from batch {bad} of epoch 2 on (learning rate 7.5e+19)' in line
+    *_, good, ruined = checkpoints(tmp_path)  # one is written after each update, the last one after what ruined it
     assert f'the last good checkpoint is {good}.' in line
-    assert (good.name, ruined.name) == ('step-000000008', 'step-000000009')
+    assert (good.name, ruined.name) == (f'step-{updates:09d}', f'step-{updates + 1:09d}')
     line = fails(*words, '--experiment', 'at-once')
-    assert 'from batch 2 of epoch 1 on' in line and 'there is no good checkpoint yet' in line
+    assert f'from batch {bad} of epoch 1 on' in line and 'there is no good checkpoint yet' in line
 
 
 @pytest.mark.parametrize('options, message', [
@@ -694,6 +704,16 @@ def test_other_options_are_refused_by_name(few_digits, left_alone, fails):
     assert 'seed (was 42, is 7)' in line
     assert 'name it with --experiment' in fails('train', '-c', 'demo_digits', '--data-dir', few_digits,
                                                 '--resume', 'auto')
+    options = vars(parse_options(arguments(few_digits, left_alone)[1:]))
+    free = {'config', 'resume', 'output', 'experiment', 'data_dir', 'dataset_download', 'log_interval',
+            'recovery_interval', 'checkpoint_hist', 'workers', 'pin_mem', 'dry_run', 'log_tensorboard', 'log_wandb',
+            'wandb_project', 'wandb_tags', 'wandb_resume_id'}
+    idle = {name for names, _ in unread(options) for name in names}
+    _compare_options(Namespace(**options | dict.fromkeys(free, 'other')), left_alone / 'run')
+    for names in ({'sched'}, options.keys() - {'sched', *free, *idle}):  # another schedule leaves more of them idle
+        with pytest.raises(UserError, match='other options: ') as e:
+            _compare_options(Namespace(**options | dict.fromkeys(names, 'other')), left_alone / 'run')
+        assert set(re.findall(r'(\w+) \(was ', str(e.value))) == names
 
 
 def test_of_two_runs_that_start_at_once_one_is_refused(few_digits, left_alone, tmp_path):

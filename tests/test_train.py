@@ -35,6 +35,10 @@ def test_run_folder_tells_the_run(run_folder):
     assert list(metrics[1]['k']) == ['stages.0.blocks.1', 'stages.1.blocks.1', 'stages.2.blocks.1']
     assert metrics[0]['k'] != metrics[1]['k']
     assert yaml.safe_load((run_folder / 'args.yaml').read_text())['model_kwargs'] == {'layers': [2, 2, 2]}
+    seen = metrics[-1]['eval']
+    assert json.loads((run_folder / 'result.json').read_text())['seen_in_training'] == seen
+    card = (run_folder / 'weights' / 'README.md').read_text()
+    assert f"during the training, in its own precision, it was {100 - seen['top1']:.2f} %." in card
     from PIL import Image
     for name in ('curves.png', 'k.png'):
         assert Image.open(run_folder / name).size[0] > 500
@@ -213,7 +217,7 @@ def test_told_of_training_is_what_the_network_does(few_digits, tmp_path, command
     code, _, err = command(
         'train', '-c', 'demo_digits', '--data-dir', few_digits, '--model-kwargs', 'layers=(1,1,1)',
         'norm_layer=groupnorm1', '--epochs', 1, '--warmup-epochs', 0, '--lr', 1e-30, '--weight-decay', 0, '--no-amp',
-        '--no-aug', '--output', tmp_path, '--experiment', 'run')
+        '--no-aug', '--grad-accum-steps', 3, '--output', tmp_path, '--experiment', 'run')
     assert code == 0, err
     told = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text())['train']
     data = load_images('train', few_digits, input_size=(1, 16, 16))
@@ -404,6 +408,8 @@ def test_checkpoint_that_is_not_there_and_run_that_is_done(run_folder, few_digit
     assert 'all epochs are done, the weights are written again' in out
     before, after = (load_file(folder / 'weights' / 'model.safetensors') for folder in (run_folder, run))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    before, after = (json.loads((folder / 'result.json').read_text()) for folder in (run_folder, run))
+    assert before['seen_in_training'] == after['seen_in_training'] is not None
 
 
 @pytest.mark.parametrize('options, message', [
