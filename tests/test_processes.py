@@ -5,7 +5,6 @@ Each start costs seconds, so one of them does most of the things that the tests 
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +24,8 @@ from safetensors.torch import load_file
 from two_processes import CAN_SHARD, CUTS, LONG, PIECES, identities, loaders, train_command
 
 from timm_lm.loader import IGNORE_LABEL
+from timm_lm.training.factory import LONGEST_WAIT, create_accelerator
+from timm_lm.training.options import parse_options
 from timm_lm.weights_folder import verify_folder
 
 # Accelerate's oldest versions have none; where REQUIRE_TOOLS is set, as in CI, lacking it fails
@@ -123,24 +124,35 @@ def output(tmp_path_factory):
     return tmp_path_factory.mktemp('processes')
 
 
+# `python -m timm_lm.cli` in two processes, the second of which sends itself a signal.
+STOPPED = """
+import os
+import runpy
+import signal
+
+from timm_lm.training.loop import Training
+
+update = Training._update
+
+def signalled(training, epoch, step):
+    update(training, epoch, step)
+    if os.environ['RANK'] == '1' and (epoch, step) == (1, 2):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+Training._update = signalled
+runpy.run_module('timm_lm.cli', run_name='__main__', alter_sys=True)
+"""
+
+
 @pytest.fixture(scope='module')
 def stopped(few_digits, output):
-    """A run of the command line of which one process, not the main one, was sent a signal in its second epoch."""
-    folder = output / 'stopped'
-    with launched(['-m', 'timm_lm.cli', *train_command(few_digits, output, 'stopped', *LONG)], output) as run:
-        deadline = time.monotonic() + TIMEOUT
-
-        def wait_for(condition, pause):
-            while run.launcher.poll() is None and not condition() and time.monotonic() < deadline:
-                time.sleep(pause)
-
-        wait_for(lambda: '1' in run.processes(), 0.1)
-        process, = run.processes()['1']
-        wait_for(lambda: 'epoch 2/3 step 1/8' in run.out.read_text(), 0.005)
-        assert checkpoints(folder), run.err.read_text()
-        process.send_signal(signal.SIGTERM)
+    """A run of the command line of which one process, not the main one, was sent a signal in its second epoch, with
+    the third update."""
+    script = output / 'stopped.py'
+    script.write_text(STOPPED)
+    with launched([script, *train_command(few_digits, output, 'stopped', *LONG)], output) as run:
         result = run.wait()
-    result.checkpoints = checkpoints(folder)
+    result.checkpoints = checkpoints(output / 'stopped')
     return result
 
 
@@ -236,6 +248,23 @@ def test_running_statistics_are_shared_after_an_epoch(driven):
             assert statistics['from_mean'] < 1e-6
 
 
+def test_running_statistics_of_the_first_process_or_of_each(driven):
+    """By --dist-bn broadcast, and none at all by an empty one."""
+    for facts in driven.facts:
+        assert len(facts['broadcast']) == 4 and facts['unshared'] == []
+        for statistics in facts['broadcast']:
+            assert statistics['apart_before'] > 1e-3
+            assert statistics['equal_after'] and statistics['from_first'] == 0
+
+
+@pytest.mark.parametrize('options, broadcast', [([], True), (['--no-ddp-bb'], False)])
+def test_what_processes_are_told_to_do_for_each_other(tmp_path, options, broadcast):
+    """Whether the first one sends its running statistics within an epoch too, and how long all wait."""
+    accelerator = create_accelerator(parse_options(options), tmp_path)
+    assert accelerator.ddp_handler.broadcast_buffers == broadcast
+    assert accelerator.init_handler.timeout == LONGEST_WAIT
+
+
 def test_rate_follows_the_batch_of_both_processes(driven, output):
     """By timm's rule, 0.1 for 256 images, where the recipe tells none."""
     assert yaml.safe_load((output / 'own' / 'args.yaml').read_text())['lr'] == 0.1 * 2 * 32 / 256
@@ -291,13 +320,24 @@ def test_run_folder_that_one_process_does_not_see_is_told(driven, output):
     assert not (output / 'other_disk').exists()
 
 
+def newest_progress(folder):
+    newest = folder / 'checkpoints' / checkpoints(folder)[-1]
+    return json.loads((newest / 'state.json').read_text())['progress']
+
+
 def test_processes_ask_each_other_between_the_lines_of_the_log(driven, output):
+    """After the first update, and every second one, which take 5 seconds in the slower process."""
     for facts in driven.facts:
-        code, _ = facts['asked']
-        assert code == 143
-    newest = checkpoints(output / 'asked')[-1]
-    assert json.loads((output / 'asked' / 'checkpoints' / newest / 'state.json').read_text())['progress'] == dict(
-        epoch=0, batch=4)
+        code, told = facts['asked']
+        assert code == 143, told
+    assert newest_progress(output / 'asked') == dict(epoch=0, batch=4)
+
+
+def test_signal_to_one_process_breaks_off_the_validation_of_both(driven, output):
+    for facts in driven.facts:
+        code, told, batches = facts['validating']
+        assert (code, batches) == (143, 1), told
+    assert newest_progress(output / 'validating') == dict(epoch=0, batch=2)
 
 
 def test_images_that_fit_in_the_memory_of_one_process_alone(driven, output):
@@ -327,18 +367,15 @@ def test_signal_to_one_process_stops_both_at_one_step(stopped, output):
     newest = output / 'stopped' / 'checkpoints' / stopped.checkpoints[-1]
     assert line == f'timm-lm: Stopped by SIGTERM; go on by the same command with --resume {newest}'
     assert '[rank' not in stopped.err
-    # those of whole epochs, and that of the signal
-    updates = [int(name[5:]) for name in stopped.checkpoints]
-    assert updates[:-1] == [8, 16, 24][:len(updates) - 1] and 8 < updates[-1] < 24
+    assert stopped.checkpoints == ['step-000000008', 'step-000000011']  # that of an epoch, and that of the signal
     state = load_file(newest / 'state.safetensors')
     assert not torch.equal(state['random0/cpu'], state['random1/cpu'])
 
 
-@pytest.mark.parametrize('name', ['stopped', 'killed'])
-def test_run_that_was_cut_short_ends_like_the_one_left_alone(driven, output, name):
+@pytest.mark.parametrize('name, updates', [('stopped', 11), ('killed', 12)])
+def test_run_that_was_cut_short_ends_like_the_one_left_alone(driven, output, name, updates):
     """Stopped by the signal, or all processes killed in the middle of an epoch; gone on with by two processes."""
-    going_on = re.search(f"Going on from {output / name}/checkpoints/step-0*([0-9]+):", driven.out)
-    assert 8 < int(going_on.group(1)) < 24
+    assert f"Going on from {output / name / 'checkpoints' / f'step-{updates:09d}'}: epoch 2, batch " in driven.out
     assert largest_difference(final_state(output / name), final_state(output / 'alone')) == 0
     for key in ('loss', 'top1'):
         ends = [[json.loads(line)['train'][key] for line in (output / run / 'metrics.jsonl').read_text().splitlines()]

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 import traceback
 import zlib
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -16,12 +15,13 @@ from copy import copy, deepcopy
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import accelerate
 import torch
 import torch.nn.functional as F
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 
 from timm_lm import cli
 from timm_lm import data as data_module
@@ -60,23 +60,31 @@ def train_command(data, output, name, *more):
             '--warmup-epochs', '0', '--no-amp', '--output', str(output), '--experiment', name, *more]
 
 
+@contextmanager
+def after_each_update(act):
+    """Have trainings call ``act`` with epoch and step after each update."""
+    update = loop.Training._update
+
+    def followed(self, epoch, step):
+        update(self, epoch, step)
+        act(epoch, step)
+
+    with patch.object(loop.Training, '_update', followed):
+        yield
+
+
 def kill_in_the_middle(data, output, port):
-    """Start a training in copies of these processes, and kill them in the middle of the second epoch."""
+    """Start a training in copies of these processes that kill themselves after the fifth update of the second epoch."""
     child = os.fork()
     if not child:
         os.environ.pop('TORCHELASTIC_USE_AGENT_STORE', None)  # a meeting place of their own
         os.environ['MASTER_PORT'] = port
         try:
-            cli.main(train_command(data, output, 'killed', *LONG, '--recovery-interval', '1'))
+            with after_each_update(lambda *at: os.kill(os.getpid(), signal.SIGKILL) if at == (1, 4) else None):
+                cli.main(train_command(data, output, 'killed', *LONG, '--recovery-interval', '1'))
         finally:
             os._exit(1)  # without a traceback, if the other one was killed first
-    folder = output / 'killed' / 'checkpoints'
-    try:
-        while not any(folder.glob('step-*1[1-9]')) and os.waitpid(child, os.WNOHANG) == (0, 0):
-            time.sleep(0.005)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    os.waitpid(child, 0)
 
 
 def loaders(data, accelerator, *more):
@@ -153,6 +161,7 @@ def watched_statistics(seen):
         after = gathered(model)
         seen.append(dict(apart_before=(before[0] - before[1]).abs().max().item(),
                          equal_after=torch.equal(*after),
+                         from_first=(after[0] - before[0]).abs().max().item(),
                          from_mean=(after[0] - (before[0] + before[1]) / 2).abs().max().item()))
 
     loop.distribute_bn = watched
@@ -193,6 +202,8 @@ def told(words):
                 return [cli.main(words), err.getvalue()]
             except SystemExit as e:
                 return [e.code, err.getvalue()]
+            except Exception:  # the tests of the other trainings are to go on
+                return [None, traceback.format_exc()]
     finally:
         cli.PATIENCE = patience
 
@@ -213,25 +224,58 @@ def on_a_full_disk(data, output):
 
     CheckpointStore.save = full
     try:
-        return told(train_command(data, output, 'full', *LONG))
+        return told(train_command(data, output, 'full', *LONG, '--dist-bn', 'broadcast'))
     finally:
         CheckpointStore.save = save
 
 
+def stop_itself():
+    """By two signals, as a process may get that of its launcher too."""
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def asked(data, output, rank):
-    """Train where a signal to the other process is asked for between the lines of the log; returns what is told."""
-    update, seconds = loop.Training._update, loop.AGREE_SECONDS
+    """Train where a signal to the slower process is asked for between the lines of the log, at most every 5 seconds,
+    by clocks that updates move; returns what is told."""
+    now, agree = 0., loop.Training.agree
 
-    def signalled(self, epoch, step):
-        update(self, epoch, step)
-        if rank == 1 and step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def act(epoch, step):
+        nonlocal now
+        now += 2.5 if rank == 1 else 1.
+        if rank == 1 and step == 2:
+            stop_itself()
 
-    loop.Training._update, loop.AGREE_SECONDS = signalled, 0.
-    try:
+    def agreed(self, *rest):
+        number = agree(self, *rest)
+        assert len({*gather_object([self.agree_interval])}) == 1  # else one would wait for the other for hours
+        return number
+
+    clock = SimpleNamespace(perf_counter=lambda: now)
+    with (after_each_update(act), patch.multiple(loop, AGREE_SECONDS=5., time=clock),
+          patch.object(loop.Training, 'agree', agreed)):
         return told(train_command(data, output, 'asked', *LONG, '--log-interval', '1000'))
-    finally:
-        loop.Training._update, loop.AGREE_SECONDS = update, seconds
+
+
+def validating(data, output, rank):
+    """Train where a signal to the other process comes with the first of four batches of the validation.
+
+    Returns:
+        What is told, and the batches that this process validated.
+    """
+    free, batches = loop.Training._free_graph_outputs, 0
+
+    def signalled(self):
+        nonlocal batches
+        free(self)
+        if not self.network.training:
+            batches += 1
+            if rank == 1:
+                stop_itself()
+
+    with patch.object(loop.Training, '_free_graph_outputs', signalled):
+        words = train_command(data, output, 'validating', *LONG, '-b', '64', '-vb', '8', '--dist-bn', '')
+        return [*told(words), batches]
 
 
 def little_memory(data, output, rank):
@@ -306,8 +350,12 @@ def main(data, output, port):
               '--model-ema-decay', '0.5')
     facts['bad'] = told(train_command(data / 'missing', output, 'bad'))
     facts['apart'] = apart(data, output, rank)
-    facts['full'] = on_a_full_disk(data, output)
+    facts['broadcast'], facts['unshared'] = [], []
+    with watched_statistics(facts['broadcast']):
+        facts['full'] = on_a_full_disk(data, output)
     facts['asked'] = asked(data, output, rank)
+    with watched_statistics(facts['unshared']):
+        facts['validating'] = validating(data, output, rank)
     facts['little'] = little_memory(data, output, rank)
     facts['unnamed'] = unnamed(data, output, rank)
     facts['written'] = [path for path in written if str(output) in path]
