@@ -59,6 +59,18 @@ def weights(run_folder):
 
 
 @pytest.fixture
+def with_pictures():
+    """For tests that look at the pictures of a run."""
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(request, monkeypatch):
+    """In other tests none are drawn, which takes longer than a short training. Fixtures of more than a test draw."""
+    if 'with_pictures' not in request.fixturenames:
+        monkeypatch.setattr('timm_lm.training.run_log.RunLog.plot', lambda log: None)
+
+
+@pytest.fixture
 def command(capsys):
     """Run the command line in this process: returns (exit code, standard output, standard error)."""
     from timm_lm.cli import main

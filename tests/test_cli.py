@@ -150,7 +150,7 @@ def test_usage_version_and_a_closed_pipe(command):
     assert Command('recipe', 'paper_c10', read=False).wait() == (0, '', '')
 
 
-def test_demo_runs_the_whole_job(tmp_path, capsys):
+def test_demo_runs_the_whole_job(tmp_path, capsys, with_pictures):
     from timm_lm.demo import demo
     run = demo(tmp_path / 'demo', ['--epochs', '2', '--warmup-epochs', '0', '--model-kwargs', 'layers=(2,2,2)'])
     out = capsys.readouterr().out

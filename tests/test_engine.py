@@ -587,8 +587,8 @@ def test_recipes_of_other_networks_train(run, recipe, options, k):
 
 def test_recipe_for_a_new_head_trains_the_head_alone(run):
     folder, *_ = run('run', '-c', 'finetune_head', '--model', 'lm_resnet20.best_c10', '--input-key', 'image',
-                     '--target-key', 'label', '--val-split', 'test', '--epochs', 2, '--batch-size', 64,
-                     '--no-torchcompile', '--model-kwargs', 'layers=(3,3,3)')
+                     '--target-key', 'label', '--train-split', 'train[:64]', '--val-split', 'test[:16]', '--epochs', 1,
+                     '--batch-size', 32, '--no-torchcompile', '--model-kwargs', 'layers=(3,3,3)')
     before = timm.create_model('lm_resnet20.best_c10', pretrained=True)
     moved = {name for name, parameter in parameters(weights_of(folder)).items()
              if not torch.equal(parameter, before.get_parameter(name))}

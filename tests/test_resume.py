@@ -130,6 +130,16 @@ def left_alone(few_digits, tmp_path_factory):
     return output
 
 
+def cut(folder, target, updates):
+    """A copy of a run that ended as it was after so many updates, of those with a checkpoint."""
+    run = shutil.copytree(folder / 'run', target / 'run')
+    shutil.rmtree(run / 'weights')
+    (run / 'result.json').unlink()
+    for path in checkpoints(target):
+        if int(path.name[5:]) > updates:
+            shutil.rmtree(path)
+
+
 HALF_WRITTEN = 'checkpoint.sha256', "path: path.parent.name.startswith('.step-000000005.')"
 KILLS = [  # of one run by turns, each with the newest checkpoint that it leaves
     ('checkpoint.CheckpointStore.save', 'store, updates, *_: updates == 3', 2),
@@ -498,16 +508,13 @@ def test_minutes_are_those_of_all_processes_of_a_run(few_digits, left_alone, tmp
 
 def test_full_disk_stops_the_run_and_spares_the_earlier_checkpoint(few_digits, left_alone, tmp_path):
     """A limit on the size of files stands for the disk: the write fails in the middle, as on a full one."""
-    words = arguments(few_digits, tmp_path, '--resume', 'auto')
-    process = signalled(
-        words, tmp_path, signal.SIGKILL, 'checkpoint.CheckpointStore.save', 'store, updates, *_: updates == 4')
-    assert process.wait()[0] == -signal.SIGKILL
+    cut(left_alone, tmp_path, STEPS - 2)
     before = checkpoints(tmp_path)[-1]
-    code, _, err = Command(*words, file_limit=100_000).wait()
+    code, _, err = Command(*arguments(few_digits, tmp_path, '--resume', 'auto'), file_limit=100_000).wait()
     assert code == 2, err
     last = err.strip().splitlines()[-1]
     assert 'could not be written' in last and str(before) in last
-    assert CheckpointStore(tmp_path / 'run' / 'checkpoints').newest() is not None
+    assert checkpoints(tmp_path)[-1] == before
     assert not list((tmp_path / 'run' / 'checkpoints').glob('.step-*'))
     finish(few_digits, tmp_path)
     assert final_state(tmp_path) == final_state(left_alone)
@@ -537,7 +544,7 @@ def test_metrics_cut_short_are_written_anew(few_digits, left_alone, tmp_path):
     assert final_state(tmp_path) == final_state(left_alone)
 
 
-def test_metrics_that_are_not_finite_are_null_in_json(tmp_path):
+def test_metrics_that_are_not_finite_are_null_in_json(tmp_path, with_pictures):
     log = RunLog(tmp_path)
     log.append(0, dict(loss=1., top1=10.), dict.fromkeys(EVALUATION, 5.) | dict(loss=math.nan), 0.1, {})
     log.truncate(1)
@@ -546,7 +553,15 @@ def test_metrics_that_are_not_finite_are_null_in_json(tmp_path):
     (row,) = log.rows()
     assert math.isnan(row['eval']['loss']) and row['eval']['top1'] == 5
     log.plot()
-    assert (tmp_path / 'curves.png').stat().st_size > 10_000
+    assert (tmp_path / 'curves.png').stat().st_size > 10_000 and not (tmp_path / 'k.png').exists()
+
+
+def test_pictures_of_a_run_without_a_validation(tmp_path, with_pictures):
+    """Of a deep network, with one k a channel."""
+    log = RunLog(tmp_path)
+    log.append(0, dict(loss=1., top1=10.), None, 0.1, {f'blocks.{number}': [0.1, 0.2] for number in range(13)})
+    log.plot()
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ('curves.png', 'k.png'))
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='the system has no /dev/full')
@@ -641,7 +656,8 @@ def test_all_that_moves_goes_on_bit_for_bit(few_digits, tmp_path, command, optio
 
 
 def test_output_that_nobody_reads_does_not_end_a_run(few_digits, left_alone, tmp_path):
-    code, _, err = Command(*arguments(few_digits, tmp_path), read=False).wait()
+    cut(left_alone, tmp_path, STEPS - 1)
+    code, _, err = Command(*arguments(few_digits, tmp_path, '--resume', 'auto'), read=False).wait()
     assert (code, err) == (0, '')
     assert final_state(tmp_path) == final_state(left_alone)
 
@@ -731,9 +747,10 @@ def test_of_two_runs_that_start_at_once_one_is_refused(few_digits, left_alone, t
 
 def test_run_that_goes_on_elsewhere_is_left_alone(few_digits, left_alone, tmp_path):
     """As when a scheduler starts a job again whose first process still lives; a killed one is no matter."""
+    cut(left_alone, tmp_path, STEPS - 2)
     words = arguments(few_digits, tmp_path, '--resume', 'auto')
-    process = signalled(
-        words, tmp_path, signal.SIGSTOP, 'checkpoint.CheckpointStore.save', 'store, updates, *_: updates == 4')
+    process = signalled(words, tmp_path, signal.SIGSTOP, 'checkpoint.CheckpointStore.save',
+                        f'store, updates, *_: updates == {STEPS - 1}')
     standing = psutil.Process(process.pid)
 
     def files():

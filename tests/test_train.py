@@ -17,9 +17,12 @@ from timm_lm import cli
 from timm_lm.data import load_images
 from timm_lm.image_set import ImageSet
 from timm_lm.loader import MemoryLoader, normalize
+from timm_lm.training.batches import resolve_input_config
 from timm_lm.training.evaluate import evaluate
+from timm_lm.training.factory import create_model
 from timm_lm.training.options import parse_options
 from timm_lm.training.places import command_line
+from timm_lm.training.result import describe_trained
 from timm_lm.training.train import train
 from timm_lm.weights_folder import load_folder, verify_folder
 
@@ -183,19 +186,24 @@ def test_licence_of_the_weights_that_were_fine_tuned(weights, few_digits, tmp_pa
         config['pretrained_cfg']['license'] = licence
         (start / 'config.json').write_text(json.dumps(config))
         small = ['--model', 'lm_resnet20', '--model-kwargs', 'layers=(2,2,2)']
-        for number, (start_from, expected) in enumerate((
+        for start_from, expected in (
                 (['--model', start, '--pretrained'], told),
                 (['--model', start], 'apache-2.0'),
                 ([*small, '--grow-from', start], told),
-                ([*small, '--initial-checkpoint', start / 'model.safetensors'], 'unknown'))):
-            code, _, err = command(
-                'train', '-c', 'demo_digits', '--data-dir', few_digits, *start_from, '--epochs', 1, '--val-split', '',
-                '--warmup-epochs', 0, '--output', tmp_path, '--experiment', f'{told}{number}')
-            assert code == 0, err
-            made = tmp_path / f'{told}{number}' / 'weights'
-            assert f'\nlicense: {expected}\n' in (made / 'README.md').read_text()
-            written = json.loads((made / 'config.json').read_text())['pretrained_cfg']
-            assert written.get('license', 'unknown') == expected
+                ([*small, '--initial-checkpoint', start / 'model.safetensors'], 'unknown')):
+            args = parse_options(['-c', 'demo_digits', *map(str, start_from)])
+            model = create_model(args)
+            describe_trained(args, model, resolve_input_config(args, model), None)
+            assert (model.pretrained_cfg.get('license') or 'unknown') == expected
+        code, _, err = command(
+            'train', '-c', 'demo_digits', '--data-dir', few_digits, '--train-split', 'train[:64]', '--model', start,
+            '--pretrained', '--epochs', 1, '--val-split', '', '--warmup-epochs', 0, '--output', tmp_path,
+            '--experiment', told)
+        assert code == 0, err
+        made = tmp_path / told / 'weights'
+        assert f'\nlicense: {told}\n' in (made / 'README.md').read_text()
+        written = json.loads((made / 'config.json').read_text())['pretrained_cfg']
+        assert written.get('license', 'unknown') == told
 
 
 def test_gradient_accumulation_is_one_large_batch(few_digits, tmp_path, command):
