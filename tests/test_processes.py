@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from two_processes import CAN_SHARD, CUTS, LONG, PIECES, identities, loaders, train_command
 
 from timm_lm.loader import IGNORE_LABEL
-from timm_lm.training.factory import LONGEST_WAIT, create_accelerator
+from timm_lm.training.accelerator import LONGEST_WAIT, create_accelerator
 from timm_lm.training.options import parse_options
 from timm_lm.weights_folder import verify_folder
 

@@ -19,7 +19,7 @@ from timm_lm.image_set import ImageSet
 from timm_lm.loader import MemoryLoader, normalize
 from timm_lm.training.batches import resolve_input_config
 from timm_lm.training.evaluate import evaluate
-from timm_lm.training.factory import create_model
+from timm_lm.training.network import create_model
 from timm_lm.training.options import parse_options
 from timm_lm.training.places import command_line
 from timm_lm.training.result import describe_trained
