@@ -54,10 +54,10 @@ def launcher():
 class Launched:
     """A launcher and its two processes; they have a mark of their own, by which they are found and ended."""
 
-    def __init__(self, words, folder):
+    def __init__(self, words, folder, **env):
         self.mark = uuid.uuid4().hex
         self.out, self.err = folder / f'{self.mark}.out', folder / f'{self.mark}.err'
-        env = dict(os.environ, OMP_NUM_THREADS='1', TIMM_LM_MARK=self.mark)
+        env = os.environ | dict(OMP_NUM_THREADS='1', TIMM_LM_MARK=self.mark) | env
         with open(self.out, 'w') as out, open(self.err, 'w') as err:
             self.launcher = subprocess.Popen(
                 [sys.executable, '-m', *launcher(), *map(str, words)], env=env, stdout=out, stderr=err, cwd=folder,
@@ -92,9 +92,9 @@ class Launched:
 
 
 @contextmanager
-def launched(words, folder):
+def launched(words, folder, **env):
     """Start two processes: a script or module and its arguments."""
-    run = Launched(words, folder)
+    run = Launched(words, folder, **env)
     try:
         yield run
     finally:
@@ -124,23 +124,22 @@ def output(tmp_path_factory):
     return tmp_path_factory.mktemp('processes')
 
 
-# `python -m timm_lm.cli` in two processes, the second of which sends itself a signal.
+# Python's sitecustomize, which has the second of two processes send itself a signal.
 STOPPED = """
 import os
-import runpy
 import signal
 
-from timm_lm.training.loop import Training
+if os.environ.get('RANK') == '1':
+    from timm_lm.training.loop import Training
 
-update = Training._update
+    update = Training._update
 
-def signalled(training, epoch, step):
-    update(training, epoch, step)
-    if os.environ['RANK'] == '1' and (epoch, step) == (1, 2):
-        os.kill(os.getpid(), signal.SIGTERM)
+    def signalled(training, epoch, step):
+        update(training, epoch, step)
+        if (epoch, step) == (1, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
 
-Training._update = signalled
-runpy.run_module('timm_lm.cli', run_name='__main__', alter_sys=True)
+    Training._update = signalled
 """
 
 
@@ -148,9 +147,11 @@ runpy.run_module('timm_lm.cli', run_name='__main__', alter_sys=True)
 def stopped(few_digits, output):
     """A run of the command line of which one process, not the main one, was sent a signal in its second epoch, with
     the third update."""
-    script = output / 'stopped.py'
-    script.write_text(STOPPED)
-    with launched([script, *train_command(few_digits, output, 'stopped', *LONG)], output) as run:
+    (output / 'path').mkdir()
+    (output / 'path' / 'sitecustomize.py').write_text(STOPPED)
+    path = os.pathsep.join(filter(None, [str(output / 'path'), os.environ.get('PYTHONPATH')]))
+    words = train_command(few_digits, output, 'stopped', *LONG)
+    with launched(['-m', 'timm_lm.cli', *words], output, PYTHONPATH=path) as run:
         result = run.wait()
     result.checkpoints = checkpoints(output / 'stopped')
     return result
