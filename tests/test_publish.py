@@ -30,11 +30,16 @@ NAME = 'lm_resnet20.best_c10'
 SHIPPED = weights_dir() / NAME
 TOKEN = 'hf_of_the_tests'
 
-# One process runs many commands: each line of its input is a command with its environment.
+# One process runs many commands: each line of its input is a command with its environment. Each command finds the
+# client of the Hub as a process of its own would find it.
 DRIVER = '''
 import contextlib, io, json, os, sys, time
+import huggingface_hub
+from huggingface_hub.utils import _http
 
 time.sleep = lambda seconds: None  # the client waits between tries
+set_factory = getattr(huggingface_hub, 'set_client_factory', None) or huggingface_hub.configure_http_backend
+usual_factory = getattr(_http, 'default_client_factory', None) or _http._default_backend_factory
 from timm_lm import hub_client, publish
 from timm_lm.cli import main
 
@@ -43,6 +48,7 @@ for line in sys.stdin:
     before = dict(os.environ)
     os.environ.update(env)
     hub_client.SILENCE = float(os.environ.get('SILENCE', 60))
+    set_factory(usual_factory)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(argv)
@@ -308,8 +314,10 @@ def test_damaged_folders_are_not_published(folder, fails, no_network, name, dama
 
 def test_published_weights_are_those_of_the_folder(hub, done, tree, client_env, tmp_path):
     """Pushed, pushed again, recorded; a fresh process has the same logits by repo and by name."""
-    (tree / NAME / 'notes.txt').write_text('mine')
     repo_id = f'owner/{NAME}'
+    hub.repos.pop(repo_id, None)
+    (tree / 'published.json').unlink(missing_ok=True)
+    (tree / NAME / 'notes.txt').write_text('mine')
     out = done('push', tree / NAME, '--repo-id', repo_id)
     (tree / NAME / 'notes.txt').unlink()
     [sha] = commits(hub, repo_id)
@@ -423,7 +431,8 @@ def test_branches_and_pull_requests(hub, done, refused, folder):
     card.write_text(card.read_text().replace('## Citation', '## To cite'))
     done('push', folder, '--repo-id', 'owner/branches', '--revision', 'next')
     assert repo.refs['main'] == main and b'## To cite' in repo.files('next')[CARD_NAME]
-    assert 'nothing to do' in done('push', folder, '--repo-id', 'owner/branches', '--revision', 'next')
+    assert f"nothing to do, commit {repo.refs['next']} is equal" in done(
+        'push', folder, '--repo-id', 'owner/branches', '--revision', 'next')
     done('push', folder, '--repo-id', 'owner/equal')  # a new branch of a main that is equal has no commit of its own
     assert 'nothing to do' in done('push', folder, '--repo-id', 'owner/equal', '--revision', 'next')
     assert hub.repos['owner/equal'].refs['next'] == hub.repos['owner/equal'].refs['main']
@@ -431,6 +440,18 @@ def test_branches_and_pull_requests(hub, done, refused, folder):
     out = done('push', folder, '--repo-id', 'owner/branches', '--create-pr', HF_TOKEN='hf_of_a_reader')
     assert out.endswith('/owner/branches/discussions/1; in the place of others: README.md\n')
     assert repo.refs['main'] == main and b'## To cite' in repo.files('refs/pr/1')[CARD_NAME]
+
+
+def test_pull_requests_are_not_recorded(done, tree):
+    small, record = tree / 'lm_resnet20.small', tree / 'published.json'
+    done('push', small, '--repo-id', 'owner/asked')
+    before, card = record.read_bytes(), (small / CARD_NAME).read_text()
+    (small / CARD_NAME).write_text(card.replace('## Citation', '## To cite'))
+    try:
+        assert 'recorded' not in done('push', small, '--repo-id', 'owner/asked', '--create-pr')
+    finally:
+        (small / CARD_NAME).write_text(card)
+    assert record.read_bytes() == before
 
 
 @pytest.mark.parametrize('config, message', [
@@ -563,11 +584,14 @@ def test_training_on_a_data_set_of_the_hub(hub, done, refused, few_digits, tmp_p
         'one of these with --train-split or --val-split.')
 
 
-def test_data_set_of_a_hub_that_says_nothing(hub, refused, few_digits, tmp_path):
+def test_hub_that_says_nothing(hub, refused, few_digits, tmp_path):
+    """Nobody waits for it for ever."""
     hub.add('datasets/owner/silent', few_digits)
-    hub.stall('GET /api/datasets', times=100)
+    hub.add('owner/silent', SHIPPED)
+    hub.stall('GET /api', times=100)
     line = refused('train', '-c', 'demo_digits', '--dataset', 'hfds/owner/silent', '--output', tmp_path, SILENCE='0.3')
-    assert 'The data set owner/silent could not be downloaded from the Hub (' in line  # else it waits for ever
+    assert 'The data set owner/silent could not be downloaded from the Hub (' in line
+    assert 'timed out' in refused('verify', 'hf-hub:owner/silent', SILENCE='0.3')
 
 
 def test_client_of_the_user_stays(monkeypatch):

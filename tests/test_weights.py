@@ -211,6 +211,22 @@ def test_changed_weights_with_a_new_digest_fail_the_check_batch(folder, fails):
     assert "computes other 'output' than recorded" in fails('verify', folder)
 
 
+def test_folder_that_ships_must_be_that_of_the_table_of_digests(weights, tmp_path, monkeypatch):
+    """Whole weights of another training are not those that ship, by whichever path the folder is given."""
+    folder = shutil.copytree(weights, tmp_path / 'ships' / 'net.a')
+    _weights.write_digests(tmp_path / 'ships')
+    save_folder(timm.create_model('lm_resnet20', layers=(1, 1, 1)), tmp_path / 'other', '', dict(layers=(1, 1, 1)))
+    monkeypatch.setattr(_weights, 'weights_dir', lambda: tmp_path / 'ships')
+    monkeypatch.chdir(tmp_path)
+    for path in (folder, 'ships/net.a', 'other'):
+        verify_folder(path)
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / 'other', folder)
+    for path in (folder, 'ships/net.a'):
+        with pytest.raises(UserError, match='differs from SHA256SUMS'):
+            verify_folder(path)
+
+
 # Weights that ship
 
 
