@@ -88,6 +88,13 @@ def test_card_records_the_error_and_comes_back(weights, run_folder):
     result = json.loads((run_folder / 'result.json').read_text())
     assert recorded_error(weights) == pytest.approx(100 - result['top1'], abs=0.005)
     card = ModelCard.load(weights / 'README.md')
+    accuracy, error = card.data.eval_results
+    assert (accuracy.metric_type, error.metric_type) == ('accuracy', 'error')
+    assert accuracy.metric_value == pytest.approx(result['top1'], abs=0.005)
+    assert accuracy.dataset_split == error.dataset_split == 'test'
+    assert f"in its own precision, it was {100 - result['seen_in_training']['top1']:.2f} %" in card.text
+    k = [k.item() for k in load_model(str(weights)).k_values().values()]
+    assert f'| `k`, smallest to largest | {min(k):.3f} to {max(k):.3f} |' in card.text
     assert card.data.library_name == 'timm' and card.data.license == 'apache-2.0'
     assert f"{result['errors']} of {result['images']} images" in card.text
     assert 'timm-lm train -c demo_digits' in card.text
@@ -202,13 +209,15 @@ def test_damage_is_named_by_verify_and_validate(folder, few_digits, fails, damag
     assert sorted(folder.parent.rglob('*')) == before
 
 
-def test_changed_weights_with_a_new_digest_fail_the_check_batch(folder, fails):
-    path = folder / 'model.safetensors'
+@pytest.mark.parametrize('name, told', [('head.fc.bias', 'output'), ('norm.bias', 'features')])
+def test_changed_weights_with_a_new_digest_fail_the_check_batch(folder, fails, name, told):
+    """Even if they change what is computed by a thousandth alone."""
+    path, check = folder / 'model.safetensors', load_file(folder / CHECK_NAME)
     state = load_file(path)
-    state['head.fc.weight'] += 0.1
+    state[name] += 1e-3 * check[told].abs().max()
     save_file(state, path, metadata=dict(format='pt'))
-    save_file(load_file(folder / CHECK_NAME), folder / CHECK_NAME, metadata=dict(model_sha256=sha256(path)))
-    assert "computes other 'output' than recorded" in fails('verify', folder)
+    save_file(check, folder / CHECK_NAME, metadata=dict(model_sha256=sha256(path)))
+    assert f"computes other '{told}' than recorded" in fails('verify', folder)
 
 
 def test_folder_that_ships_must_be_that_of_the_table_of_digests(weights, tmp_path, monkeypatch):
@@ -248,6 +257,13 @@ def test_shipped_weights_load_by_name_and_are_whole(name):
         torch.testing.assert_close(model(check['input']), check['output'], rtol=1e-4, atol=1e-4)
     assert recorded_error(folder) is not None
     assert name in timm.list_pretrained()
+    # by its name it sees images as it does by its folder
+    config = json.loads((folder / 'config.json').read_text())
+    recorded = config['pretrained_cfg'] | dict(label_names=config['label_names'])
+    cfg = json.loads(json.dumps(model.pretrained_cfg))
+    for key in ('input_size', 'pool_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'license',
+                'label_names'):
+        assert cfg[key] == recorded[key], key
 
 
 def test_every_listed_source_exists():
@@ -258,20 +274,23 @@ def test_every_listed_source_exists():
         assert cfg.file is None or os.path.isfile(cfg.file)
 
 
-@pytest.mark.parametrize('with_weights, default', [
-    ((), 'best_c10'), (('grow_c100',), 'best_c10'), (('grow_c100', 'paper_c10'), 'paper_c10'),
-    (('best_c10', 'paper_c10'), 'best_c10')])
-def test_default_tag_keeps_its_classes_whichever_weights_ship(tmp_path, monkeypatch, with_weights, default):
-    for tag in with_weights:
+@pytest.mark.parametrize('shipped, published, default', [
+    ((), (), 'best_c10'), (('grow_c100',), (), 'best_c10'), (('grow_c100', 'paper_c10'), (), 'paper_c10'),
+    (('best_c10', 'paper_c10'), (), 'best_c10'), ((), ('grow_c100',), 'best_c10'),
+    (('grow_c100',), ('paper_c10',), 'paper_c10')])
+def test_default_tag_keeps_its_classes_whichever_weights_there_are(tmp_path, monkeypatch, shipped, published, default):
+    for tag in shipped:
         (tmp_path / f'net.{tag}').mkdir()
         (tmp_path / f'net.{tag}' / 'model.safetensors').write_bytes(b'')
+    (tmp_path / 'published.json').write_text(json.dumps(
+        {f'net.{tag}': dict(repo_id=f'owner/net.{tag}', revision='abc') for tag in published}))
     monkeypatch.setattr(_weights, 'weights_dir', lambda: tmp_path)
     cfgs = {tag: dict(num_classes=100 if tag.endswith('00') else 10)
             for tag in ('best_c10', 'paper_c10', 'grow_c100')}
     found = generate_default_cfgs(_weights.sources_of_tags('net', cfgs))['net']
     assert found.tags[0] == default and found.default.num_classes == 10
     assert set(found.tags) == set(cfgs)
-    assert {tag for tag, cfg in found.cfgs.items() if cfg.has_weights} == set(with_weights)
+    assert {tag for tag, cfg in found.cfgs.items() if cfg.has_weights} == {*shipped, *published}
 
 
 @pytest.mark.parametrize('table, digests', [('1a  a/b\n\n2b  c d\n', {'a/b': '1a', 'c d': '2b'}), ('1a\n', None)])
@@ -351,23 +370,27 @@ def test_weights_of_the_hub_and_those_that_a_user_overlays(weights, tmp_path):
     """The latter of a network whose name has weights that ship; each source as timm takes it for its own networks."""
     from hub_server import hub_server
     code = f"""
-import timm, torch
+import pathlib, timm, torch
 from safetensors.torch import load_file
 model = timm.create_model('hf-hub:owner/digits', pretrained=True).eval()
 check = load_file({str(weights / CHECK_NAME)!r})
 with torch.inference_mode():
     print('repo', torch.equal(model(check['input']), check['output']))
 trained = load_file({str(weights / 'model.safetensors')!r})
-sources = dict(hf_hub_id='owner/digits', state_dict=trained, file={str(weights / 'model.safetensors')!r})
+torch.save(trained, 'trained.pth')
+sources = dict(hf_hub_id='owner/digits', state_dict=trained, file={str(weights / 'model.safetensors')!r},
+               url=pathlib.Path('trained.pth').resolve().as_uri())
 for kind, source in sources.items():
     model = timm.create_model('lm_resnet20', pretrained=True, layers=(2, 2, 2), in_chans=1,
                               pretrained_cfg_overlay={{kind: source, 'input_size': (1, 16, 16)}})
     print(kind, all((tensor == trained[name]).all() for name, tensor in model.state_dict().items()))
 """
     with hub_server({'owner/digits': weights}) as endpoint:
-        env = dict(os.environ, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE='0', HF_HOME=str(tmp_path), HF_HUB_DISABLE_XET='1')
+        env = dict(os.environ, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE='0', HF_HOME=str(tmp_path), HF_HUB_DISABLE_XET='1',
+                   TORCH_HOME=str(tmp_path / 'torch'))
         result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, cwd=tmp_path)
-    assert result.stdout == 'repo True\nhf_hub_id True\nstate_dict True\nfile True\n', result.stderr
+    told = [line for line in result.stdout.splitlines() if not line.startswith('Downloading: ')]  # which PyTorch prints
+    assert told == ['repo True', 'hf_hub_id True', 'state_dict True', 'file True', 'url True'], result.stderr
 
 
 def test_pretrained_on_the_meta_device_is_a_network_of_shapes():
