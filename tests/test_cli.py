@@ -8,6 +8,8 @@ import timm
 from forked import Command
 
 from timm_lm import cli
+from timm_lm.card import recorded_error
+from timm_lm.models._weights import weights_dir
 from timm_lm.names import our_models
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -28,8 +30,8 @@ def test_list_of_pretrained_names_only_weights_that_exist(command):
     code, out, _ = command('list', '--pretrained')
     names = [line.split()[0] for line in out.splitlines()[1:]]
     assert code == 0 and sorted(names) == sorted(timm.list_pretrained(['lm_res*', 'preact_res*']))
-    row = next(line for line in out.splitlines() if line.startswith('lm_resnet20.best_c10'))
-    assert 'shipped' in row and row.endswith('%')
+    row = next(line for line in out.splitlines() if line.startswith('lm_resnet20.best_c10 '))
+    assert 'shipped' in row and row.endswith(f" {recorded_error(weights_dir() / 'lm_resnet20.best_c10'):.2f} %")
 
 
 def test_info_tells_parameters_macs_tags_and_k(command):
@@ -39,9 +41,12 @@ def test_info_tells_parameters_macs_tags_and_k(command):
     assert fields['parameters'].endswith('272,384')
     # stem 0.442 M, blocks 3 x 4.719 M + (3.539 + 2 x 4.719) M twice, shortcuts 2 x 0.131 M, head 0.001 M
     assert fields['MACs'].endswith('40.8 M')
-    assert 'demo_c10' in fields['tags'] and '%' in out
-    ks = [line for line in out.splitlines() if line.startswith('  stages.')]
-    assert len(ks) == 6
+    assert 'demo_c10' in fields['tags']
+    model = timm.create_model('lm_resnet20', pretrained=True)
+    error = recorded_error(weights_dir() / f"lm_resnet20.{model.pretrained_cfg['tag']}")
+    assert fields['error'].split() == ['error', f'{error:.2f}', '%']
+    ks = [line.split() for line in out.splitlines() if line.startswith('  stages.')]
+    assert ks == [[name, f'{k.item():.4f}'] for name, k in model.k_values().items()] and len(ks) == 6
 
 
 def test_info_of_a_folder_shows_its_k(command, weights):

@@ -79,6 +79,8 @@ def test_norms_after_convolutions_are_folded(name, norms):
     optimized = timm_lm.optimize(timm.create_model(name))
     assert sum(isinstance(module, nn.BatchNorm2d) for module in optimized.modules()) == norms
     assert not any(name.endswith('step.k') for name, _ in optimized.named_parameters())
+    assert all(module.weight.is_contiguous(memory_format=torch.channels_last)
+               for module in optimized.modules() if isinstance(module, nn.Conv2d))
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(k_per_channel=True)])

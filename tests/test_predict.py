@@ -254,9 +254,14 @@ def test_export_that_fails_leaves_nothing(weights, tmp_path, fails, monkeypatch)
         patch.setattr(LMResNet, 'forward', not_for_scripts)
         line = fails('export', weights, '--format', 'torchscript', '--output', tmp_path / 'model.pt')
         assert 'can not be written as torchscript (Compiled functions can' in line
-    monkeypatch.setattr(export, 'TOLERANCE', -1.)  # no file is that close
-    line = fails('export', weights, '--format', 'torch-export', '--output', tmp_path / 'model.pt2')
-    assert 'computes something else' in line
+    for sizes in ((2, 5), (1, 2), ()):  # of the batches that the file is right for
+        def written(model, images, path, sizes=sizes):
+            path.touch()
+            return lambda images: model(images) * (1 if len(images) in sizes else 1.001)
+
+        monkeypatch.setitem(export.FORMATS, 'torch-export', (written, '.pt2'))
+        line = fails('export', weights, '--format', 'torch-export', '--output', tmp_path / 'model.pt2')
+        assert 'computes something else' in line
     assert [path.name for path in tmp_path.iterdir()] == ['file']
 
 
