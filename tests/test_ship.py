@@ -31,11 +31,12 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope='module')
 def finished(few_digits, tmp_path_factory):
-    """A finished run with a tag of its network, under the name that its data set has on the Hub."""
+    """A finished run with a tag of its network, beside its data, which it takes for a data set of the Hub."""
     folder = tmp_path_factory.mktemp('ship')
     data = shutil.copytree(few_digits, folder / 'cifar10')
-    return train(parse_options(['-c', 'demo_digits', '--data-dir', str(data), *SMALL, '--tag', 'paper_c10',
-                                '--output', str(folder), '--experiment', 'run']), 'timm-lm train')
+    return train(parse_options(['-c', 'demo_digits', '--dataset', 'hfds/uoft-cs/cifar10', '--data-dir', str(data),
+                                *SMALL, '--tag', 'paper_c10', '--output', str(folder), '--experiment', 'run']),
+                 'timm-lm train')
 
 
 @pytest.fixture
@@ -54,8 +55,9 @@ def places(tmp_path):
 
 
 def test_run_without_a_validation_is_done_and_does_not_ship(few_digits, places, tmp_path):
-    run = train(parse_options(['-c', 'demo_digits', '--data-dir', str(few_digits), *SMALL, '--val-split', '',
-                               '--output', str(tmp_path), '--experiment', 'uncounted']))
+    run = train(parse_options(['-c', 'demo_digits', '--data-dir', str(few_digits), '--model-kwargs', 'layers=(1,1,1)',
+                               '--epochs', '1', '--warmup-epochs', '0', '--val-split', '', '--output', str(tmp_path),
+                               '--experiment', 'uncounted']))
     row = read_run(run)
     assert (row['status'], row['errors']) == ('done', '') and row['param_count']
     with pytest.raises(UserError, match='it was trained without a --val-split'):
@@ -120,6 +122,19 @@ def test_what_a_killed_process_left_is_not_taken_for_weights(run, places):
     assert [upload.folder.name for upload in prepare_tree(weights, 'owner')] == ['lm_resnet20.paper_c10']
 
 
+def test_weights_together_have_a_limit(run, places, monkeypatch):
+    """To which a folder that is replaced adds nothing."""
+    weights, _ = places
+    ship(run, *places)
+    size = sum(path.stat().st_size for path in weights.rglob('*') if path.is_file())
+    monkeypatch.setattr(ship_module, 'TRACKED_LIMIT', 3 * size // 2)
+    ship(run, *places)
+    folder = weights / 'lm_resnet20.paper_c10'
+    folder.rename(folder.with_name('lm_resnet20.best_c10'))
+    with pytest.raises(UserError, match='With lm_resnet20.paper_c10 the weights would take'):
+        ship(run, *places)
+
+
 def test_digests_are_those_of_the_weights_even_if_the_row_can_not_be_written(run, places):
     weights, results = places
     results.rmdir()
@@ -134,38 +149,43 @@ def test_digests_are_those_of_the_weights_even_if_the_row_can_not_be_written(run
         ship(run, *places)
 
 
-def test_command_ships_and_renews_the_pages(run, tmp_path):
+def test_command_ships_and_renews_the_pages(run, finished, tmp_path):
     """In a checkout of its own, also beside a run that can not ship; timm then loads the new default by name."""
     checkout = tmp_path / 'checkout'
-    checkout.mkdir()
-    for name in ('pyproject.toml', 'README.md'):
-        shutil.copy(CHECKOUT / name, checkout)
-    for name in ('timm_lm', 'weights', 'results', 'docs'):
-        shutil.copytree(CHECKOUT / name, checkout / name, ignore=shutil.ignore_patterns('__pycache__'))
-    shutil.rmtree(checkout / 'weights' / 'lm_resnet20.best_c10')
+    for name in ('weights', 'results', 'docs'):
+        (checkout / name).mkdir(parents=True)
+    for name in ('pyproject.toml', 'README.md', 'results/published.csv'):
+        shutil.copy(CHECKOUT / name, checkout / name)
+    shutil.copytree(CHECKOUT / 'timm_lm', checkout / 'timm_lm', ignore=shutil.ignore_patterns('__pycache__'))
     env = dict(os.environ, PYTHONPATH=str(checkout), TIMM_LM_AUTOLOAD='0')
+    # the data is no longer where it was
+    data = finished.parent / 'cifar10'
+    (run / 'args.yaml').write_text((run / 'args.yaml').read_text().replace(str(data), str(tmp_path / 'gone')))
 
     def python(*words):
         return subprocess.run([sys.executable, *words], cwd=checkout, env=env, capture_output=True, text=True)
 
-    done = python('-m', 'timm_lm.ship', str(run), str(tmp_path / 'nowhere'))
+    done = python('-m', 'timm_lm.ship', str(run), str(tmp_path / 'nowhere'), '--data-dir', str(data))
     assert done.returncode == 2 and done.stderr.startswith('ship: error: ') and len(done.stderr.splitlines()) == 1
     assert done.stdout.startswith('lm_resnet20.paper_c10: ')
     with open(checkout / 'results' / 'cifar10.csv', newline='') as f:
         assert [row['model'] for row in csv.DictReader(f) if row['run'] == 'run'] == ['lm_resnet20.paper_c10']
-    error = recorded_error(run / 'weights')
+    folder = checkout / 'weights' / 'lm_resnet20.paper_c10'
     assert '| run | `lm_resnet20` | cifar10 |' in (checkout / 'docs' / 'results.md').read_text()
-    assert f'{error:.2f} (`paper_c10`)' in (checkout / 'README.md').read_text()
-    code = ("import timm, timm_lm; m = timm.create_model('lm_resnet20.paper_c10', pretrained=True, layers=(2, 2, 2), "
-            "in_chans=1); print(len(m.k_values()))")
-    assert python('-c', code).stdout == '3\n'
+    assert f'{recorded_error(folder):.2f} (`paper_c10`)' in (checkout / 'README.md').read_text()
+    code = ("import timm, timm_lm; m = timm.create_model('lm_resnet20', pretrained=True, layers=(2, 2, 2), in_chans=1);"
+            "print(m.pretrained_cfg['tag'], *(k.item() for k in m.k_values().values()))")
+    k = timm.create_model(f'local-dir:{folder}', pretrained=True).k_values()
+    assert python('-c', code).stdout.split() == ['paper_c10', *(str(k.item()) for k in k.values())]
 
 
 def test_command_on_bad_input_says_one_line_and_writes_nothing(run, tmp_path, capsys, monkeypatch):
     checkout = tmp_path / 'checkout'
-    for name in ('weights', 'results', 'docs'):
+    for name in ('results', 'docs'):
         shutil.copytree(CHECKOUT / name, checkout / name)
-    shutil.copy(CHECKOUT / 'README.md', checkout)
+    (checkout / 'weights').mkdir()
+    for name in ('README.md', 'weights/SHA256SUMS'):
+        shutil.copy(CHECKOUT / name, checkout / name)
     monkeypatch.setattr(ship_module, 'weights_dir', lambda: checkout / 'weights')
 
     def files():
@@ -194,36 +214,31 @@ def test_shipped_weights_are_in_half_precision_and_small():
     assert size <= ship_module.TRACKED_LIMIT
 
 
-def test_counts_are_made_again(few_digits, places, tmp_path, monkeypatch, capsys):
+def test_counts_are_made_again(run, finished, places, tmp_path, monkeypatch, capsys):
     """``make check-weights``: 0 to within two images, 1 beyond them, 2 without the data."""
-    shutil.copytree(few_digits, tmp_path / 'cifar10')
-    run = train(parse_options(['-c', 'demo_digits', '--dataset', 'hfds/uoft-cs/cifar10', '--data-dir',
-                               str(tmp_path / 'cifar10'), *SMALL, '--tag', 'paper_c10', '--output', str(tmp_path),
-                               '--experiment', 'counted']))
-    ship(run, *places)
+    errors = int(ship(run, *places)['errors'])
     weights, _ = places
     monkeypatch.setattr(check_weights, 'weights_dir', lambda: weights)
-    errors = json.loads((run / 'result.json').read_text())['errors']
     card = weights / 'lm_resnet20.paper_c10' / 'README.md'
     text = card.read_text()
     for off, expected in ((0, 0), (2, 0), (3, 1)):
         other = errors + off if errors + off <= 64 else errors - off
         monkeypatch.setattr(check_weights, 'recorded_error', lambda folder, other=other: 100 * other / 64)
         capsys.readouterr()
-        assert check_weights.main([str(tmp_path)]) == expected
+        assert check_weights.main([str(finished.parent)]) == expected
         assert capsys.readouterr().out == (
             f'lm_resnet20.paper_c10: {errors} errors of 64 images, recorded {other}\n')
     monkeypatch.undo()
     monkeypatch.setattr(check_weights, 'weights_dir', lambda: weights)
-    assert check_weights.main([str(tmp_path)]) == 0
+    assert check_weights.main([str(finished.parent)]) == 0
     assert check_weights.main([str(tmp_path / 'nowhere')]) == 2
     [folder] = (path for path in weights.iterdir() if path.is_dir())
     for path in (folder / 'README.md', folder / 'config.json', folder / 'model.safetensors', folder):
         aside = path.rename(tmp_path / 'aside')
-        assert check_weights.main([str(tmp_path)]) == 2, path  # what is missing is not passed over
+        assert check_weights.main([str(finished.parent)]) == 2, path  # what is missing is not passed over
         aside.rename(path)
-    assert check_weights.main([str(tmp_path)]) == 0
+    assert check_weights.main([str(finished.parent)]) == 0
     card.write_text(text.replace('uoft-cs/cifar10', 'uoft-cs/cifar11'))
     capsys.readouterr()
-    assert check_weights.main([str(tmp_path)]) == 2
+    assert check_weights.main([str(finished.parent)]) == 2
     assert 'names the data set uoft-cs/cifar11' in capsys.readouterr().err
