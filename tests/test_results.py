@@ -51,6 +51,12 @@ def results(tmp_path):
     return folder
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Pages have their text alone; pictures take longer than all of it."""
+    monkeypatch.setattr(results_page, 'save_figure', lambda figure, path: None)
+
+
 def test_page_sets_runs_beside_published_figures(results, tmp_path):
     page = tmp_path / 'docs' / 'results.md'
     write_report(results, page)
@@ -82,7 +88,7 @@ def test_page_sets_runs_beside_published_figures(results, tmp_path):
 
 @pytest.mark.parametrize('error, verdict', [
     ('8.11', 'does not beat'), ('8.10', 'does not beat'), ('8.00', 'cannot be told from'), ('7.00', 'beats')])
-def test_page_says_whether_a_network_beats_its_twin(results, tmp_path, error, verdict):
+def test_page_says_whether_a_network_beats_its_twin(results, no_pictures, tmp_path, error, verdict):
     text = (results / 'cifar10.csv').read_text()
     for own in ('8.40', '8.20', '8.30'):
         text = text.replace(own, error)
@@ -91,7 +97,7 @@ def test_page_says_whether_a_network_beats_its_twin(results, tmp_path, error, ve
     assert f'`lm_resnet20` {verdict} its plain twin' in (tmp_path / 'results.md').read_text()
 
 
-def test_network_of_a_table_that_changes_its_recipe(results, tmp_path):
+def test_network_of_a_table_that_changes_its_recipe(results, no_pictures, tmp_path):
     """Its row is filled by runs with these changes, and by no others; its command names them."""
     path = results / 'tables.yaml'
     path.write_text(yaml.safe_dump([dict(
@@ -219,7 +225,7 @@ def test_folder_of_other_options_is_no_run(run_folder, tmp_path, text):
         read_run(run)
 
 
-def test_a_table_of_a_data_set_without_runs_is_empty(results, tmp_path):
+def test_a_table_of_a_data_set_without_runs_is_empty(results, no_pictures, tmp_path):
     tables = yaml.safe_load((results / 'tables.yaml').read_text())
     (results / 'tables.yaml').write_text(yaml.safe_dump([*tables, tables[0] | dict(title='Others', dataset='others')]))
     write_report(results, tmp_path / 'results.md')
