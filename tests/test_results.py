@@ -54,7 +54,7 @@ def results(tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Pages have their text alone; pictures take longer than all of it."""
-    monkeypatch.setattr(results_page, 'save_figure', lambda figure, path: None)
+    monkeypatch.setattr(results_plots, 'save_figure', lambda figure, path: None)
 
 
 def test_page_sets_runs_beside_published_figures(results, tmp_path):
