@@ -101,7 +101,7 @@ def test_demonstration_that_is_stopped(tmp_path):
     (['info', 'lm_resnet20.nope'], "no tag 'nope'"),
     (['list', 'resnet50'], "No network fits 'resnet50'"),
     (['validate', 'lm_resnet20.best_c10'], 'No data was named'),
-    (['predict', 'photo.png', '--device', 'meta'], '--device meta can not be used'),
+    (['predict', 'photo.png', '--device', 'meta'], '--device meta cannot be used'),
     (['validate'], 'MODEL_OR_FOLDER'),
     (['validate', 'lm_resnet20.best_c10', '--data-dir', 'no/such/folder'], 'no/such/folder does not exist'),
     (['validate', 'lm_resnet20.best_c10', '--batch-size', '0'], '--batch-size must be at least 1'),

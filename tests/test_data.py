@@ -341,7 +341,7 @@ def test_cached_splits_that_nobody_reads_are_removed(tmp_path):
     for name in names:
         write_cache(tmp_path / f'{name}.safetensors', one)
     (tmp_path / '.unused.safetensors.7').write_text('left by a kill')
-    (tmp_path / 'lost.safetensors').symlink_to('nowhere')  # which can not be looked at
+    (tmp_path / 'lost.safetensors').symlink_to('nowhere')  # which cannot be looked at
     month = time.time() - 31 * 86400
     for path in tmp_path.iterdir():
         if not path.is_symlink() and path.name != 'new.safetensors':

@@ -37,7 +37,7 @@ def test_blocks_after_the_first_are_repeated_evenly(shallow, deep, expected):
 
 @pytest.mark.parametrize('shallow, deep', [(3, 2), (1, 2)])
 def test_no_block_to_repeat_is_told(shallow, deep):
-    with pytest.raises(UserError, match=f'{shallow} blocks of a stage can not become {deep}'):
+    with pytest.raises(UserError, match=f'{shallow} blocks of a stage cannot become {deep}'):
         repeated_blocks(shallow, deep)
 
 
@@ -145,13 +145,13 @@ def test_head_of_other_classes_stays_as_it_was_made(shallow, deep):
 
 
 @pytest.mark.parametrize('shallow, deep, message', [
-    (dict(name='lm_resnet20'), dict(name='preact_resnet20'), 'A two-step network can not start a plain one'),
+    (dict(name='lm_resnet20'), dict(name='preact_resnet20'), 'A two-step network cannot start a plain one'),
     (dict(name='preact_resnext29_8x64d', base_width=4), dict(name='lm_resnext29_8x64d', base_width=4),
      'differ in more than depth: in stages.1.blocks.0.history'),
     (dict(channels=(8, 16, 32)), dict(), 'differ in more than depth'),
     (dict(in_chans=1), dict(), 'differ in more than depth'),
-    (dict(layers=(2, 2), channels=(16, 32)), dict(), '2 stages can not be grown to 3'),
-    (dict(layers=(3, 3, 3)), dict(), '3 blocks of a stage can not become 2'),
+    (dict(layers=(2, 2), channels=(16, 32)), dict(), '2 stages cannot be grown to 3'),
+    (dict(layers=(3, 3, 3)), dict(), '3 blocks of a stage cannot become 2'),
 ])
 def test_what_can_not_be_grown_is_told_and_left_alone(shallow, deep, message):
     deep = net(**deep)
@@ -162,7 +162,7 @@ def test_what_can_not_be_grown_is_told_and_left_alone(shallow, deep, message):
 
 
 def test_network_of_timm_can_not_be_grown():
-    with pytest.raises(UserError, match='A ResNet can not be grown'):
+    with pytest.raises(UserError, match='A ResNet cannot be grown'):
         timm_lm.grow(timm.create_model('resnet18'), net())
 
 
@@ -171,7 +171,7 @@ def test_network_of_timm_can_not_be_grown():
 def test_optimized_network_can_not_be_grown(name, which):
     nets = [net(name, norm_layer='groupnorm1', layers=(n, n, n)) for n in (2, 3)]
     nets[which] = timm_lm.optimize(nets[which])
-    with pytest.raises(UserError, match='optimized for inference can not be grown'):
+    with pytest.raises(UserError, match='optimized for inference cannot be grown'):
         timm_lm.grow(*nets)
 
 
@@ -184,7 +184,7 @@ def test_network_of_made_weights_can_not_be_grown_to(wrap):
         for stage in model.stages:
             for block in stage.blocks:
                 wrap(block.last_conv())
-    with pytest.raises(UserError, match='as by weight norm or pruning, can not be grown to'):
+    with pytest.raises(UserError, match='as by weight norm or pruning, cannot be grown to'):
         timm_lm.grow(*nets)
 
 
@@ -238,7 +238,7 @@ def test_grown_network_sees_images_as_the_shallow_one(few_digits, weights, tmp_p
 
 
 @pytest.mark.parametrize('options, message', [
-    (['--grow-from', 'lm_resnet21'], "--grow-from lm_resnet21 can not start lm_resnet20: There is no model"),
+    (['--grow-from', 'lm_resnet21'], "--grow-from lm_resnet21 cannot start lm_resnet20: There is no model"),
     (['--grow-from', 'lm_resnet20.best_c10', '--input-size', 3, 16, 16, *DEEP, '--pretrained'],
      '--pretrained and --grow-from both give the first weights'),
     (['--grow-from', 'lm_resnet20.best_c10'], 'differ in more than depth'),

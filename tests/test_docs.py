@@ -313,4 +313,4 @@ def test_report_renews_the_table_between_its_marks(tmp_path, command, fails):
     assert lines[3:-3] == network_table(ROOT / 'results')
     page.write_text('no marks')
     assert 'has no place for the table' in fails(*argv, page)
-    assert 'can not be read' in fails(*argv, tmp_path / 'nowhere.md')
+    assert 'cannot be read' in fails(*argv, tmp_path / 'nowhere.md')

@@ -180,7 +180,7 @@ def test_drop_block_is_for_networks_that_have_it():
              if isinstance(module, DropBlock2d)}
     assert rates == {0.1}
     options[1] = 'lm_resnet20'
-    with pytest.raises(UserError, match='lm_resnet20 can not be made .* unexpected option --drop-block'):
+    with pytest.raises(UserError, match='lm_resnet20 cannot be made .* unexpected option --drop-block'):
         create_model(parse_options(options))
     create_model(parse_options([*options, '--drop-block', '0']))
     with pytest.raises(UserError, match='unexpected option --drop-block'):
@@ -398,7 +398,7 @@ def test_file_that_holds_no_weights_is_named(tmp_path, fails, option, content):
     path.write_bytes(content)
     more = ['--pretrained'] if option == '--pretrained-path' else []
     line = fails('train', *BASE, '--data-dir', tmp_path, option, path, *more)
-    told = 'can not be made with these options' if more else f'{path} could not be loaded'
+    told = 'cannot be made with these options' if more else f'{path} could not be loaded'
     assert told in line
 
 
@@ -461,13 +461,13 @@ def test_resumed_states_have_the_layout_of_their_weights(run, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize('options, message', [
-    (['--opt', 'kron'], '--opt kron is refused: its state can not be saved'),
+    (['--opt', 'kron'], '--opt kron is refused: its state cannot be saved'),
     (['--opt', 'adahessian'], '--opt adahessian is refused: it needs second derivatives'),
     (['--sched', 'plateau', '--val-split', ''], '--sched plateau lowers the rate by the validation'),
     (['--amp', '--amp-dtype', 'float16', '--device', 'cpu'], '--amp in float16 is for GPUs'),
-    (['--sched', 'Cosine'], 'The schedule Cosine can not be made with these options'),
-    (['--opt', 'sgdd'], 'The optimizer sgdd can not be made with these options'),
-    (['--opt-kwargs', 'lr=0.5', 'weight_decay=1'], '--opt-kwargs can not give lr, weight_decay, for which there are'),
+    (['--sched', 'Cosine'], 'The schedule Cosine cannot be made with these options'),
+    (['--opt', 'sgdd'], 'The optimizer sgdd cannot be made with these options'),
+    (['--opt-kwargs', 'lr=0.5', 'weight_decay=1'], '--opt-kwargs cannot give lr, weight_decay, for which there are'),
     (['--cutmix-minmax', '0.1', '0.12'], '--cutmix-minmax 0.1 0.12 is less than a pixel of 16 apart'),
     (['--cutmix-minmax', '0.3', '0.32', '--input-size', '1', '32', '40'], 'less than a pixel of 40 apart'),
     (['--crop-pct', '87.5', '--input-size', '1', '224', '224'],
@@ -486,8 +486,8 @@ def test_what_can_not_be_done_is_refused(few_digits, tmp_path, fails, options, m
 
 
 @pytest.mark.parametrize('options, message', [
-    (['--clip-grad', '1', '--clip-mode', 'agc'], '--clip-mode agc can not clip sharded weights'),
-    (['--opt', 'lookahead_sgd'], '--opt lookahead_sgd can not look ahead with sharded weights'),
+    (['--clip-grad', '1', '--clip-mode', 'agc'], '--clip-mode agc cannot clip sharded weights'),
+    (['--opt', 'lookahead_sgd'], '--opt lookahead_sgd cannot look ahead with sharded weights'),
 ])
 def test_what_sharded_weights_do_not_allow_is_refused(options, message):
     args = parse_options([*BASE, *options])
@@ -779,7 +779,7 @@ def test_wandb_without_a_key_is_told_and_the_run_can_go_on(few_digits, tmp_path,
 
 @pytest.mark.parametrize('name', ['tensorboard', 'wandb'])
 def test_a_tracker_that_is_not_installed_is_named(few_digits, tmp_path, fails, monkeypatch, name):
-    monkeypatch.setitem(sys.modules, name, None)  # as Python itself marks what can not be imported
+    monkeypatch.setitem(sys.modules, name, None)  # as Python itself marks what cannot be imported
     line = fails('train', *BASE, '--data-dir', few_digits, '--output', tmp_path / 'output', f'--log-{name}')
     assert f"--log-{name} needs the package {name}; install `pip install 'timm-lm[trackers]'`." in line
     assert not (tmp_path / 'output').exists()

@@ -229,7 +229,7 @@ def test_mean_of_grey_images_can_be_given(tune, tmp_path):
 
 
 def test_rgb_network_from_the_grey_one(tune, tmp_path):
-    """And back: a weights folder of one channel is a start for images of three; older timm can not, and it is said."""
+    """And back: a weights folder of one channel is a start for images of three; older timm cannot, and it is said."""
     grey, _ = tune(image_folder(tmp_path / 'grey', 28, 'L'), '--input-size', 1, 28, 28)
     grey = shutil.copytree(grey, tmp_path / 'start')
     shutil.rmtree(tmp_path / 'runs')

@@ -278,7 +278,7 @@ def test_posterizing_to_no_bits_is_black(policy):
 
 
 def test_augmentation_that_can_not_be_made(photos):
-    with pytest.raises(UserError, match='The augmentation can not be made with these options'):
+    with pytest.raises(UserError, match='The augmentation cannot be made with these options'):
         loaders(photos, '--aa', 'random', '--batch-size', 4)
 
 
@@ -433,7 +433,7 @@ def test_images_can_be_sent_to_a_worker(photos, tmp_path, kind):
         assert np.array_equal(image, other) and label == other_label
 
 
-# Images that can not be read
+# Images that cannot be read
 
 
 def image_folder(folder, files, split='test'):
@@ -475,7 +475,7 @@ def test_augmentation_that_images_are_too_small_for(few_digits, tmp_path, fails)
     """timm's blur is 23 pixels wide, and mirrors the image at its sides."""
     line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--input-size', 1, 8, 8, '--workers', 1,
                  '--gaussian-blur-prob', 1, '--pad-crop', 0, '--output', tmp_path)
-    assert re.search(r'Row \d+ of .*parquet can not be transformed by these options \(.*Padding size', line)
+    assert re.search(r'Row \d+ of .*parquet cannot be transformed by these options \(.*Padding size', line)
 
 
 def broken_png():
@@ -584,7 +584,7 @@ def test_loader_that_is_refused(few_digits, tmp_path, fails, monkeypatch):
     train = ['train', '-c', 'demo_digits', '--data-dir', few_digits, '--output', tmp_path / 'output', '--loader',
              'memory']
     line = fails(*train, '--aa', 'rand-m5', '--color-jitter', 0.4)
-    assert '--loader memory can not do --color-jitter 0.4, --aa rand-m5; use --loader timm' in line
+    assert '--loader memory cannot do --color-jitter 0.4, --aa rand-m5; use --loader timm' in line
     monkeypatch.setattr(data_module, 'MEMORY_LIMIT', LIMIT)
     line = fails(*train, *LARGE)
     assert "The split 'train' takes" in line and 'held in memory; use --loader timm or a smaller --input-size' in line

@@ -63,16 +63,16 @@ def test_refused_options_tell_the_reason(name, tmp_path):
 
 @pytest.mark.parametrize('values, message', [
     (dict(epohcs=3), "'epohcs' .* is unknown; did you mean epochs"),
-    (dict(epochs='many'), "'epochs' .* can not be 'many'"),
+    (dict(epochs='many'), "'epochs' .* cannot be 'many'"),
     (dict(amp='yes please'), "'amp' .* must be true or false"),
-    (dict(input_size=[3, 32]), "'input_size' .* can not be"),
+    (dict(input_size=[3, 32]), "'input_size' .* cannot be"),
     (dict(opt_kwargs='nesterov'), "'opt_kwargs' .* must hold pairs"),
     (dict(epochs=0, **PLAIN), '--epochs must be at least 1'),
     (dict(epochs=10, warmup_epochs=0, sched='multistep', decay_milestones=[5, 20], **PLAIN), 'longer than the run'),
     (dict(epochs=10, warmup_epochs=0, sched='multistep', decay_milestones=[5, 5], **PLAIN), 'must increase'),
     (dict(epochs=3, warmup_epochs=5, **PLAIN), '--warmup-epochs 5 leave nothing'),
     (dict(lr=-1, **PLAIN), '--lr must be positive'),
-    (dict(scale=[0.5, 1], loader='memory'), '--loader memory can not do --scale'),
+    (dict(scale=[0.5, 1], loader='memory'), '--loader memory cannot do --scale'),
     (dict(bce_sum=True), '--bce-sum does nothing without --bce-loss'),
     (dict(mixup_off_epoch=3), '--mixup-off-epoch does nothing without --mixup or --cutmix or --cutmix-minmax; give'),
     (dict(model_ema_decay=0.9), '--model-ema-decay does nothing without --model-ema'),
@@ -97,7 +97,7 @@ def test_refused_options_tell_the_reason(name, tmp_path):
     (dict(bce_loss=True, smoothing=1), '--smoothing must be less than 1 with --bce-loss'),
     (dict(cutmix_minmax=[0.8, 0.2]), '--cutmix-minmax takes two increasing shares'),
     (dict(cutmix_minmax=[0.2, 1.5]), '--cutmix-minmax takes two increasing shares'),
-    (dict(lr_base_scale='squareroot'), "'lr_base_scale' .* can not be 'squareroot'; it can be linear, sqrt"),
+    (dict(lr_base_scale='squareroot'), "'lr_base_scale' .* cannot be 'squareroot'; it can be linear, sqrt"),
     (dict(kd_model_name='lm_resnet20', kd_distill_type='feature'), '--kd-distill-type feature is refused: .* logits'),
     (dict(drop_block=-0.1), '--drop-block must be between 0 and 1'),
     (dict(sched='none', warmup_epochs=3), '--warmup-epochs does nothing with --sched none; take a schedule'),
@@ -106,7 +106,7 @@ def test_refused_options_tell_the_reason(name, tmp_path):
     (dict(lr_cycle_decay=0.7), '--lr-cycle-decay does nothing without --lr-cycle-limit of at least 2'),
     (dict(cutmix=1.0, mixup_switch_prob=0.7), '--mixup-switch-prob does nothing without --mixup and --cutmix'),
     (dict(val_split='', val_interval=2), '--val-interval does nothing without --val-split'),
-    (dict(data_dir=''), "'data_dir' .* can not be ''"),
+    (dict(data_dir=''), "'data_dir' .* cannot be ''"),
     (dict(lr_cycle_mul=0, lr_cycle_limit=2), '--lr-cycle-mul must be positive'),
     (dict(decay_rate=-1, sched='step'), '--decay-rate must be positive'),
     (dict(patience_epochs=-3, sched='plateau'), '--patience-epochs must not be negative'),
@@ -145,7 +145,7 @@ def test_refused_options_tell_the_reason(name, tmp_path):
     (dict(opt_eps=1e-6), '--opt-eps does nothing with --opt sgd'),
     (dict(warmup_epochs=0, warmup_lr=0.1), '--warmup-lr does nothing without --warmup-epochs'),
     (dict(two_step_epoch=3, opt='lookahead_adamw'), '--opt lookahead_adamw keeps a copy of the weights'),
-    (dict(eval_metric='top2'), "'eval_metric' .* can not be 'top2'"),
+    (dict(eval_metric='top2'), "'eval_metric' .* cannot be 'top2'"),
 ])
 def test_bad_recipes_are_told_in_one_line(tmp_path, values, message):
     with pytest.raises(UserError, match=message) as e:

@@ -1,4 +1,4 @@
-"""Convolutions with packed weights compute what plain ones do, and step aside where a copy of weights can not serve."""
+"""Convolutions with packed weights compute what plain ones do, and step aside where a copy of weights cannot serve."""
 import copy
 import io
 

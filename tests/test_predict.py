@@ -253,7 +253,7 @@ def test_export_that_fails_leaves_nothing(weights, tmp_path, fails, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(LMResNet, 'forward', not_for_scripts)
         line = fails('export', weights, '--format', 'torchscript', '--output', tmp_path / 'model.pt')
-        assert 'can not be written as torchscript (Compiled functions can' in line
+        assert 'cannot be written as torchscript (Compiled functions can' in line
     for sizes in ((2, 5), (1, 2), ()):  # of the batches that the file is right for
         def written(model, images, path, sizes=sizes):
             path.touch()
@@ -292,7 +292,7 @@ def test_onnx_runtime_that_is_too_old_is_told(weights, tmp_path, fails, monkeypa
 
     monkeypatch.setattr(onnxruntime, 'InferenceSession', session)
     line = fails('export', weights, '--output', tmp_path / 'model.onnx')
-    assert 'onnxruntime can not read the file (Unsupported model IR version: 99' in line and 'install a newer' in line
+    assert 'onnxruntime cannot read the file (Unsupported model IR version: 99' in line and 'install a newer' in line
     assert not list(tmp_path.iterdir())
 
 

@@ -42,7 +42,7 @@ def free_port():
 
 
 def launcher():
-    """`accelerate launch`, or torchrun where that can not start: it imports transformers, which wants a newer Hub."""
+    """`accelerate launch`, or torchrun where that cannot start: it imports transformers, which wants a newer Hub."""
     try:
         import accelerate.commands.launch  # noqa: F401
     except ImportError:

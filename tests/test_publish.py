@@ -276,9 +276,9 @@ def test_weights_of_unknown_quality_are_told(tmp_path, command):
     ([], 'Give FOLDER --repo-id OWNER/NAME'),
     (['--repo-id', 'owner/name', '--owner', 'owner'], 'Give FOLDER --repo-id OWNER/NAME'),
     (['--all', '--repo-id', 'owner/name'], '--all takes --owner OWNER'),
-    (['--repo-id', 'name'], "'name' can not name a repo"),
-    (['--repo-id', 'owner/na--me'], "'owner/na--me' can not name a repo"),
-    (['--repo-id', 'https://huggingface.co/owner/name'], 'can not name a repo'),
+    (['--repo-id', 'name'], "'name' cannot name a repo"),
+    (['--repo-id', 'owner/na--me'], "'owner/na--me' cannot name a repo"),
+    (['--repo-id', 'https://huggingface.co/owner/name'], 'cannot name a repo'),
     (['--all', '--owner', 'owner'], 'There are no weights folders in'),
 ])
 def test_options_that_do_not_fit(folder, fails, options, message):
@@ -390,10 +390,10 @@ def test_all_are_published_where_that_can_not_be_recorded(hub, done, refused, tr
         line = refused('push', '--all', '--owner', 'owner', '--revision', 'unrecorded')
         record.rmdir()
         record.write_text('[]')
-        assert 'can not be written' in refused('push', '--all', '--owner', 'owner', '--revision', 'unrecorded')
+        assert 'cannot be written' in refused('push', '--all', '--owner', 'owner', '--revision', 'unrecorded')
     finally:
         record.with_suffix('.aside').replace(record)
-    assert f'owner/{NAME} is published, but {record} can not be written' in line
+    assert f'owner/{NAME} is published, but {record} cannot be written' in line
     assert all(hub.repos[f'owner/{name}'].find('unrecorded') for name in (NAME, 'lm_resnet20.small'))
 
 
@@ -710,7 +710,7 @@ def test_changed_weights_with_a_new_digest_in_a_repo(hub, refused, folder, name,
 
 def test_verify_of_repos_that_are_not_there(hub, refused):
     assert 'There is no owner/nothing' in refused('verify', 'hf-hub:owner/nothing')
-    assert 'can not name a repo' in refused('verify', 'hf-hub:nothing')
+    assert 'cannot name a repo' in refused('verify', 'hf-hub:nothing')
     hub.add('owner/one', SHIPPED)
     assert 'There is no such revision of owner/one' in refused('verify', 'hf-hub:owner/one@next')
 

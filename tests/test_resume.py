@@ -451,9 +451,9 @@ def test_run_without_a_readable_checkpoint_does_not_begin_anew(few_digits, left_
     text = newest.read_bytes()
     newest.unlink()
     newest.mkdir()  # reading it is an error of the system
-    with pytest.raises(UserError, match='can not be read .*see to the disk'):
+    with pytest.raises(UserError, match='cannot be read .*see to the disk'):
         CheckpointStore(folder / 'checkpoints').newest()
-    refused('can not be read')
+    refused('cannot be read')
     newest.rmdir()
     newest.write_bytes(text)
     for path in checkpoints(tmp_path):
@@ -842,7 +842,7 @@ def test_another_number_of_processes_is_refused(few_digits, left_alone, tmp_path
     for resume in ('auto', checkpoints(tmp_path)[0]):
         words = arguments(few_digits, tmp_path, '--resume', resume)
         line = fails(*words)
-        assert 'was started with 2 process(es) and can not go on with 1' in line
+        assert 'was started with 2 process(es) and cannot go on with 1' in line
     assert {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()} == before
 
 

@@ -67,7 +67,7 @@ def test_run_without_a_validation_is_done_and_does_not_ship(few_digits, places, 
 def test_weights_ship_in_half_precision_with_their_own_count(run, places):
     weights, results = places
     told = json.loads((run / 'result.json').read_text())
-    # a count that the saved file can not have: what is recorded must be counted anew
+    # a count that the saved file cannot have: what is recorded must be counted anew
     (run / 'result.json').write_text(json.dumps(told | dict(errors=63, top1=100 / 64, k=[9., 9., 9.])))
     row = ship(run, *places)
     folder = weights / 'lm_resnet20.paper_c10'
@@ -150,7 +150,7 @@ def test_digests_are_those_of_the_weights_even_if_the_row_can_not_be_written(run
 
 
 def test_command_ships_and_renews_the_pages(run, finished, tmp_path):
-    """In a checkout of its own, also beside a run that can not ship; timm then loads the new default by name."""
+    """In a checkout of its own, also beside a run that cannot ship; timm then loads the new default by name."""
     checkout = tmp_path / 'checkout'
     for name in ('weights', 'results', 'docs'):
         (checkout / name).mkdir(parents=True)

@@ -76,7 +76,7 @@ def why_unreachable(hf_hub_id: str) -> str:
 
 
 class OurModels:
-    """pytest plug-in: keeps the tests of our networks, without downloads that can not work."""
+    """pytest plug-in: keeps the tests of our networks, without downloads that cannot work."""
 
     def __init__(self):
         self.names = set(timm.list_models(module=MODULE))

@@ -358,7 +358,7 @@ def _device(name: str) -> Any:
     try:
         torch.empty(1, device=name).item()
     except (AssertionError, RuntimeError) as e:
-        raise UserError(f'--device {name} can not be used ({one_line(e)}).') from e
+        raise UserError(f'--device {name} cannot be used ({one_line(e)}).') from e
     return torch.device(name)
 
 
@@ -425,7 +425,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         the input and what to do; 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal can not show do not end a command
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal cannot show do not end a command
         sys.stdout.reconfigure(errors='backslashreplace')
     if argv[:1] == ['--version']:
         print(__version__)

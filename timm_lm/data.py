@@ -144,7 +144,7 @@ def load_images(
         The decoded split; Parquet and folders of images come from a cache on disk when they were decoded before.
 
     Raises:
-        UserError: If the data is missing, has no such split, or can not be read.
+        UserError: If the data is missing, has no such split, or cannot be read.
         TooLarge: If the split takes more than 4 GiB decoded, or than a quarter of the memory of host or device.
     """
     decode = _Decoder(input_size, crop_pct, interpolation, crop_mode)
@@ -191,7 +191,7 @@ def open_images(
         channels: 3 for RGB images, 1 for grey ones.
 
     Raises:
-        UserError: If the data is missing, has no such split, or can not be read.
+        UserError: If the data is missing, has no such split, or cannot be read.
     """
     mode = image_mode(channels)
     whole = split_of_part(split)

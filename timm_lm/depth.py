@@ -36,7 +36,7 @@ def repeated_blocks(shallow: int, deep: int) -> List[int]:
         UserError: If the deep stage has fewer blocks, or more where there is none to repeat.
     """
     if deep < shallow or deep > shallow == 1:
-        raise UserError(f'{shallow} blocks of a stage can not become {deep}; give a network with at least 2, and not '
+        raise UserError(f'{shallow} blocks of a stage cannot become {deep}; give a network with at least 2, and not '
                         'more than the deep one has.')
     return [0] + [1 + i * (shallow - 1) // (deep - 1) for i in range(deep - 1)]
 
@@ -65,14 +65,14 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
     """
     for model in (shallow, deep):
         if not isinstance(model, LMResNet):
-            raise UserError(f'A {type(model).__name__} can not be grown; give networks of timm-lm.')
+            raise UserError(f'A {type(model).__name__} cannot be grown; give networks of timm-lm.')
         if any(block.is_optimized for stage in model.stages for block in cast(Any, stage).blocks):
-            raise UserError('A network that was optimized for inference can not be grown; give the one it was made of.')
+            raise UserError('A network that was optimized for inference cannot be grown; give the one it was made of.')
     if any('weight' not in block.last_conv()._parameters for _, new in _pairs(shallow, deep) for block in new.blocks):
-        raise UserError('A network whose convolutions are made of others, as by weight norm or pruning, can not be '
+        raise UserError('A network whose convolutions are made of others, as by weight norm or pruning, cannot be '
                         'grown to; grow it before that.')
     if len(shallow.stages) != len(deep.stages):
-        raise UserError(f'{len(shallow.stages)} stages can not be grown to {len(deep.stages)}.')
+        raise UserError(f'{len(shallow.stages)} stages cannot be grown to {len(deep.stages)}.')
     sources = [repeated_blocks(len(old.blocks), len(new.blocks)) for old, new in _pairs(shallow, deep)]
     wanted = deep.state_dict()
     state = {name: tensor for name, tensor in shallow.state_dict().items() if not name.startswith('stages.')}
@@ -87,7 +87,7 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
     if not old_k:
         state.update((name, torch.zeros_like(wanted[name])) for name in new_k)
     elif not new_k:
-        raise UserError('A two-step network can not start a plain one; give a plain network to grow, or a two-step one '
+        raise UserError('A two-step network cannot start a plain one; give a plain network to grow, or a two-step one '
                         'to start.')
     shapes, wanted_shapes = ({name: tensor.shape for name, tensor in d.items()} for d in (state, wanted))
     differing = sorted(name for name in {*state, *wanted} if shapes.get(name) != wanted_shapes.get(name))

@@ -108,4 +108,4 @@ class EncodedImages(Dataset):
         try:
             return self.transform(image) if self.transform else image, int(self.labels[index])
         except (RuntimeError, ValueError) as e:  # such as a blur that is wider than the image
-            raise UserError(f'{self.place(row)} can not be transformed by these options ({one_line(e)}).') from e
+            raise UserError(f'{self.place(row)} cannot be transformed by these options ({one_line(e)}).') from e

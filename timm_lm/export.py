@@ -37,7 +37,7 @@ def _to_onnx(model: TimmModel, images: torch.Tensor, path: Path) -> Run:
     try:
         session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
     except Exception as e:  # of its own kinds, which have no base but this
-        raise UserError(f'onnxruntime can not read the file ({one_line(e)}); install a newer one.') from e
+        raise UserError(f'onnxruntime cannot read the file ({one_line(e)}); install a newer one.') from e
     return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
@@ -71,7 +71,7 @@ def _write(model: TimmModel, images: torch.Tensor, path: Path, kind: str) -> Run
     except UserError:
         raise
     except (RuntimeError, torch.jit.frontend.FrontendError) as e:
-        raise UserError(f'The network can not be written as {kind} ({one_line(e)}); try another --format.') from e
+        raise UserError(f'The network cannot be written as {kind} ({one_line(e)}); try another --format.') from e
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def export_model(model: TimmModel, kind: str, path: Path) -> float:
         The largest difference of the logits, as a share of the largest logit.
 
     Raises:
-        UserError: If a package is missing, the network can not be exported, the file can not be written, or it computes
+        UserError: If a package is missing, the network cannot be exported, the file cannot be written, or it computes
             something else.
     """
     ending = FORMATS[kind][1]
@@ -116,5 +116,5 @@ def export_model(model: TimmModel, kind: str, path: Path) -> float:
                 os.replace(data, path.parent / data.name)
             os.replace(temporary, path)
     except OSError as e:
-        raise UserError(f'{path} can not be written ({e}); choose another --output.') from e
+        raise UserError(f'{path} cannot be written ({e}); choose another --output.') from e
     return difference

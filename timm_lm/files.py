@@ -36,7 +36,7 @@ def sync(path: Path) -> None:
     """Have a file, or the names in a folder, written to the disk."""
     try:
         fd = os.open(path, os.O_RDWR if os.name == 'nt' else os.O_RDONLY)  # Windows flushes what is open to be written
-    except PermissionError:  # folders can not be opened on Windows
+    except PermissionError:  # folders cannot be opened on Windows
         return
     try:
         os.fsync(fd)
@@ -138,7 +138,7 @@ def replaced(parent: Path, prefix: str) -> List[Path]:
 
 @contextmanager
 def writing(what: str, cure: str) -> Iterator[None]:
-    """Tell in one line if something can not be written.
+    """Tell in one line if something cannot be written.
 
     Args:
         what: What is written.

@@ -90,7 +90,7 @@ def read_cache(path: Optional[Path], content: str = '') -> Optional[ImageSet]:
 
 
 def write_cache(path: Optional[Path], data: ImageSet, content: str = '') -> None:
-    """Write beside and rename; a cache that can not be written (full disk, no right) is done without.
+    """Write beside and rename; a cache that cannot be written (full disk, no right) is done without.
 
     Args:
         path: Of ``cache_path``.

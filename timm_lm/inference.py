@@ -46,7 +46,7 @@ def optimize(model: Network) -> Network:
     Example:
         >>> model = timm_lm.optimize(timm.create_model('lm_resnet20', pretrained=True))
     """
-    # tensors that hooks made of parameters (pruning, weight norm) can not be copied while they have a history
+    # tensors that hooks made of parameters (pruning, weight norm) cannot be copied while they have a history
     made = {id(value): value.detach().clone() for module in model.modules() for value in vars(module).values()
             if isinstance(value, torch.Tensor) and not value.is_leaf}
     model = copy.deepcopy(model, made).eval().requires_grad_(False)

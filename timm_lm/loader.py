@@ -281,7 +281,7 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
     """Have a worker process live on when its whole group is sent a signal, as by `timeout`, Slurm or a launcher.
 
     The training process ends the step and saves, for which it may need more batches. SIGTERM is obeyed if it comes from
-    that process. macOS and Windows can not tell who sent it; there a worker ends at once.
+    that process. macOS and Windows cannot tell who sent it; there a worker ends at once.
     """
     for name in ('SIGINT', 'SIGHUP'):
         if hasattr(signal, name):

@@ -14,12 +14,12 @@ class PackedConv2d(nn.Conv2d):
     oneDNN's kernels read weights in blocks. PyTorch reorders them at each call, which for one image takes a quarter of
     the time of a ResNet-50. The copy is made at the first call and anew when the size of the input or the weights
     change, in place or by another tensor (but not through ``.data``, which autograd does not see either); outputs are
-    those of ``nn.Conv2d``. Where the copy can not serve (other devices and dtypes, autocast, gradients, ``torch.func``,
+    those of ``nn.Conv2d``. Where the copy cannot serve (other devices and dtypes, autocast, gradients, ``torch.func``,
     compilers, tracing and export) it is an ``nn.Conv2d``; parameters and state dict always are those of one.
     """
 
     __jit_ignored_attributes__ = ['_packed']  # TorchScript could not save it
-    # what the copy is of, the copy, and the weights: as long as they live, others can not be at their address
+    # what the copy is of, the copy, and the weights: as long as they live, others cannot be at their address
     _packed: Optional[Tuple[Any, torch.Tensor, torch.Tensor]] = None
 
     @classmethod

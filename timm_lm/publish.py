@@ -100,7 +100,7 @@ def _check_repo_id(repo_id: str) -> None:
         if repo_id.count('/') != 1:
             raise HFValidationError('it needs an owner and a name')
     except HFValidationError as e:
-        raise UserError(f"'{repo_id}' can not name a repo ({one_line(e)}); give OWNER/NAME.") from e
+        raise UserError(f"'{repo_id}' cannot name a repo ({one_line(e)}); give OWNER/NAME.") from e
 
 
 def _read_card(folder: Path) -> str:
@@ -177,7 +177,7 @@ def push(
         A line for each folder.
 
     Raises:
-        UserError: If the Hub can not be reached or refuses.
+        UserError: If the Hub cannot be reached or refuses.
     """
     set_up_client()
     token = get_token()
@@ -277,7 +277,7 @@ def _record(folder: Path, repo_id: str, revision: str) -> bool:
         published[folder.resolve().name] = record
         write_text(path, json.dumps(dict(sorted(published.items())), indent=2) + '\n')
     except (OSError, ValueError, AttributeError, TypeError) as e:  # the last two of what is no table of tables
-        raise NotRecorded(f'{repo_id} is published, but {path} can not be written ({one_line(e)}); mend that and '
+        raise NotRecorded(f'{repo_id} is published, but {path} cannot be written ({one_line(e)}); mend that and '
                         f'{AGAIN}.') from e
     return True
 
@@ -295,7 +295,7 @@ def verify_repo(source: str) -> Dict[str, float]:
         As ``timm_lm.weights_folder.verify_folder``.
 
     Raises:
-        UserError: If the Hub can not be reached, or anything is missing, damaged, or computes something else.
+        UserError: If the Hub cannot be reached, or anything is missing, damaged, or computes something else.
     """
     repo_id, _, revision = source.removeprefix('hf-hub:').partition('@')
     _check_repo_id(repo_id)

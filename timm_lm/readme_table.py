@@ -66,13 +66,13 @@ def split_page(page: Path) -> Tuple[str, str]:
     """What stands before and after the table of networks in a page, the marks around it included.
 
     Raises:
-        UserError: If the page can not be read or has no such marks.
+        UserError: If the page cannot be read or has no such marks.
     """
     try:
         text = page.read_text(encoding='utf-8')
     except (OSError, ValueError) as e:  # no UTF-8
         reason = e.strerror if isinstance(e, OSError) else e
-        raise UserError(f'{page} can not be read ({reason}); name the README of a checkout.') from e
+        raise UserError(f'{page} cannot be read ({reason}); name the README of a checkout.') from e
     before, start, rest = text.partition(_START)
     _, end, after = rest.partition(_END)
     if not start or not end:

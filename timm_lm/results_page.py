@@ -29,7 +29,7 @@ def read_frame(results: Path) -> Tuple[List[Dict[str, Any]], str]:
     """The tables of the page and the remarks; a record of one's own may do without either.
 
     Raises:
-        UserError: If they can not be read.
+        UserError: If they cannot be read.
     """
     name = 'tables.yaml'
     try:
@@ -49,7 +49,7 @@ def write_report(results: Path, page: Path) -> None:
     """Write the page of results and its pictures, from the files of a folder of results.
 
     Raises:
-        UserError: If a file can not be read, or there is nothing to tell.
+        UserError: If a file cannot be read, or there is nothing to tell.
     """
     tables, remarks = read_frame(results)
     published = read_rows(results / 'published.csv')

@@ -88,7 +88,7 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
     """A data set of timm's factory that can be read by index.
 
     Raises:
-        UserError: If timm can not open it, it can be read from end to end only, or an option does not go with it.
+        UserError: If timm cannot open it, it can be read from end to end only, or an option does not go with it.
     """
     root = None if data_dir is None else str(data_dir)
     is_folder = not dataset and data_dir is not None and Path(data_dir).is_dir()  # of images, as it has no Parquet

@@ -48,7 +48,7 @@ def validate(
         ``images_per_second``).
 
     Raises:
-        UserError: If network or split can not be loaded, or do not fit together.
+        UserError: If network or split cannot be loaded, or do not fit together.
     """
     if torchcompile:
         check_compiler('inductor', None, device.type == 'cpu')

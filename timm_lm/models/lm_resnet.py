@@ -531,7 +531,7 @@ class LMResNet(nn.Module):
         x = self.stem.pool(x)
         x_prev = x
         last_idx = len(self.stages)
-        if torch.jit.is_scripting() or not stop_early:  # a ModuleList can not be sliced in TorchScript
+        if torch.jit.is_scripting() or not stop_early:  # a ModuleList cannot be sliced in TorchScript
             stages = self.stages
         else:
             stages = self.stages[:max_index]

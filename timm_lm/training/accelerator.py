@@ -82,7 +82,7 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
             ],
         )
     except ValueError as e:  # of a precision that the device does not have
-        raise UserError(f'Accelerate can not be set up ({e}); give --no-amp, or change its settings.') from e
+        raise UserError(f'Accelerate cannot be set up ({e}); give --no-amp, or change its settings.') from e
     if accelerator.device.type in ('cuda', 'xpu') and accelerator.device.index is not None:
         # Accelerate does not for that of ACCELERATE_TORCH_DEVICE; random states are those of the current one
         getattr(torch, accelerator.device.type).set_device(accelerator.device)
@@ -98,7 +98,7 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
             raise UserError('FSDP of version 1 hides the parameters from the optimizer; add '
                             '--fsdp_use_orig_params true, or in newer Accelerate --fsdp_version 2.')
         if getattr(fsdp.cpu_offload, 'offload_params', hasattr(fsdp.cpu_offload, 'pin_memory')):
-            raise UserError('FSDP that keeps parameters on the CPU can not go on from a checkpoint, as running '
+            raise UserError('FSDP that keeps parameters on the CPU cannot go on from a checkpoint, as running '
                             'statistics are on the device; leave --fsdp_offload_params out.')
     if args.device is not None and not _is_named(accelerator.device, args.device):
         raise UserError(f'--device {args.device} is not what Accelerate chose ({accelerator.device}); leave it out, or '

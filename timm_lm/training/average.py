@@ -40,5 +40,5 @@ def create_average(args: argparse.Namespace, model: TimmModel, accelerator: Acce
     if not args.model_ema:
         return None
     if accelerator.distributed_type == DistributedType.FSDP:
-        raise UserError('--model-ema can not average sharded weights; leave it out, or train without FSDP.')
+        raise UserError('--model-ema cannot average sharded weights; leave it out, or train without FSDP.')
     return AveragedWeights(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)

@@ -192,5 +192,5 @@ def _transform(args: argparse.Namespace, data_config: Dict[str, Any], is_trainin
         )
         return _take_no_bits(transform)
     except (AssertionError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f'The augmentation can not be made with these options ({type(e).__name__}: {e}); see --aa, '
+        raise UserError(f'The augmentation cannot be made with these options ({type(e).__name__}: {e}); see --aa, '
                         '--train-interpolation and the others of their group.') from e

@@ -165,7 +165,7 @@ class CheckpointStore:
             also_keep: Name of an older checkpoint that stays.
 
         Raises:
-            UserError: If it can not be written, as on a full disk; earlier ones stay whole.
+            UserError: If it cannot be written, as on a full disk; earlier ones stay whole.
         """
         optimizer_tensors, optimizer_rest = _split_optimizer(optimizer)
         groups = dict(tensors, optimizer=optimizer_tensors)
@@ -229,7 +229,7 @@ class CheckpointStore:
         """Read one checkpoint.
 
         Raises:
-            UserError: If it is not there or can not be read.
+            UserError: If it is not there or cannot be read.
             Damaged: If it is not whole.
         """
         if not folder.is_dir():
@@ -243,7 +243,7 @@ class CheckpointStore:
         except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as e:
             raise Damaged(f'The checkpoint {folder} is not whole ({e}).') from e
         except OSError as e:
-            raise UserError(f'The checkpoint {folder} can not be read ({e}); see to the disk, or the rights to it, and '
+            raise UserError(f'The checkpoint {folder} cannot be read ({e}); see to the disk, or the rights to it, and '
                             'try again.') from e
 
     def newest_state(self) -> Dict[str, Any]:
@@ -257,7 +257,7 @@ class CheckpointStore:
         """The newest whole checkpoint, None if there are no checkpoints; each one that is passed over is told.
 
         Raises:
-            UserError: If one can not be read, or all of them are damaged.
+            UserError: If one cannot be read, or all of them are damaged.
         """
         folders = self.newest_first()
         for folder in folders:

@@ -28,7 +28,7 @@ def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:
         The folder.
 
     Raises:
-        UserError: If there is no whole checkpoint, its network can not be made again, or the folder can not be written
+        UserError: If there is no whole checkpoint, its network cannot be made again, or the folder cannot be written
             or is there already.
     """
     checkpoint = checkpoint.absolute()
@@ -56,6 +56,6 @@ def _network(facts: Dict[str, Any], checkpoint: Checkpoint, folder: Path) -> Tim
         model.load_state_dict(checkpoint.group('average') or checkpoint.group('model'))
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
         name = facts['pretrained_cfg']['architecture']
-        raise UserError(f'The network {name} of {folder} can not be made again by its name and arguments '
+        raise UserError(f'The network {name} of {folder} cannot be made again by its name and arguments '
                         f'({one_line(e)}); see to the versions of timm and timm-lm.') from e
     return model

@@ -62,7 +62,7 @@ class Training:
             signals: What may stop it.
 
         Raises:
-            UserError: If optimizer, schedule or loss can not be made with these options.
+            UserError: If optimizer, schedule or loss cannot be made with these options.
         """
         self.args = args
         self.accelerator = accelerator
@@ -78,13 +78,13 @@ class Training:
         self.average = create_average(args, model, accelerator)
         self.updates_per_epoch = -(-len(loader) // args.grad_accum_steps)
         if self.sharded and args.clip_grad is not None and args.clip_mode == 'agc':
-            raise UserError('--clip-mode agc can not clip sharded weights; use norm or value, or train without FSDP.')
+            raise UserError('--clip-mode agc cannot clip sharded weights; use norm or value, or train without FSDP.')
         if self.sharded and args.opt.lower().startswith('lookahead_'):  # saving would make a step of it
-            raise UserError(f'--opt {args.opt} can not look ahead with sharded weights; take the optimizer without it.')
+            raise UserError(f'--opt {args.opt} cannot look ahead with sharded weights; take the optimizer without it.')
         try:
             self.plain_optimizer = create_optimizer(args, model, self.sharded)
         except (AssertionError, ImportError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
-            raise UserError(f'The optimizer {args.opt} can not be made with these options ({e or type(e).__name__}).'
+            raise UserError(f'The optimizer {args.opt} cannot be made with these options ({e or type(e).__name__}).'
                             ) from e
         if accelerator.scaler is not None and not self.sharded:  # PyTorch's sharded SGD is not fused
             begin_momentum(self.plain_optimizer)
@@ -194,7 +194,7 @@ class Training:
                             '--experiment.')
         processes = checkpoint.state['processes']
         if processes != self.accelerator.num_processes:
-            raise UserError(f'The run was started with {processes} process(es) and can not go on with '
+            raise UserError(f'The run was started with {processes} process(es) and cannot go on with '
                             f'{self.accelerator.num_processes}; start as many again.')
         if self.sharded:
             set_state_dict(
@@ -523,7 +523,7 @@ class Training:
 
 def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
     """Give loaded states the strides of their parameters, as fused kernels read memory in one order for both, and
-    memory of their own, as the file that they were read from can not be removed on all disks before."""
+    memory of their own, as the file that they were read from cannot be removed on all disks before."""
     for parameter, state in getattr(optimizer, '_base_optimizer', optimizer).state.items():
         for name, value in state.items():
             if isinstance(value, torch.Tensor):

@@ -30,17 +30,17 @@ def import_modules(args: argparse.Namespace) -> None:
     """Import the modules that the options name, as some register networks.
 
     Raises:
-        UserError: If there is none of this name, or it can not be imported.
+        UserError: If there is none of this name, or it cannot be imported.
     """
     for module in args.device_modules or ():
         try:
             importlib.import_module(module)
         except (ImportError, SyntaxError, TypeError, ValueError) as e:  # the latter two of a name that none can have
-            raise UserError(f"--device-modules '{module}' can not be imported ({one_line(e)}).") from e
+            raise UserError(f"--device-modules '{module}' cannot be imported ({one_line(e)}).") from e
 
 
 def _by_options(reason: str) -> str:
-    """Why a network can not be made, with the names of options in the place of its keywords'."""
+    """Why a network cannot be made, with the names of options in the place of its keywords'."""
     for name, option in _OPTIONS.items():
         reason = reason.replace(f"keyword argument '{name}'", f'option {option_name(option)}')
     return reason
@@ -68,7 +68,7 @@ def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]]
         recorded: What the run told of its network, if it goes on: the first weights are not loaded again then.
 
     Raises:
-        UserError: If there is no such network, it does not take the options, or the weights can not be loaded.
+        UserError: If there is no such network, it does not take the options, or the weights cannot be loaded.
     """
     in_chans = args.in_chans
     if in_chans is None and args.input_size is not None:
@@ -88,7 +88,7 @@ def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]]
         try:
             return create_again(recorded, **kwargs)
         except (*_UNREADABLE, AssertionError) as e:
-            raise UserError(f'The network of the run can not be made again ({one_line(e, 300)}).') from e
+            raise UserError(f'The network of the run cannot be made again ({one_line(e, 300)}).') from e
     kwargs |= args.model_kwargs
     for name in ('pretrained_path', 'initial_checkpoint'):
         path = getattr(args, name)
@@ -106,7 +106,7 @@ def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]]
     except UserError as e:
         raise UserError(_by_options(str(e))) from e
     except (*_UNREADABLE, AssertionError) as e:
-        raise UserError(f'{args.model} can not be made with these options ({_by_options(one_line(e, 300))}).') from e
+        raise UserError(f'{args.model} cannot be made with these options ({_by_options(one_line(e, 300))}).') from e
     if args.initial_checkpoint:
         try:
             load_checkpoint(model, args.initial_checkpoint, weights_only=True)
@@ -119,7 +119,7 @@ def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]]
             grow(shallow, model)
             model.pretrained_cfg['license'] = shallow.pretrained_cfg.get('license')
         except UserError as e:
-            raise UserError(f'--grow-from {args.grow_from} can not start {args.model}: {e}') from e
+            raise UserError(f'--grow-from {args.grow_from} cannot start {args.model}: {e}') from e
     _init_head(args, model)
     return model
 

@@ -34,7 +34,7 @@ def can_fuse(name: str, device_type: str = 'cpu') -> bool:
 
 def _check_optimizer(name: str) -> None:
     if name.startswith('kron') or name == 'adahessian':
-        why = 'its state can not be saved exactly' if name.startswith('kron') else 'it needs second derivatives'
+        why = 'its state cannot be saved exactly' if name.startswith('kron') else 'it needs second derivatives'
         raise UserError(f'--opt {name} is refused: {why}; choose another of timm.optim.list_optimizers().')
 
 
@@ -60,7 +60,7 @@ def create_optimizer(args: argparse.Namespace, model: TimmModel, sharded: bool =
     versions of timm decay that too, so the groups are made here for them.
 
     Raises:
-        UserError: If it is one that this engine can not train with or not go on with, or ``opt_kwargs`` has what an
+        UserError: If it is one that this engine cannot train with or not go on with, or ``opt_kwargs`` has what an
             option of its own is for.
     """
     name = args.opt.lower().removeprefix('lookahead_')
@@ -68,7 +68,7 @@ def create_optimizer(args: argparse.Namespace, model: TimmModel, sharded: bool =
     kwargs = optimizer_kwargs(cfg=args)
     twice = sorted(kwargs.keys() & args.opt_kwargs.keys())
     if twice:
-        raise UserError(f"--opt-kwargs can not give {', '.join(twice)}, for which there are options of their own.")
+        raise UserError(f"--opt-kwargs cannot give {', '.join(twice)}, for which there are options of their own.")
     kwargs |= args.opt_kwargs
     device = next(model.parameters()).device
     in_float16 = args.amp and args.amp_dtype == 'float16'  # where fused SGD begins by zero, see begin_momentum

@@ -160,7 +160,7 @@ def _check_pairs(args: argparse.Namespace) -> None:
     if args.grow_from and len(starts) > 1:
         raise UserError(f"{' and '.join(map(option_name, starts))} both give the first weights; leave one out.")
     if args.loader == 'memory' and not_in_memory(args):
-        raise UserError(f"--loader memory can not do {', '.join(not_in_memory(args))}; use --loader timm, or set them "
+        raise UserError(f"--loader memory cannot do {', '.join(not_in_memory(args))}; use --loader timm, or set them "
                         'to off.')
 
 

@@ -108,7 +108,7 @@ def _recipe_value(path: Path, name: str, value: Any, actions: Dict[str, argparse
         return _convert(action, value)
     except (argparse.ArgumentTypeError, TypeError, ValueError):
         choices = f"; it can be {', '.join(map(str, filter(None, action.choices)))}" if action.choices else ''
-        raise UserError(f"The option '{name}' in {path} can not be '{value}'{choices}.") from None
+        raise UserError(f"The option '{name}' in {path} cannot be '{value}'{choices}.") from None
 
 
 def _convert(action: argparse.Action, value: Any) -> Any:

@@ -57,7 +57,7 @@ def run_folder(args: argparse.Namespace) -> Path:
     name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S-%f}-{_safe_name(args.model)}'
     folder = Path(args.output or 'output/train') / name
     if {*'#?'} & {*str(folder)} and parse_model_name(f'local-dir:{folder}')[1] != str(folder):
-        raise UserError(f'This timm can not load weights from {folder}, as it cuts paths at # and ?; choose another '
+        raise UserError(f'This timm cannot load weights from {folder}, as it cuts paths at # and ?; choose another '
                         '--output and --experiment.')
     return folder
 
@@ -77,7 +77,7 @@ def find_checkpoint(args: argparse.Namespace, folder: Path, store: CheckpointSto
         UserError: If the folder holds another run, or one of other options.
     """
     if any(path.is_file() for path in (folder, *folder.parents)):
-        raise UserError(f'The run folder {folder} can not be made, a file is in its way; choose another --output.')
+        raise UserError(f'The run folder {folder} cannot be made, a file is in its way; choose another --output.')
     if not args.resume:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(_OTHER_RUN.format(folder))
@@ -105,7 +105,7 @@ def read_args(folder: Path) -> Dict[str, Any]:
     try:
         args = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, yaml.YAMLError) as e:
-        raise UserError(f'The options of the run in {path} can not be read ({one_line(e)}); restore the file.') from e
+        raise UserError(f'The options of the run in {path} cannot be read ({one_line(e)}); restore the file.') from e
     if not isinstance(args, dict):
         raise UserError(f'{path} holds no options of a run; restore the file.')
     return args
@@ -146,7 +146,7 @@ def own_run_folder(folder: Path, args: argparse.Namespace, resumed: bool,
     and disks without locks go without.
 
     Raises:
-        UserError: If the folder can not be written, another run was started there in the meantime, or another process
+        UserError: If the folder cannot be written, another run was started there in the meantime, or another process
             runs there.
     """
     with ExitStack() as stack:
@@ -162,7 +162,7 @@ def own_run_folder(folder: Path, args: argparse.Namespace, resumed: bool,
         except FileExistsError as e:
             raise UserError(_OTHER_RUN.format(folder)) from e
         except OSError as e:
-            raise UserError(f'The run folder {folder} can not be written ({e}); choose another place with '
+            raise UserError(f'The run folder {folder} cannot be written ({e}); choose another place with '
                             '--output.') from e
         yield
 

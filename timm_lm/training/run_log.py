@@ -116,7 +116,7 @@ class RunLog:
         """Add an epoch: training and evaluation metrics, the rate, and each block's ``k`` by name.
 
         Raises:
-            UserError: If it can not be written, as on a full disk.
+            UserError: If it cannot be written, as on a full disk.
         """
         row: Dict[str, Any] = dict(epoch=epoch, train=train, eval=evaluation, lr=lr, k=k)
         with self._writing():
@@ -132,7 +132,7 @@ class RunLog:
         """Forget all after the first epochs, which a resumed run repeats, and what was cut short by a crash.
 
         Raises:
-            UserError: If they can not be written; the files are as before then.
+            UserError: If they cannot be written; the files are as before then.
         """
         if not self.path.exists():
             return

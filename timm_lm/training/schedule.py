@@ -24,7 +24,7 @@ def create_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer,
         The schedule, None for ``--sched none``, and the epochs that it has.
 
     Raises:
-        UserError: If timm has no such schedule, or it can not be made with these options.
+        UserError: If timm has no such schedule, or it cannot be made with these options.
     """
     try:
         scheduler, epochs = create_scheduler_v2(
@@ -32,7 +32,7 @@ def create_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer,
         if args.sched != 'none' and scheduler is None:  # in older timm
             raise ValueError(f"Unknown scheduler '{args.sched}'")
     except (AssertionError, TypeError, ValueError) as e:
-        raise UserError(f'The schedule {args.sched} can not be made with these options ({e or type(e).__name__}); '
+        raise UserError(f'The schedule {args.sched} cannot be made with these options ({e or type(e).__name__}); '
                         'there are cosine, multistep, step, poly, tanh, plateau and none, in newer timm also '
                         'constant, rsqrt and wsd.') from e
     return scheduler, epochs

@@ -59,6 +59,6 @@ class StopSignals:
 
     def _give_back(self) -> None:
         for number, handler in self.before.items():
-            if handler is not None:  # one that was not set from Python can not be given back
+            if handler is not None:  # one that was not set from Python cannot be given back
                 signal.signal(number, handler)
         self.before = {}

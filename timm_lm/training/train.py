@@ -118,7 +118,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
         try:
             model.set_grad_checkpointing()
         except (AssertionError, AttributeError) as e:
-            raise UserError(f'{args.model} can not recompute in its backward pass; leave --grad-checkpointing '
+            raise UserError(f'{args.model} cannot recompute in its backward pass; leave --grad-checkpointing '
                             'out.') from e
     model = share_batch_statistics(args, model, accelerator)
     set_seed((args.seed + accelerator.process_index) % 2 ** 32)  # each process drops other paths
