@@ -22,30 +22,30 @@ def autoload() -> None:
 
 
 def _register() -> None:
-    if 'timm_lm' in sys.modules:  # it registers by itself, maybe in another thread, which is not to be waited for
+    if 'timm_lm' in sys.modules:  # it registers by itself, maybe in another thread; do not wait for that
         return
     try:
         importlib.import_module('timm_lm')
     except Exception as e:
-        told = (f'timm-lm could not register its models ({type(e).__name__}: {e}). `import timm_lm` shows the whole '
+        told = (f'timm-lm could not register its models ({type(e).__name__}: {e}). `import timm_lm` shows the full '
                 'error; TIMM_LM_AUTOLOAD=0 turns this off.')
         try:
             warnings.warn(told, stacklevel=2)
-        except Warning:  # which -W error makes an error; timm is to be imported all the same
+        except Warning:  # raised under -W error, which must not stop the import of timm
             print(told, file=sys.stderr)
 
 
 class _Finder:
-    """Finds ``timm.models`` as the other finders do, under a loader that registers the networks afterwards.
+    """Finds ``timm.models`` with the other finders, and wraps its loader to register the networks afterwards.
 
-    It stays afterwards: other threads may be going through ``sys.meta_path``, and modules may be dropped and imported
-    anew.
+    It is not removed: other threads may be iterating over ``sys.meta_path``, and modules may be dropped and imported
+    again.
     """
 
     def find_spec(self, name, path=None, target=None):
         if name != TARGET or TARGET in sys.modules:
             return None
-        # importlib.util.find_spec would wait for all of timm, and two threads that import it for each other
+        # importlib.util.find_spec would wait for all of timm, and deadlock if two threads import it
         for finder in sys.meta_path:
             find_spec = None if isinstance(finder, _Finder) else getattr(finder, 'find_spec', None)
             spec = find_spec(name, path, target) if find_spec else None
@@ -67,5 +67,5 @@ class _Loader:
 
     def exec_module(self, module):
         module.__loader__ = module.__spec__.loader = self.loader
-        self.loader.exec_module(module)  # an error of timm passes on; the finder is there for the next try
+        self.loader.exec_module(module)  # timm's errors propagate; the finder is there for the next try
         _register()

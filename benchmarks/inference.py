@@ -1,9 +1,9 @@
-"""Latency of an LM network against the plain network of the same depth, as it is and in its form for inference.
+"""Latency of an LM network against the plain network of the same depth, as created and optimized for inference.
 
     python benchmarks/inference.py [--model lm_resnet50 --peer resnetv2_50 --batch-sizes 1 64 --device cuda]
 
-All take turns in one process, in float32 (bfloat16 with --amp); the figures are medians. The least ratio is that of the
-bytes that the updates of the network as it is must move: one state more than sums, at the bandwidth of a copy.
+All take turns in one process, in float32 (bfloat16 with --amp); the figures are medians. The least ratio follows from
+the bytes that the updates of the network as created must move: one state more than sums, at the bandwidth of a copy.
 """
 import argparse
 from functools import partial
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument('--peer', default='resnetv2_50', help='a plain network of timm (default: %(default)s)')
     parser.add_argument('--batch-sizes', type=int, nargs='+', default=[1, 64], metavar='N', help='(default: 1 64)')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
-    parser.add_argument('--compile', action='store_true', help='compiled forms as well')
+    parser.add_argument('--compile', action='store_true', help='also measure compiled networks')
     add_options(parser)
     args = parse(parser)
 
@@ -42,7 +42,7 @@ def main() -> None:
     size = network.pretrained_cfg['input_size']
     with torch.inference_mode(), torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.amp):
         for batch_size in args.batch_sizes:
-            torch.compiler.reset()  # it compiles for a few sizes, and runs further ones eagerly
+            torch.compiler.reset()  # it compiles for a few sizes only, and runs others eagerly
             images = torch.randn(batch_size, *size, device=args.device)
             peers = {name: partial(net, images) for name, net in networks.items()}
             seconds = take_turns(peers, args.rounds, args.device)

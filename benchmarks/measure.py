@@ -1,4 +1,4 @@
-"""What the benchmarks share: peers that take turns, the machine, bytes that are kept, moved and held, and tables."""
+"""Code that the benchmarks share: timing in turns, the machine, bytes saved, moved and held, and tables."""
 import argparse
 import json
 import platform
@@ -13,25 +13,25 @@ from timm_lm.layers import TwoStep
 from timm_lm.machine import processor_name, usable_cores
 from timm_lm.precision import no_bfloat16
 
-torch.backends.cudnn.benchmark = True  # as timm's scripts
+torch.backends.cudnn.benchmark = True  # as in timm's scripts
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every benchmark that takes turns."""
+    """The options of every benchmark that times in turns."""
     parser.add_argument('--rounds', type=int, default=20, metavar='N', help='timings of each (default: 20)')
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='(default: cpu)')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures there')
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options, after what would end a measurement late."""
+    """Parse the options, and reject those that would only fail after the measurement."""
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error('--rounds must be at least 1')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda needs a GPU that PyTorch can use, and there is none')
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-        parser.error(f'{args.json} is a folder, or there is none for it')
+        parser.error(f'{args.json} is a folder, or its folder does not exist')
     return args
 
 
@@ -42,7 +42,7 @@ def add_dtype_option(parser: argparse.ArgumentParser) -> None:
 
 
 def lower_precision(args: argparse.Namespace) -> str:
-    """Name of the precision to measure in: the one asked for, else the one that pays on the device."""
+    """Name of the precision to measure in: the requested one, otherwise the one that pays on the device."""
     return args.dtype or ('float32' if no_bfloat16(args.device) else 'bfloat16')
 
 
@@ -59,7 +59,7 @@ def machine_line(where: Dict[str, Any]) -> str:
 
 
 def columns(rows: Sequence[Tuple[str, ...]]) -> List[str]:
-    """Lines of a table, the first column to the left."""
+    """Lines of a table, with the first column left-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ['  '.join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
             for row in rows]
@@ -72,14 +72,14 @@ def take_turns(
         warmup: int = 3,
         repeats: int = 1,
 ) -> Dict[str, float]:
-    """Time peers by turns, so that a slower moment of the machine hits all alike.
+    """Time peers in turns, so that a slow moment of the machine affects all of them.
 
     Args:
         peers: Name -> the work.
         rounds: Timings of each.
-        device: Where it runs; a GPU is waited for.
+        device: Where it runs; a GPU is synchronised.
         warmup: Runs of each that do not count, such as those that compile.
-        repeats: Runs of one timing.
+        repeats: Runs per timing.
 
     Returns:
         Median seconds of one run.
@@ -104,7 +104,7 @@ def take_turns(
 
 
 def kept_bytes(forward: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps for backward, each storage once, with the parameters among them."""
+    """Bytes that autograd saves for backward, each storage counted once, including the parameters."""
     storages: Dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ def kept_bytes(forward: Callable[[], Any]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        result = forward()  # alive until the sum is made
+        result = forward()  # kept alive until the sum is computed
     total = sum(storages.values())
     del result
     return total
@@ -131,14 +131,14 @@ def history_bytes(network: torch.nn.Module, forward: Callable[[], Any]) -> int:
 
 
 def pass_seconds(device: str) -> float:
-    """Seconds for each byte that is read or written, by the copy of a tensor that no cache holds."""
+    """Seconds per byte read or written, from copying a tensor that fits into no cache."""
     tensor = torch.ones(2 ** 25, device=device)
     seconds = take_turns({'copy': tensor.clone}, 10, device, repeats=3)['copy']
     return seconds / (2 * tensor.nbytes)
 
 
 def peak_bytes(step: Callable[[], Any], device: str) -> int:
-    """The most bytes of tensors that a step holds beside those that are there before it."""
+    """Peak bytes of tensors during a step, in addition to those held before it."""
     step()
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
@@ -158,7 +158,7 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
 
 def print_result(name: str, settings: Dict[str, Any], rows: Sequence[Tuple[str, ...]], device: str,
                  path: Optional[Path]) -> None:
-    """Print a table with its machine, and write it as JSON if there is a path."""
+    """Print a table with its machine, and write it as JSON if a path is given."""
     import timm
 
     import timm_lm

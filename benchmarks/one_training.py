@@ -1,13 +1,13 @@
-"""One training in this process, to be measured: our engine's, or a bare loop's of the same steps.
+"""One training in this process, to be measured: with our engine, or with a bare loop of the same steps.
 
-Its peak memory is reported. The bare loop prints its images/s, a line an epoch; our engine leaves them in its folder.
+Its peak memory is reported. The bare loop prints images/s, one line per epoch; our engine writes them to its folder.
 
     python one_training.py REPORT engine COMMAND...   what `timm-lm COMMAND...` does
-    python one_training.py REPORT bare OPTIONS        a loop by the options in a file of JSON
-    python one_training.py REPORT keeping OPTIONS     the same loop, which keeps freed memory as our engine does
+    python one_training.py REPORT bare OPTIONS        a loop with the options in a JSON file
+    python one_training.py REPORT keeping OPTIONS     the same loop, keeping freed memory as our engine does
 
-Further arguments are passed over. REPORT gets one JSON object: ``bytes`` and what they are, ``kind``.
-`train_throughput.py` starts all.
+Further arguments are ignored. REPORT receives one JSON object: ``bytes``, and ``kind``, what they measure.
+`train_throughput.py` starts all of them.
 """
 import json
 import re
@@ -27,7 +27,7 @@ from timm_lm.allocator import keep_freed_memory
 
 
 def peak_memory() -> Dict[str, Any]:
-    """The most memory that this process held at once: of tensors on the GPU if it used one, else resident."""
+    """Peak memory of this process: of tensors on the GPU if it used one, otherwise resident."""
     if torch.cuda.is_initialized():
         return dict(bytes=torch.cuda.max_memory_allocated(), kind='torch.cuda.max_memory_allocated')
     try:
@@ -45,15 +45,15 @@ def bare_loop(options: Namespace) -> None:
     the compiled step.
 
     Args:
-        options: Options of a training, with ``images``, the number N, ``input_size`` (C, H, W) and ``steps``, the
-            batches of an epoch.
+        options: Options of a training, with ``images`` (the number N), ``input_size`` (C, H, W) and ``steps`` (batches
+            per epoch).
     """
     def clock() -> float:
         if device.type == 'cuda':
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    torch.backends.cudnn.benchmark = True  # as both engines
+    torch.backends.cudnn.benchmark = True  # as in both engines
     device = torch.device(options.device)
     pixels = torch.randint(256, (options.images, *options.input_size), dtype=torch.uint8, device=device)
     labels = torch.randint(options.num_classes, (options.images,), device=device)

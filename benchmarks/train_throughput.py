@@ -2,23 +2,23 @@
 
     python benchmarks/train_throughput.py --timm-train CHECKOUT/train.py --data-dir FOLDER [--recipe paper_c10]
 
-In one run, on the same Parquet data and machine, by turns and each in a process of its own:
+In one run, on the same Parquet data and machine, in turns and each in its own process:
 
-- `timm-lm train` by the recipe;
-- timm's script by the same recipe, thus in the same precision, memory layout and compilation (float32 on a device
-  without bfloat16, where `timm-lm train` would leave the recipe's);
-- timm's script by the recipe less these, that is by timm's defaults: float32, contiguous, eager, 4 worker processes;
+- `timm-lm train` with the recipe;
+- timm's script with the same recipe, hence the same precision, memory layout and compilation (float32 on a device
+  without bfloat16, where `timm-lm train` would not use the recipe's precision);
+- timm's script with the recipe minus these, that is with timm's defaults: float32, contiguous, eager, 4 workers;
 - a bare loop of the same steps on random pixels, which no engine exceeds without other kernels (`one_training.py`).
 
 An epoch is `--steps` batches of the training split. Both engines measure the seconds of an epoch of training, from
-asking for its first batch to its last update. The first epoch, which compiles, does not count; the rate is that of the
-others together, the result the median of the rounds.
+requesting its first batch to its last update. The first epoch, which compiles, does not count; the rate is that of the
+others together, and the result is the median of the rounds.
 
-Memory is the peak of one epoch of `timm-lm train` on all the data, with validation, checkpoint and saved weights, over
-that of `one_training.py bare`, and over that of the same loop when it keeps freed memory, which `timm-lm train` does on
-the CPU. Compilers start with empty caches for all.
+Memory is the peak of one epoch of `timm-lm train` on all the data, with validation, checkpoint and saved weights,
+relative to that of `one_training.py bare`, and to that of the same loop when it keeps freed memory, as `timm-lm train`
+does on the CPU. All start with empty compiler caches.
 
-timm's script reads Parquet by the package `datasets`. Runs and caches are in a temporary folder that goes away.
+timm's script reads Parquet with the package `datasets`. Runs and caches are in a temporary folder that is deleted.
 """
 import argparse
 import json
@@ -52,7 +52,7 @@ from timm_lm.training.options import parse_options
 ONE_TRAINING = Path(__file__).resolve().parent / 'one_training.py'
 AMP_OPTIONS = ('amp', 'amp_dtype')
 LATE_OPTIONS = ('mixup_off_epoch', 'two_step_epoch')  # epochs that a short run does not reach
-# Keys of a recipe that timm's defaults leave off.
+# Keys of a recipe that are off in timm's defaults.
 SPEED_OPTIONS = (*AMP_OPTIONS, 'channels_last', 'torchcompile', 'torchcompile_mode')
 BARE_LINE = re.compile(r'([\d.]+) images/s')  # of an epoch of one_training.py
 # timm's line of a batch: epoch, batch, batches, ..., (mean seconds, mean images/s of the epoch so far)
@@ -62,10 +62,10 @@ LAST_LINES = 12  # of the output of a command that failed
 
 @dataclass(frozen=True)
 class Engine:
-    """One of the peers.
+    """One of the trainings to compare.
 
     Attributes:
-        name: What the table calls it.
+        name: Its name in the table.
         command: Command line; the run folder's place and name are added to it.
         rates: Images/s of each epoch, from the run folder and what the command printed.
     """
@@ -83,13 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--model', default='lm_resnet20', metavar='NAME', help='network (default: lm_resnet20)')
     parser.add_argument('--batch-size', type=int, metavar='N', help='(default: the recipe\'s)')
     parser.add_argument('--torchcompile-mode', metavar='MODE', help='(default: the recipe\'s)')
-    parser.add_argument('--steps', type=int, default=100, metavar='N', help='batches of an epoch (default: 100)')
+    parser.add_argument('--steps', type=int, default=100, metavar='N', help='batches per epoch (default: 100)')
     parser.add_argument('--epochs', type=int, default=3, metavar='N', help='the first does not count (default: 3)')
     parser.add_argument('--rounds', type=int, default=3, metavar='N', help='runs of each engine (default: 3)')
     parser.add_argument('--workers', type=int, default=usable_cores(), metavar='N',
-                        help='worker processes of timm\'s loader at the same options (default: cores)')
+                        help='worker processes of timm\'s loader with the same options (default: cores)')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--no-memory', action='store_true', help='leave out the memory, which takes a whole epoch')
+    parser.add_argument('--no-memory', action='store_true', help='do not measure memory, which takes a whole epoch')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write all figures there')
     return parser
 
@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(command: Sequence[str], folder: Path, caches: str = 'caches') -> str:
-    """Run a command in a folder, its caches in there too.
+    """Run a command in a folder, with its caches in there too.
 
     Returns:
         What it printed.
@@ -128,12 +128,12 @@ def check_timm_script(script: Path) -> Dict[str, str]:
     """
     if not script.is_file():
         raise UserError(f'There is no script {script}; give train.py of a checkout of timm with --timm-train.')
-    # run beside the script: it imports the timm of its checkout if there is one
+    # run next to the script, which imports the timm of its checkout if there is one
     code = 'import json, datasets, timm; print(json.dumps(dict(timm=timm.__version__, datasets=datasets.__version__)))'
     done = subprocess.run([sys.executable, '-c', code], cwd=script.parent, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.splitlines() or ['no message'])[-1]
-        raise UserError(f'timm\'s script reads Parquet by the package `datasets`, and importing that and timm failed '
+        raise UserError(f'timm\'s script reads Parquet with the package `datasets`, and importing that and timm failed '
                         f'({reason}); install it in this environment or put it on PYTHONPATH.')
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -142,10 +142,10 @@ def check_timm_script(script: Path) -> Dict[str, str]:
 
 
 def write_subset(data_dir: Path, split: str, rows: int, folder: Path) -> int:
-    """Write the first rows of a split as a data set of its own, with the columns and the metadata it has.
+    """Write the first rows of a split as a separate data set, with the same columns and metadata.
 
     Returns:
-        Number of rows, which is smaller if the split is.
+        Number of rows, which is smaller than ``rows`` if the split is.
 
     Raises:
         UserError: If the split is missing or not readable.
@@ -169,7 +169,7 @@ def count_rows(data_dir: Path, split: str) -> int:
 
 
 def write_recipe_without(left_out: Sequence[str], recipe: Path, path: Path) -> Path:
-    """The recipe less some options, as timm's script has no option to turn them off."""
+    """Write a recipe without some options, which timm's script has no option to turn off."""
     values = yaml.safe_load(recipe.read_text(encoding='utf-8'))
     path.write_text(yaml.safe_dump({name: value for name, value in values.items() if name not in left_out}))
     return path
@@ -184,7 +184,7 @@ def our_rates(folder: Path, _printed: str) -> List[float]:
 
 
 def timm_rates(_folder: Path, printed: str) -> List[float]:
-    """Images/s of each epoch, from the mean that the line of its last batch tells."""
+    """Images/s of each epoch, from the mean in the line of its last batch."""
     rates = {}
     for epoch, batch, batches, rate in TIMM_LINE.findall(printed):
         if int(batch) + 1 == int(batches):
@@ -200,12 +200,12 @@ def measure_rate(engine: Engine, folder: Path, name: str, epochs: int) -> float:
     """Images/s of all epochs but the first.
 
     Raises:
-        UserError: If the run failed, or does not tell its rates.
+        UserError: If the run failed, or does not report its rates.
     """
     printed = run([*engine.command, '--output', str(folder / 'runs'), '--experiment', name], folder)
     rates = engine.rates(folder / 'runs' / name, printed)
     if len(rates) != epochs:
-        raise UserError(f'{engine.name} told the rates of {len(rates)} epochs of {epochs}; its last lines:\n'
+        raise UserError(f'{engine.name} reported the rates of {len(rates)} of {epochs} epochs; its last lines:\n'
                         + '\n'.join(printed.splitlines()[-LAST_LINES:]))
     return statistics.harmonic_mean(rates[1:])  # epochs have the same number of images
 
@@ -225,7 +225,7 @@ def measure_rates(engines: List[Engine], folder: Path, epochs: int, rounds: int)
 
 
 def write_bare_options(options: List[str], device: str, images: int, steps: int, epochs: int, path: Path) -> Path:
-    """What the bare loop is told, with the optimizer that our engine takes."""
+    """Write the options of the bare loop, with the optimizer that our engine uses."""
     args = parse_options(options)
     cfg = timm.get_pretrained_cfg(args.model)
     bare = {name: value for name, value in vars(args).items() if name != 'config'} | dict(
@@ -245,9 +245,9 @@ def measure_memory(options: List[str], data_dir: Path, device: str, steps: int, 
     """Peak memory of our engine, of the bare loop, and of the bare loop that keeps freed memory.
 
     Args:
-        options: Command line of a training by the recipe.
-        data_dir: The whole data.
-        device: Device of both.
+        options: Command line of a training with the recipe.
+        data_dir: All the data.
+        device: Device of all.
         steps: Batches that the bare loop trains on.
         folder: Temporary folder.
 
@@ -292,8 +292,8 @@ def compare(args: argparse.Namespace, folder: Path) -> Dict[str, Any]:
         our_command('recipe', args.recipe, '--path'), folder).splitlines()[-1]
     recipe_path = Path(recipe).resolve()
     recipe_name = recipe_path.stem
-    parse_options(['-c', str(recipe_path)])  # what is wrong with it is told
-    left_out = (*LATE_OPTIONS, *(AMP_OPTIONS if no_bfloat16(args.device) else ()))  # our engine leaves the latter then
+    parse_options(['-c', str(recipe_path)])  # raises if something is wrong with it
+    left_out = (*LATE_OPTIONS, *(AMP_OPTIONS if no_bfloat16(args.device) else ()))  # our engine drops the latter then
     if any(name in yaml.safe_load(recipe_path.read_text(encoding='utf-8')) for name in left_out):
         recipe_path = write_recipe_without(left_out, recipe_path, folder / 'short.yaml')
 
@@ -308,7 +308,7 @@ def compare(args: argparse.Namespace, folder: Path) -> Dict[str, Any]:
     images = write_subset(data_dir, options.train_split, args.steps * options.batch_size, folder / 'data')
     steps = images // options.batch_size
     if steps == 0:
-        raise UserError(f'The training split in {data_dir} has {images} images, less than a batch of '
+        raise UserError(f'The training split in {data_dir} has {images} images, fewer than a batch of '
                         f'{options.batch_size}; use a smaller --batch-size.')
 
     # neither engine counts validation in its rate
@@ -344,13 +344,13 @@ def compare(args: argparse.Namespace, folder: Path) -> Dict[str, Any]:
 
 
 def table(result: Dict[str, Any]) -> str:
-    """The figures, to be read."""
+    """The figures as text."""
     where, settings = result['machine'], result['settings']
     lines = [
         machine_line(where),
         ', '.join(f'{name} {number}' for name, number in result['versions'].items()),
-        f"{settings['model']} by {settings['recipe']} in {settings['precision']} on {settings['device']}, "
-        f"batch {settings['batch_size']}, {settings['steps']} steps an epoch, epochs 2 to {settings['epochs']}, "
+        f"{settings['model']} with {settings['recipe']} in {settings['precision']} on {settings['device']}, "
+        f"batch {settings['batch_size']}, {settings['steps']} steps per epoch, epochs 2 to {settings['epochs']}, "
         f"median of {settings['rounds']} round(s), {settings['workers']} workers of timm's loader",
         '',
     ]
@@ -380,7 +380,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error('--epochs must be at least 2, --steps and --rounds at least 1, --workers not negative')
     try:
         if args.json and not args.json.parent.is_dir():
-            raise UserError(f'There is no folder for {args.json}; make it first.')
+            raise UserError(f'The folder of {args.json} does not exist; create it first.')
         with tempfile.TemporaryDirectory() as folder:
             result = compare(args, Path(folder).resolve())
         print(table(result))

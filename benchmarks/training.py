@@ -1,13 +1,13 @@
-"""A training step of an LM network against its plain twin: time, bytes kept, peak memory (but with CUDA graphs).
+"""A training step of an LM network against its plain twin: time, bytes kept, peak memory (except with CUDA graphs).
 
     python benchmarks/training.py [--depths 20 56 --batch-size 128 --compile --device cuda]
 
-Each step is forward, backward and the update by fused SGD, in bfloat16 where it pays, in channels_last, on random
-pixels. The twins take turns in one process; times are medians. The least ratio is that of the bytes that an update has
-to move beside those of a sum, at the bandwidth of a copy: by itself it reads one state more forward, and backward it
-reads three and writes two, where a sum moves nothing; as a part of compiled kernels it reads one state more each way.
-Bytes kept are those of storages that autograd saves, each once; the peak is of tensors beside those that are there
-before a step.
+Each step is forward, backward and a fused SGD update, in bfloat16 where it pays, in channels_last, on random pixels.
+The twins take turns in one process; times are medians. The least ratio follows from the bytes that an update has to
+move in addition to those of a sum, at the bandwidth of a copy: on its own it reads one more state forward, and backward
+it reads three and writes two, where a sum moves nothing; within compiled kernels it reads one more state each way.
+Bytes kept are those of the storages that autograd saves, each counted once; the peak is of tensors in addition to those
+held before a step.
 """
 import argparse
 from typing import Any, Callable, Dict, Tuple
@@ -32,13 +32,13 @@ import timm_lm  # noqa: F401  registers its networks
 from timm_lm.allocator import keep_freed_memory
 
 TWINS = ('preact_resnet', 'lm_resnet')
-EAGER_PASSES, COMPILED_PASSES = 6, 2  # over a state, more than a sum
+EAGER_PASSES, COMPILED_PASSES = 6, 2  # over a state, in addition to those of a sum
 
 
 def training_step(
         name: str, args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor,
 ) -> Tuple[Callable[[], Any], Callable[[], Any], Callable[[], int]]:
-    """A step of a new network, its forward pass alone, and what counts the bytes of its histories."""
+    """A step of a new network, its forward pass alone, and a function that counts the bytes of its histories."""
     model = timm.create_model(name).to(args.device, memory_format=torch.channels_last).train()
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
@@ -46,7 +46,7 @@ def training_step(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
 
     def forward(network: Any = network) -> torch.Tensor:
-        torch.compiler.cudagraph_mark_step_begin()  # CUDA graphs may write over what the last step computed
+        torch.compiler.cudagraph_mark_step_begin()  # CUDA graphs may overwrite the last step's outputs
         with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == 'bfloat16'):
             return F.cross_entropy(network(images), labels)
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description='Training step of an LM network against its plain twin.')
     parser.add_argument('--depths', type=int, nargs='+', default=[20, 56], metavar='N', help='(default: 20 56)')
     parser.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='(default: 128)')
-    parser.add_argument('--compile', action='store_true', help='compiled networks')
+    parser.add_argument('--compile', action='store_true', help='compile the networks')
     parser.add_argument('--compile-mode', metavar='MODE',
                         help='mode of torch.compile (default: CUDA graphs, reduce-overhead, on a GPU)')
     parser.add_argument('--grad-checkpointing', action='store_true', help='recompute each block in backward')
@@ -77,10 +77,10 @@ def main() -> None:
     labels = torch.randint(10, (args.batch_size,), device=args.device)
     rows = [('network', 'ms a step', 'time ratio', 'least ratio', 'KiB an image kept', 'bytes ratio',
              'peak KiB an image')]
-    passes = (COMPILED_PASSES if args.compile else EAGER_PASSES) + args.grad_checkpointing  # once more forward
+    passes = (COMPILED_PASSES if args.compile else EAGER_PASSES) + args.grad_checkpointing  # one more forward
     second = pass_seconds(args.device)
     for depth in args.depths:
-        torch.compiler.reset()  # it compiles a few networks of a class, and runs further ones eagerly
+        torch.compiler.reset()  # it compiles only a few networks of a class, and runs others eagerly
         names = [f'{twin}{depth}' for twin in TWINS]
         steps, kept, peaks, least = {}, {}, {}, {}
         for name in names:
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def _peak(step: Callable[[], Any], args: argparse.Namespace) -> str:
-    if args.device == 'cuda' and args.compile and args.compile_mode == 'reduce-overhead':  # graphs have a pool
+    if args.device == 'cuda' and args.compile and args.compile_mode == 'reduce-overhead':  # graphs have their own pool
         return ''
     return f'{peak_bytes(step, args.device) / args.batch_size / 1024:.1f}'
 

@@ -2,8 +2,9 @@
 
     python benchmarks/update.py [--dtype bfloat16 --device cuda]
 
-The least bytes of an update are three reads and a write forward (plain: two and a write), and backward three reads and
-two writes (plain: none). Beside each time is that of these bytes at the bandwidth of a copy, measured in the same turn.
+An update needs at least three reads and a write forward (plain: two and a write), and three reads and two writes
+backward (plain: none). Next to each time is the time for these bytes at the bandwidth of a copy, which is measured in
+turn with the updates.
 """
 import argparse
 from functools import partial
@@ -15,8 +16,8 @@ from measure import add_dtype_option, add_options, lower_precision, parse, print
 from timm_lm.allocator import keep_freed_memory
 from timm_lm.layers import two_step
 
-# States (N, C, H, W): the stages of the CIFAR networks, the first of ImageNet's bottleneck networks. A GPU does the
-# small ones in less time than it takes to ask for them; there they are of larger batches, of 100 MB in bfloat16.
+# States (N, C, H, W): the stages of the CIFAR networks, the first of ImageNet's bottleneck networks. On a GPU the
+# small ones take less time than their launch, so they have larger batches there, of 100 MB in bfloat16.
 SHAPES = ((128, 16, 32, 32), (128, 64, 8, 8), (64, 256, 56, 56))
 LARGE_SHAPES = ((3200, 16, 32, 32), (12800, 64, 8, 8), (64, 256, 56, 56))
 

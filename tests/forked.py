@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import signal
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ def _run(words, script, out, err, file_limit, own_group):
             os.close(reader)
         os.dup2(file, number)
         os.close(file)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests' own processes would ignore it too
     sys.stdout = open(1, 'w', closefd=False)  # noqa: SIM115  with a buffer, whatever PYTHONUNBUFFERED says
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))

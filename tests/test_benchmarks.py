@@ -67,7 +67,7 @@ def test_recipes_of_late_epochs_run_shortly(recipe, tmp_path, monkeypatch, few_d
 @pytest.mark.parametrize('script', ['training.py', 'inference.py', 'update.py'])
 def test_what_would_end_a_measurement_late_is_told_first(script, tmp_path):
     for options, message in ((('--rounds', '0'), '--rounds must be at least 1'),
-                             (('--json', tmp_path / 'nowhere' / 'a.json'), 'is a folder, or there is none for it')):
+                             (('--json', tmp_path / 'nowhere' / 'a.json'), 'or its folder does not exist')):
         code, _, err = Command(*options, script=BENCHMARKS / script).wait()
         assert code == 2 and message in err
 
@@ -124,7 +124,7 @@ def test_both_engines_and_the_bare_loop_are_measured(few_digits, tmp_path, monke
     for name in ('ours', 'bare'):
         memory = json.loads((tmp_path / f'{name}.json').read_text())
         assert memory['bytes'] > 1 << 27 and memory['kind'] == 'peak resident set'  # PyTorch alone takes more
-    with pytest.raises(UserError, match='ours told the rates of 2 epochs of 3'):
+    with pytest.raises(UserError, match='ours reported the rates of 2 of 3 epochs'):
         monkeypatch.setattr(throughput, 'run', lambda command, folder: 'no more lines')
         throughput.measure_rate(ours, tmp_path, '1-0', epochs=3)
     monkeypatch.undo()

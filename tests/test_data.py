@@ -159,7 +159,7 @@ def test_keys_name_endings_of_a_folder_of_images_and_else_columns(tmp_path, imag
     for source in (dict(), dict(dataset='torch/image_folder')):
         for keys in (dict(input_key='img'), dict(target_key='label')):
             loaded = load_images('train', tmp_path, **source, **keys)
-            assert len(loaded) == 4 and 'say nothing of' in loaded.remark and list(keys.values())[0] in loaded.remark
+            assert len(loaded) == 4 and 'ignored, as' in loaded.remark and list(keys.values())[0] in loaded.remark
     assert not load_images('train', tmp_path, input_key='.png').remark
 
 
@@ -317,7 +317,7 @@ def test_broken_files_are_named(tmp_path, images):
     with pytest.raises(UserError, match='not a readable Parquet file'):
         load_images('test', tmp_path / 'cut')
     write_parquet(tmp_path / 'text' / 'test.parquet', images, labels=list('abcdef'))
-    with pytest.raises(UserError, match='not one of class numbers'):
+    with pytest.raises(UserError, match='does not hold class numbers'):
         load_images('test', tmp_path / 'text')
     write_parquet(tmp_path / 'column' / 'test.parquet', images, column='picture')
     with pytest.raises(UserError, match='no input column .*--input-key'):
@@ -411,7 +411,7 @@ def test_all_images_that_can_not_be_read_are_told_at_once(tmp_path, images):
         load_images('test', tmp_path)
     first, *_, last = str(e.value).split('; repair or remove it. ')
     assert '0.png) is not a readable image' in first
-    assert re.fullmatch(r'So it is with 2 more: Image 3 of .*3\.png\), Image 4 of the data \(.*4\.png\)\.', last)
+    assert re.fullmatch(r'The same applies to 2 more: Image 3 of .*3\.png\), Image 4 of the data \(.*4\.png\)\.', last)
 
 
 def test_classes_that_differ_in_case_alone_have_one_order(tmp_path, images):

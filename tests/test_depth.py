@@ -210,7 +210,7 @@ def test_training_starts_from_the_grown_weights(few_digits, weights, tmp_path, c
     assert json.loads((tmp_path / 'run' / 'result.json').read_text())['parameters'] == sum(
         p.numel() for p in grown.parameters())
     code, out, err = command(*words)
-    assert code == 0 and 'Going on from' in out, err
+    assert code == 0 and 'Resuming from' in out, err
 
 
 def test_grown_network_tells_how_it_sees_images():
@@ -240,7 +240,7 @@ def test_grown_network_sees_images_as_the_shallow_one(few_digits, weights, tmp_p
 @pytest.mark.parametrize('options, message', [
     (['--grow-from', 'lm_resnet21'], "--grow-from lm_resnet21 cannot start lm_resnet20: There is no model"),
     (['--grow-from', 'lm_resnet20.best_c10', '--input-size', 3, 16, 16, *DEEP, '--pretrained'],
-     '--pretrained and --grow-from both give the first weights'),
+     '--pretrained and --grow-from both set the initial weights'),
     (['--grow-from', 'lm_resnet20.best_c10'], 'differ in more than depth'),
 ])
 def test_bad_starts_are_told(few_digits, tmp_path, fails, options, message):

@@ -463,21 +463,21 @@ def test_resumed_states_have_the_layout_of_their_weights(run, tmp_path, monkeypa
 @pytest.mark.parametrize('options, message', [
     (['--opt', 'kron'], '--opt kron is refused: its state cannot be saved'),
     (['--opt', 'adahessian'], '--opt adahessian is refused: it needs second derivatives'),
-    (['--sched', 'plateau', '--val-split', ''], '--sched plateau lowers the rate by the validation'),
+    (['--sched', 'plateau', '--val-split', ''], '--sched plateau lowers the rate based on validation'),
     (['--amp', '--amp-dtype', 'float16', '--device', 'cpu'], '--amp in float16 is for GPUs'),
     (['--sched', 'Cosine'], 'The schedule Cosine cannot be made with these options'),
     (['--opt', 'sgdd'], 'The optimizer sgdd cannot be made with these options'),
-    (['--opt-kwargs', 'lr=0.5', 'weight_decay=1'], '--opt-kwargs cannot give lr, weight_decay, for which there are'),
-    (['--cutmix-minmax', '0.1', '0.12'], '--cutmix-minmax 0.1 0.12 is less than a pixel of 16 apart'),
-    (['--cutmix-minmax', '0.3', '0.32', '--input-size', '1', '32', '40'], 'less than a pixel of 40 apart'),
+    (['--opt-kwargs', 'lr=0.5', 'weight_decay=1'], '--opt-kwargs cannot set lr, weight_decay; use'),
+    (['--cutmix-minmax', '0.1', '0.12'], '--cutmix-minmax 0.1 0.12 spans less than a pixel of 16'),
+    (['--cutmix-minmax', '0.3', '0.32', '--input-size', '1', '32', '40'], 'spans less than a pixel of 40'),
     (['--crop-pct', '87.5', '--input-size', '1', '224', '224'],
      '--crop-pct is a share of the side, such as 0.875, not 87.5'),
     (['--device', 'cuda:7'], '--device cuda:7 is not what Accelerate chose'),
-    (['--device', 'gpu'], '--device gpu is no device of PyTorch'),
+    (['--device', 'gpu'], '--device gpu is not a PyTorch device'),
     (['--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1', '--input-size', '1', '32', '32'],
      'vit_tiny_patch16_224 does not take images of 1x32x32 (Input height (32) doesn'),
     (['--class-map', 'map.txt'], '--class-map numbers the classes of folders of images; the Parquet files in'),
-    (['--aug-repeats', '2'], '--aug-repeats repeats images over processes and there is one'),
+    (['--aug-repeats', '2'], '--aug-repeats repeats images over processes, but there is only one'),
     (['--resume', 'a/run/checkpoints/step-1', '--experiment', 'other'], 'in the folder of the checkpoint, a/run, not'),
 ])
 def test_what_can_not_be_done_is_refused(few_digits, tmp_path, fails, options, message):
@@ -772,7 +772,7 @@ def test_wandb_without_a_key_is_told_and_the_run_can_go_on(few_digits, tmp_path,
     monkeypatch.setenv('NETRC', str(tmp_path / 'none'))
     argv = 'train', *BASE, '--data-dir', few_digits, '--output', tmp_path / 'output', '--experiment', 'run'
     line = fails(*argv, '--log-wandb')
-    assert 'Weights & Biases could not begin (No API key' in line and 'WANDB_MODE=offline' in line
+    assert 'Weights & Biases could not start (No API key' in line and 'WANDB_MODE=offline' in line
     code, _, err = command(*argv, '--resume', 'auto')
     assert code == 0, err
 
@@ -781,5 +781,5 @@ def test_wandb_without_a_key_is_told_and_the_run_can_go_on(few_digits, tmp_path,
 def test_a_tracker_that_is_not_installed_is_named(few_digits, tmp_path, fails, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)  # as Python itself marks what cannot be imported
     line = fails('train', *BASE, '--data-dir', few_digits, '--output', tmp_path / 'output', f'--log-{name}')
-    assert f"--log-{name} needs the package {name}; install `pip install 'timm-lm[trackers]'`." in line
+    assert f"--log-{name} needs the package {name}; run `pip install 'timm-lm[trackers]'`." in line
     assert not (tmp_path / 'output').exists()

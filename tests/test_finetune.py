@@ -301,7 +301,7 @@ def test_folder_without_the_split_is_refused(tmp_path, fails):
     assert "has no split 'train' (it has: validation); name one of these" in fails(*train)
     shutil.move(data / 'validation', data / 'training_set')
     shutil.move(data / 'training_set', data / 'train')
-    assert "has no split 'validation' (it has: train); add the images, or train without validation by --val-split ''" \
+    assert "has no split 'validation' (it has: train); add the images, or skip validation with --val-split ''" \
         in fails(*train)
     assert "has no split 'part' (it has: train); name one of these" in fails(*train, '--train-split', 'part')
     assert not (tmp_path / 'runs').exists()
@@ -313,7 +313,7 @@ def test_folder_of_images_by_a_recipe_of_another_data_set(tmp_path, fails, comma
              '--batch-size', 8]
     assert "add --dataset ''" in fails(*train)
     code, out, err = command(*train, '--dataset', '')
-    assert code == 0 and '--input-key img and --target-key label say nothing' in out, err
+    assert code == 0 and '--input-key img and --target-key label ignored' in out, err
 
 
 def test_other_names_of_the_splits_are_known(tune, tmp_path):

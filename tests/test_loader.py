@@ -571,13 +571,13 @@ def test_run_that_goes_on_reads_its_images_as_before(few_digits, tmp_path, comma
     weights = tmp_path / 'run' / 'weights' / 'model.safetensors'
     before = weights.read_bytes()
     code, out, err = command(*words[:-4], '--resume', tmp_path / 'run' / 'checkpoints' / 'step-000000002')
-    assert code == 0 and 'Going on from' in out and weights.read_bytes() == before, err
+    assert code == 0 and 'Resuming from' in out and weights.read_bytes() == before, err
     state = tmp_path / 'run' / 'checkpoints' / 'step-000000002' / 'state.json'
     assert json.loads(state.read_text())['loader'] == 'timm'
     rewrite(state, loader='memory')
     monkeypatch.setattr(data_module, 'MEMORY_LIMIT', LIMIT)
     line = fails(*words[:-4], '--resume', state.parent)
-    assert 'the run began with its images in memory and can only go on where they fit' in line
+    assert 'the run started with its images in memory and can only resume where they fit' in line
 
 
 def test_loader_that_is_refused(few_digits, tmp_path, fails, monkeypatch):

@@ -115,8 +115,8 @@ def test_refused_options_tell_the_reason(name, tmp_path):
     (dict(num_classes=0), '--num-classes must be at least 1'),
     (dict(in_chans=0), '--in-chans must be at least 1'),
     (dict(in_chans=1, input_size=[3, 32, 32]), '--in-chans 1 and the 3 channels of --input-size differ'),
-    (dict(val_split='', eval_metric='top5'), '--eval-metric top5 is that of the validation'),
-    (dict(log_wandb=True, wandb_resume_id='abc'), '--wandb-resume-id goes on with the log of a run; give --resume'),
+    (dict(val_split='', eval_metric='top5'), '--eval-metric top5 needs validation'),
+    (dict(log_wandb=True, wandb_resume_id='abc'), '--wandb-resume-id continues the log of a run; give --resume'),
     (dict(opt='adamw', opt_betas=[0.9]), '--opt-betas takes 2 numbers with --opt adamw'),
     (dict(opt='adamw', opt_betas=[0.9, 0.99, 0.999]), '--opt-betas takes 2 numbers with --opt adamw'),
     (dict(opt='adan', opt_betas=[0.9, 0.99]), '--opt-betas takes 3 numbers with --opt adan'),
@@ -269,8 +269,8 @@ def test_length_of_a_decay_is_that_of_its_schedule(sched, epochs, tmp_path):
 
 
 @pytest.mark.parametrize('words, message', [
-    (['--img-size', '64'], '--img-size does nothing beside --input-size'),
-    (['--lr-base', '0.2'], '--lr-base does nothing beside --lr,'),
+    (['--img-size', '64'], '--img-size does nothing with --input-size'),
+    (['--lr-base', '0.2'], '--lr-base does nothing with --lr,'),
 ])
 def test_options_that_one_of_the_recipe_takes_the_place_of(tmp_path, words, message):
     path = recipe(tmp_path, lr=0.1, input_size=[3, 32, 32])

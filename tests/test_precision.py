@@ -76,7 +76,7 @@ def test_training_computes_in_the_precision_that_it_says_and_records(
     row = read_run(run)
     assert row['precision'] == name and 'amp' not in row['recipe']
     code, out, err = command('train', *options, '--resume', 'auto')
-    assert code == 0 and 'Going on from' in out, err
+    assert code == 0 and 'Resuming from' in out, err
 
 
 def test_a_run_in_another_precision_is_not_gone_on_with(few_digits, tmp_path, command, fails, monkeypatch):
@@ -89,7 +89,7 @@ def test_a_run_in_another_precision_is_not_gone_on_with(few_digits, tmp_path, co
     assert 'amp (was False, is True)' in fails(*options, '--resume', 'auto')
     code, out, err = command(*options, '--resume', 'auto', '--no-amp')
     assert code == 0, err
-    assert 'Going on from' in out
+    assert 'Resuming from' in out
 
 
 def test_validation_in_bfloat16_where_the_cpu_has_it(has_bfloat16, weights, few_digits, command, monkeypatch):

@@ -306,5 +306,5 @@ def test_network_for_other_channels_than_images_have(pictures):
 def test_interpolation_that_there_is_not(pictures):
     model = timm.create_model('lm_resnet20', layers=(1, 1, 1)).eval()
     model.pretrained_cfg = model.pretrained_cfg | dict(interpolation='sharp')
-    with pytest.raises(UserError, match="names the interpolation 'sharp', which there is not"):
+    with pytest.raises(UserError, match="names an unknown interpolation, 'sharp'"):
         next(predict(model, [pictures]))

@@ -278,7 +278,7 @@ def test_sharded_training_ends_like_that_of_one_process(driven, one_process, out
     verify_folder(output / name / 'weights')
     assert largest_difference(final_state(output / name), one_process) < 1e-5
     if name == 'resumed':
-        assert f"Going on from {output / 'resumed' / 'checkpoints' / 'step-000000006'}: epoch 2, batch 3" in driven.out
+        assert f"Resuming from {output / 'resumed' / 'checkpoints' / 'step-000000006'}: epoch 2, batch 3" in driven.out
         assert largest_difference(final_state(output / name), final_state(output / 'sharded')) == 0
 
 
@@ -287,7 +287,7 @@ def test_sharded_batch_norms_go_on_with_the_statistics_of_each_process(driven, o
     whole, resumed = (final_state(output / name) for name in ('sharded_norms', 'resumed_norms'))
     assert whole['norm.running_mean'].abs().max() > 0.1
     assert largest_difference(whole, resumed) == 0
-    assert f"Going on from {output / 'resumed_norms' / 'checkpoints' / 'step-000000002'}: " in driven.out
+    assert f"Resuming from {output / 'resumed_norms' / 'checkpoints' / 'step-000000002'}: " in driven.out
 
 
 # One voice, one writer
@@ -366,7 +366,7 @@ def test_signal_to_one_process_stops_both_at_one_step(stopped, output):
     assert stopped.code != 0
     line, = error_lines(stopped.err)
     newest = output / 'stopped' / 'checkpoints' / stopped.checkpoints[-1]
-    assert line == f'timm-lm: Stopped by SIGTERM; go on by the same command with --resume {newest}'
+    assert line == f'timm-lm: Stopped by SIGTERM; run the same command with --resume {newest}'
     assert '[rank' not in stopped.err
     assert stopped.checkpoints == ['step-000000008', 'step-000000011']  # that of an epoch, and that of the signal
     state = load_file(newest / 'state.safetensors')
@@ -376,7 +376,7 @@ def test_signal_to_one_process_stops_both_at_one_step(stopped, output):
 @pytest.mark.parametrize('name, updates', [('stopped', 11), ('killed', 12)])
 def test_run_that_was_cut_short_ends_like_the_one_left_alone(driven, output, name, updates):
     """Stopped by the signal, or all processes killed in the middle of an epoch; gone on with by two processes."""
-    assert f"Going on from {output / name / 'checkpoints' / f'step-{updates:09d}'}: epoch 2, batch " in driven.out
+    assert f"Resuming from {output / name / 'checkpoints' / f'step-{updates:09d}'}: epoch 2, batch " in driven.out
     assert largest_difference(final_state(output / name), final_state(output / 'alone')) == 0
     for key in ('loss', 'top1'):
         ends = [[json.loads(line)['train'][key] for line in (output / run / 'metrics.jsonl').read_text().splitlines()]

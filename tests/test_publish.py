@@ -216,12 +216,12 @@ def test_local_cards_are_as_before():
 
 
 @pytest.mark.parametrize('old, new, message', [
-    ('license: apache-2.0\n', '', 'does not tell license'),
+    ('license: apache-2.0\n', '', 'lacks license'),
     ('library_name: timm\n', 'library_name: keras\n', "library_name 'keras'; it must be timm"),
     ('      name: CIFAR-10\n', '      name: CIFAR-10\n      note: mine\n', 'under model-index that huggingface_hub'),
     ('    metrics:\n', '    measures:\n', 'is not readable'),
     ('tags:\n', 'tags: [\n', 'is not readable'),
-    ('---\n', '', 'does not tell library_name, license, tags, metrics'),
+    ('---\n', '', 'lacks library_name, license, tags, metrics'),
 ], ids=['license', 'library', 'lost', 'index', 'yaml', 'none'])
 def test_bad_card_is_named(folder, fails, old, new, message):
     text = (folder / CARD_NAME).read_text()
@@ -330,7 +330,7 @@ def test_published_weights_are_those_of_the_folder(hub, done, tree, client_env, 
     assert json.loads((tree / 'published.json').read_text())[NAME] == dict(repo_id=repo_id, revision=sha)
 
     hub.log.clear()
-    assert done('push', tree / NAME, '--repo-id', repo_id) == f'{repo_id}: nothing to do, commit {sha} is equal\n'
+    assert done('push', tree / NAME, '--repo-id', repo_id) == f'{repo_id}: nothing to do, commit {sha} is identical\n'
     assert commits(hub, repo_id) == [sha] and not any('commit' in request for request in hub.log)
     assert done('verify', f'hf-hub:{repo_id}').startswith(f'hf-hub:{repo_id}: whole; logits within ')
     told, local = (done('info', source).splitlines() for source in (f'hf-hub:{repo_id}', tree / NAME))
@@ -366,7 +366,7 @@ def test_all_leaves_what_is_equal_and_uploads_what_changed(hub, done, refused, t
     hub.log.clear()
     first, second = done('push', '--all', '--owner', 'owner').splitlines()
     assert first.startswith(f'owner/{NAME}: nothing to do') and second.startswith('owner/lm_resnet20.small: 1 files')
-    assert '; in the place of others: README.md' in second
+    assert '; replaced: README.md' in second
     assert commits(hub, f'owner/{NAME}') == before[NAME] and not any('PUT' in request for request in hub.log)
     [_, sha] = commits(hub, 'owner/lm_resnet20.small')
     published = json.loads((tree / 'published.json').read_text())
@@ -431,14 +431,14 @@ def test_branches_and_pull_requests(hub, done, refused, folder):
     card.write_text(card.read_text().replace('## Citation', '## To cite'))
     done('push', folder, '--repo-id', 'owner/branches', '--revision', 'next')
     assert repo.refs['main'] == main and b'## To cite' in repo.files('next')[CARD_NAME]
-    assert f"nothing to do, commit {repo.refs['next']} is equal" in done(
+    assert f"nothing to do, commit {repo.refs['next']} is identical" in done(
         'push', folder, '--repo-id', 'owner/branches', '--revision', 'next')
     done('push', folder, '--repo-id', 'owner/equal')  # a new branch of a main that is equal has no commit of its own
     assert 'nothing to do' in done('push', folder, '--repo-id', 'owner/equal', '--revision', 'next')
     assert hub.repos['owner/equal'].refs['next'] == hub.repos['owner/equal'].refs['main']
     # anybody may open a pull request
     out = done('push', folder, '--repo-id', 'owner/branches', '--create-pr', HF_TOKEN='hf_of_a_reader')
-    assert out.endswith('/owner/branches/discussions/1; in the place of others: README.md\n')
+    assert out.endswith('/owner/branches/discussions/1; replaced: README.md\n')
     assert repo.refs['main'] == main and b'## To cite' in repo.files('refs/pr/1')[CARD_NAME]
 
 
@@ -471,7 +471,7 @@ def test_repos_of_other_kinds_are_told(hub, refused, tmp_path, config, message):
 
 
 def no_token(hub):
-    return dict(HF_TOKEN=''), 'There is no token of the Hub; set HF_TOKEN'
+    return dict(HF_TOKEN=''), 'There is no Hub token; set HF_TOKEN'
 
 
 def wrong_token(hub):
@@ -705,7 +705,7 @@ def test_changed_weights_with_a_new_digest_in_a_repo(hub, refused, folder, name,
     digest = sha256((folder / 'model.safetensors').read_bytes())
     save_file(check, folder / CHECK_NAME, metadata=dict(model_sha256=digest))
     hub.add('owner/other', folder)
-    assert f"hf-hub:owner/other computes other '{told}' than recorded" in refused('verify', 'hf-hub:owner/other')
+    assert f"hf-hub:owner/other computes a different '{told}' than recorded" in refused('verify', 'hf-hub:owner/other')
 
 
 def test_verify_of_repos_that_are_not_there(hub, refused):

@@ -66,7 +66,7 @@ def test_other_images_than_the_run_was_started_with(tmp_path, command, fails):
     first = min((data / 'train').rglob('*.png'))
     shutil.copy(first, first.with_name('more.png'))
     line = fails(*options, '--resume', 'auto')
-    assert 'images to train on, the data has' in line
+    assert 'training images, the data now has' in line
 
 
 def test_mistyped_kinds_of_data_sets_and_files_in_the_place_of_folders(tmp_path, fails):

@@ -87,7 +87,7 @@ def test_page_sets_runs_beside_published_figures(results, tmp_path):
 
 
 @pytest.mark.parametrize('error, verdict', [
-    ('8.11', 'does not beat'), ('8.10', 'does not beat'), ('8.00', 'cannot be told from'), ('7.00', 'beats')])
+    ('8.11', 'does not beat'), ('8.10', 'does not beat'), ('8.00', 'cannot be told apart from'), ('7.00', 'beats')])
 def test_page_says_whether_a_network_beats_its_twin(results, no_pictures, tmp_path, error, verdict):
     text = (results / 'cifar10.csv').read_text()
     for own in ('8.40', '8.20', '8.30'):

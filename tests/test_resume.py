@@ -164,7 +164,7 @@ def test_killed_at_several_places(few_digits, left_alone, tmp_path):
         assert all([path.name for path in folder.iterdir()] == ['state.safetensors'] for folder in unfinished)
         assert not (tmp_path / 'run' / 'weights').exists()
     out = finish(few_digits, tmp_path)
-    assert f'Going on from {checkpoints(tmp_path)[-2]}' in out
+    assert f'Resuming from {checkpoints(tmp_path)[-2]}' in out
     assert final_state(tmp_path) == final_state(left_alone)
     rows, alone = (RunLog(folder / 'run').rows() for folder in (tmp_path, left_alone))
     for row, other in zip(rows, alone, strict=True):
@@ -199,7 +199,7 @@ def test_killed_from_outside_at_random(few_digits, left_alone, tmp_path):
     else:
         pytest.fail('every run was over before it was killed')
     newest = checkpoints(tmp_path)[-1].name
-    assert 'Going on from' in finish(few_digits, tmp_path)
+    assert 'Resuming from' in finish(few_digits, tmp_path)
     assert final_state(tmp_path) == final_state(left_alone), newest
 
 
@@ -214,7 +214,7 @@ def test_signals_finish_the_step_and_save(few_digits, left_alone, tmp_path, numb
     newest = checkpoints(tmp_path)[-1]
     assert newest.name == 'step-000000012'
     assert json.loads((newest / 'state.json').read_text())['progress'] == dict(epoch=1, batch=4)
-    told = f'Stopped by {number.name}; go on by the same command with --resume '
+    told = f'Stopped by {number.name}; run the same command with --resume '
     line = next(line for line in err.splitlines() if told in line)
     assert line.endswith(f' {newest}')
     code, _, err = Command(*words, '--resume', newest).wait()
@@ -360,7 +360,7 @@ def test_compiled_run_resumes_bit_for_bit(few_digits, tmp_path, compile_here):
         assert checkpoints(tmp_path / 'killed')[-1].name == f'step-{newest:09d}'
     for name in ('killed', 'alone'):
         out, _ = compile_here(*words(name))
-        assert ('Going on from' in out) == (name == 'killed')
+        assert ('Resuming from' in out) == (name == 'killed')
     assert final_state(tmp_path / 'killed') == final_state(tmp_path / 'alone')
 
 
@@ -401,7 +401,7 @@ sys.exit(cli.main(sys.argv[1:]))
     code, _, err = Command(*words, script=script, own_group=True).wait()
     assert (tmp_path / 'told').is_dir() and code == 130
     assert err.splitlines()[-1] == (
-        'timm-lm: Stopped by SIGINT; there is no checkpoint yet, begin again (with --resume auto in a folder named by '
+        'timm-lm: Stopped by SIGINT; there is no checkpoint yet, start again (with --resume auto in a folder named by '
         '--experiment)')
 
 
@@ -417,9 +417,9 @@ def test_damaged_newest_checkpoint_is_passed_over(few_digits, left_alone, tmp_pa
     path.write_bytes(bytes(data))
     out = finish(few_digits, tmp_path)
     lines = out.splitlines()
-    assert any(f'{flipped} is not whole' in line and 'passed over' in line for line in lines)
-    assert any(f'{cut} is not whole' in line for line in lines)
-    assert f'Going on from {before}' in out
+    assert any(f'{flipped} is damaged' in line and 'skipped' in line for line in lines)
+    assert any(f'{cut} is damaged' in line for line in lines)
+    assert f'Resuming from {before}' in out
     assert final_state(tmp_path) == final_state(left_alone)
     # what was passed over is out of the way of the new ones
     aside = {path.name[-14:] for path in (tmp_path / 'run' / 'checkpoints').glob('set-aside-*')}
@@ -428,13 +428,13 @@ def test_damaged_newest_checkpoint_is_passed_over(few_digits, left_alone, tmp_pa
     assert store.read(flipped).progress.epoch == 3
     text = (flipped / 'state.json').read_text()
     (flipped / 'state.json').write_text(text.replace('"epoch": 3', '"epoch": 2'))
-    with pytest.raises(UserError, match='is not whole .its digest differs'):
+    with pytest.raises(UserError, match='is damaged .its digest differs'):
         store.read(flipped)
     for name in ('state.safetensors', 'state.json'):
         (flipped / name).unlink()
         told = []
         assert store.newest(told.append).folder == cut
-        assert len(told) == 1 and f'{flipped} is not whole' in told[0] and 'passed over' in told[0]
+        assert len(told) == 1 and f'{flipped} is damaged' in told[0] and 'skipped' in told[0]
 
 
 def test_run_without_a_readable_checkpoint_does_not_begin_anew(few_digits, left_alone, tmp_path):
@@ -451,7 +451,7 @@ def test_run_without_a_readable_checkpoint_does_not_begin_anew(few_digits, left_
     text = newest.read_bytes()
     newest.unlink()
     newest.mkdir()  # reading it is an error of the system
-    with pytest.raises(UserError, match='cannot be read .*see to the disk'):
+    with pytest.raises(UserError, match='cannot be read .*check the disk'):
         CheckpointStore(folder / 'checkpoints').newest()
     refused('cannot be read')
     newest.rmdir()
@@ -476,7 +476,7 @@ def test_run_that_went_on_meanwhile_is_left_alone(few_digits, left_alone, tmp_pa
 
     monkeypatch.setattr(train_module, 'load_split', meanwhile)
     line = fails(*arguments(few_digits, tmp_path, '--resume', 'auto'), *([] if begun else ['--seed', '7']))
-    assert f'Another process went on with the run in {folder} in the meantime; start again' in line
+    assert f'Another process resumed the run in {folder} in the meantime; start again' in line
     names = {path.relative_to(folder) for path in folder.rglob('*')} - {Path('.lock')}
     assert names == {path.relative_to(left_alone / 'run') for path in (left_alone / 'run').rglob('*')} - {Path('.lock')}
     assert all((folder / name).read_bytes() == (left_alone / 'run' / name).read_bytes()
@@ -623,7 +623,7 @@ def test_loss_that_is_not_finite_names_batch_rate_and_checkpoint(
 
 @pytest.mark.parametrize('options, message', [
     ([], 'The loss on test is not finite after the last epoch'),
-    (['--val-split', ''], 'What the network computes is not finite'),
+    (['--val-split', ''], 'The outputs of the network are not finite'),
 ])
 def test_loss_that_is_not_finite_at_the_end_leaves_no_weights(few_digits, tmp_path, fails, options, message):
     line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, *OPTIONS, '--output', tmp_path, '--lr', '1e20',
@@ -764,10 +764,10 @@ def test_run_that_goes_on_elsewhere_is_left_alone(few_digits, left_alone, tmp_pa
     finally:  # after a failure too, else the tests would wait for it at their end
         process.signal_when(lambda: True, signal.SIGKILL)
         code, *_ = process.wait()
-    assert other == 2 and f"The run in {tmp_path / 'run'} goes on in another process" in err, err
+    assert other == 2 and f"The run in {tmp_path / 'run'} is active in another process" in err, err
     assert after == before
     assert code == -signal.SIGKILL
-    assert 'Going on from' in finish(few_digits, tmp_path)
+    assert 'Resuming from' in finish(few_digits, tmp_path)
     assert final_state(tmp_path) == final_state(left_alone)
 
 
@@ -777,7 +777,7 @@ def test_copies_and_archives_of_checkpoints_are_left_alone(few_digits, left_alon
     shutil.copytree(newest, newest.with_name(f'{newest.name}-good'))
     shutil.copytree(newest, newest.with_name(f'{newest.name}.bak'))
     (newest.parent / f'{newest.name}.tar.gz').write_bytes(b'archive')
-    assert 'Going on from' in finish(few_digits, tmp_path)
+    assert 'Resuming from' in finish(few_digits, tmp_path)
     assert final_state(tmp_path) == final_state(left_alone)
     kept = {f'{newest.name}-good', f'{newest.name}.bak', f'{newest.name}.tar.gz'}
     assert kept < {path.name for path in newest.parent.iterdir()}
@@ -799,7 +799,7 @@ def test_run_that_moved_without_what_it_began_from(few_digits, weights, tmp_path
     start.rename(tmp_path / 'away')
     code, out, err = Command(*words, '--model', tmp_path / 'mnt' / 'start' / 'weights', '--output', tmp_path / 'there',
                              '--resume', 'auto').wait()
-    assert code == 0 and 'Going on from' in out, err
+    assert code == 0 and 'Resuming from' in out, err
     assert final_state(tmp_path / 'there') == final_state(tmp_path / 'here')
     files = [tmp_path / name / 'run' / 'weights' / 'config.json' for name in ('here', 'there')]
     assert files[0].read_text() == files[1].read_text()
@@ -842,7 +842,7 @@ def test_another_number_of_processes_is_refused(few_digits, left_alone, tmp_path
     for resume in ('auto', checkpoints(tmp_path)[0]):
         words = arguments(few_digits, tmp_path, '--resume', resume)
         line = fails(*words)
-        assert 'was started with 2 process(es) and cannot go on with 1' in line
+        assert 'was started with 2 process(es) and cannot resume with 1' in line
     assert {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()} == before
 
 
@@ -856,7 +856,7 @@ def test_a_run_whose_rate_follows_the_batch_goes_on(few_digits, tmp_path, comman
     shutil.rmtree(checkpoints(tmp_path)[-1])
     code, out, err = command(*words)
     assert code == 0, err
-    assert 'Going on from' in out
+    assert 'Resuming from' in out
     assert yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())['lr'] == 0.1 * 32 / 256
 
 

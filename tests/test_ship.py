@@ -99,15 +99,15 @@ def test_what_can_not_ship_leaves_everything_as_it_was(run, places, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(ship_module, 'TRACKED_LIMIT', 1000)
-        refused('take another folder out of')
+        refused('remove another folder from')
     result = (run / 'result.json').read_text()
     (run / 'result.json').write_text(json.dumps(json.loads(result) | dict(model='lm_resnet20.unheard_of')))
     refused("lm_resnet20 has no tag 'unheard_of'")
     for model in ('lm_resnet20', 'resnet18.a1_in1k'):
         (run / 'result.json').write_text(json.dumps(json.loads(result) | dict(model=model)))
-        refused(f'is of {model}; what ships is a network of this package with a tag')
+        refused(f'is of {model}; only a network of this package with a tag')
     (run / 'result.json').unlink()
-    refused('no count of errors to ship .stopped after epoch 2 of 2')
+    refused('no error count to ship .stopped after epoch 2 of 2')
     (run / 'result.json').write_text(result)
     file = run / 'weights' / 'model.safetensors'
     file.write_bytes(file.read_bytes()[:-1])

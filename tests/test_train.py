@@ -153,13 +153,13 @@ def test_weights_of_checkpoints(average, few_digits, tmp_path, command, fails, m
     told = json.loads((run / 'result.json').read_text())
     assert f"minutes on {told['hardware']} in {told['precision']}; {told['versions']}." in cards[0]
     assert told['command'] in cards[0]
-    assert 'is there already' in fails('weights', steps[0])
+    assert 'already exists' in fails('weights', steps[0])
     monkeypatch.chdir(run / 'checkpoints')
     shutil.rmtree(run / f'weights-{steps[1].name}')
     code, out, err = command('weights', steps[1].name)
     assert code == 0 and (run / f'weights-{steps[1].name}' / 'README.md').read_text() == cards[1], err
     (steps[0] / 'state.safetensors').write_bytes(b'')
-    assert 'is not whole' in fails('weights', steps[0], '--output', tmp_path / 'other')
+    assert 'is damaged' in fails('weights', steps[0], '--output', tmp_path / 'other')
     assert not (tmp_path / 'other').exists()
 
 
@@ -276,13 +276,13 @@ def test_bad_data_is_named_and_nothing_is_written(few_digits, tmp_path, fails):
             (['--torchcompile', '--torchcompile-mode', 'nope'], "no mode 'nope' of torch.compile; there are: "),
             (['--model', 'dla46_c', '--input-size', '1', '32', '32', '--grad-checkpointing'],
              'dla46_c cannot recompute in its backward pass'),
-            (['--mixup', '0.2', '--mixup-off-epoch', '13'], '--mixup-off-epoch 13 comes after the end, the run has 12'),
-            (['--two-step-epoch', '12'], '--two-step-epoch 12 comes after the end, the run has 12'),
+            (['--mixup', '0.2', '--mixup-off-epoch', '13'], '--mixup-off-epoch 13 is after the end of the run (12 '),
+            (['--two-step-epoch', '12'], '--two-step-epoch 12 is after the end of the run (12 '),
             (['--interpolation', 'nope', '--train-interpolation', 'nope'], "no interpolation 'nope'"),
             (['--gp', 'nope'], 'cannot be made with these options'),
             (['--seed', '-1'], '--seed must not be negative'),
             (['--drop-path', '2'], '--drop-path must be'),
-            (['--device', 'nope'], '--device nope is no device of PyTorch'),
+            (['--device', 'nope'], '--device nope is not a PyTorch device'),
             (['--device-modules', 'no_such_module'], "'no_such_module' cannot be imported"),
             (['--device-modules', ''], "'' cannot be imported"),
             (['--device-modules', '.mine'], "'.mine' cannot be imported"),
@@ -421,10 +421,10 @@ def test_checkpoint_that_is_not_there_and_run_that_is_done(run_folder, few_digit
 
 
 @pytest.mark.parametrize('options, message', [
-    (['--model-kwargs', 'num_classes=7'], '--model-kwargs has num_classes; give it by --num-classes'),
-    (['--model-kwargs', 'drop_rate=0.1'], '--model-kwargs has drop_rate; give it by --drop.'),
+    (['--model-kwargs', 'num_classes=7'], '--model-kwargs has num_classes; use --num-classes instead'),
+    (['--model-kwargs', 'drop_rate=0.1'], '--model-kwargs has drop_rate; use --drop instead.'),
     (['--model', 'levit_128s', '--input-size', '3', '224', '224', '--head-init-scale', '0.5', '--no-pretrained'],
-     'The head of levit_128s is no layer with a weight and a bias'),
+     'The head of levit_128s is not a layer with a weight and a bias'),
 ])
 def test_networks_that_can_not_be_made_so(few_digits, tmp_path, fails, options, message):
     assert message in fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--output', tmp_path, *options)
@@ -434,7 +434,7 @@ def test_networks_that_can_not_be_made_so(few_digits, tmp_path, fails, options, 
 def test_memory_that_does_not_suffice_is_told(fails, monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, 'list', lambda argv: torch.empty(10 ** 15))
     line = fails('list')
-    assert 'The memory does not suffice' in line and 'use a smaller --batch-size' in line
+    assert 'There is too little memory' in line and 'use a smaller --batch-size' in line
     monkeypatch.setitem(cli.COMMANDS, 'list', lambda argv: torch.empty(2) @ torch.empty(3))
     with pytest.raises(RuntimeError, match='size'):
         fails('list')
@@ -448,7 +448,7 @@ def test_device_that_failed_is_told(fails, monkeypatch, kind):
     monkeypatch.setitem(cli.COMMANDS, 'list', work)
     line = fails('list')
     assert 'The device failed (CUDA error: an illegal memory access was encountered' in line
-    assert 'A training goes on with --resume auto' in line
+    assert 'Resume training with --resume auto' in line
 
 
 @pytest.mark.parametrize('engine, value', [

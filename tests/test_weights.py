@@ -217,7 +217,7 @@ def test_changed_weights_with_a_new_digest_fail_the_check_batch(folder, fails, n
     state[name] += 1e-3 * check[told].abs().max()
     save_file(state, path, metadata=dict(format='pt'))
     save_file(check, folder / CHECK_NAME, metadata=dict(model_sha256=sha256(path)))
-    assert f"computes other '{told}' than recorded" in fails('verify', folder)
+    assert f"computes a different '{told}' than recorded" in fails('verify', folder)
 
 
 def test_folder_that_ships_must_be_that_of_the_table_of_digests(weights, tmp_path, monkeypatch):
@@ -407,7 +407,7 @@ def test_pretrained_on_the_meta_device_is_a_network_of_shapes():
     ('lm_resnet21', 'no model .*Did you mean lm_resnet'),
     ('lm_resnet20.nope', "has no tag 'nope'; its tags are: .*demo_c10"),
     ('lm_resnet110', 'There are no weights of lm_resnet110'),
-    ('lm_resnet20.paper_c100', 'no weights of lm_resnet20.paper_c100; these tags have: lm_resnet20.best_c10'),
+    ('lm_resnet20.paper_c100', 'no weights of lm_resnet20.paper_c100; tags with weights: lm_resnet20.best_c10'),
 ])
 def test_names_without_weights(name, message):
     with pytest.raises(UserError, match=message):

@@ -1,10 +1,10 @@
 """LM-ResNet and LM-ResNeXt for timm: importing this package registers the networks.
 
-With the package installed, timm registers them by itself; see ``_timm_lm_autoload``.
+With the package installed, importing timm registers them; see ``_timm_lm_autoload``.
 """
 __version__ = '0.1.0'
 
-import timm  # noqa: F401  first, so that another thread in the middle of its import is waited for
+import timm  # noqa: F401  first, to wait for another thread that is in the middle of importing it
 
 from .depth import grow
 from .errors import UserError

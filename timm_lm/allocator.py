@@ -1,4 +1,4 @@
-"""The allocator of the C library, which PyTorch gets the memory of CPU tensors from."""
+"""Settings of the C library's allocator, from which PyTorch gets the memory of CPU tensors."""
 import ctypes
 import os
 import platform
@@ -7,7 +7,7 @@ import platform
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 LARGEST_KEPT = 2 ** 30  # bytes; larger blocks go back to the system at once
-_LARGEST_KEPT_BEFORE_2_35 = 2 ** 25  # the most that older versions of glibc take
+_LARGEST_KEPT_BEFORE_2_35 = 2 ** 25  # the most that older versions of glibc accept
 _SETTINGS = ('GLIBC_TUNABLES', 'MALLOC_TRIM_THRESHOLD_', 'MALLOC_MMAP_THRESHOLD_')
 
 
@@ -15,15 +15,15 @@ def keep_freed_memory() -> bool:
     """Let glibc's malloc keep freed blocks for the next allocation instead of giving them back to the system.
 
     A training step allocates and frees the same megabytes of activations each time. By default glibc unmaps them or
-    trims its heap, and the system then maps and zeroes each page anew, which took a quarter of the step of a
-    ``lm_resnet20`` on two cores. What is kept is at most what the process held at its peak. Blocks above 1 GiB are not
-    kept, with glibc before 2.35 those above 32 MiB.
+    trims its heap, and the system then maps and zeroes each page again, which took a quarter of a step of
+    ``lm_resnet20`` on two cores. The process keeps at most what it used at its peak. Blocks above 1 GiB are not kept,
+    nor those above 32 MiB with glibc before 2.35.
 
-    It holds for the whole process, and does nothing with another C library or where the environment sets the
+    The setting applies to the whole process. It does nothing with another C library, or if the environment sets the
     thresholds itself (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``).
 
     Returns:
-        Whether it holds now.
+        Whether the setting is in effect.
     """
     if platform.libc_ver()[0] != 'glibc' or any(name in os.environ for name in _SETTINGS):
         return False
@@ -33,6 +33,6 @@ def keep_freed_memory() -> bool:
 
 
 def release_freed_memory() -> None:
-    """Give glibc's freed blocks back to the system once, as between training and validation, which use others."""
+    """Return glibc's freed blocks to the system once, as between training and validation, which use different ones."""
     if platform.libc_ver()[0] == 'glibc':
         ctypes.CDLL(None).malloc_trim(0)

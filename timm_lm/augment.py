@@ -1,7 +1,7 @@
 """Augmentation of whole batches of images on their device.
 
-All take images of shape (N, C, H, W) and return new ones of that shape. What they draw comes from the generators or the
-seed that they are given; the global random streams play no part and are left as they were.
+All functions take images of shape (N, C, H, W) and return new ones of that shape. They draw from the generators or the
+seed that they are given; the global random streams have no influence and are left unchanged.
 """
 import math
 from typing import Sequence, Tuple, Union
@@ -21,12 +21,12 @@ ERASE_ATTEMPTS = 10  # to draw a box that is smaller than the image
 
 
 def pad_crop(images: torch.Tensor, padding: int, generator: torch.Generator) -> torch.Tensor:
-    """Pad by zeros and crop each image at a random place to its old size.
+    """Pad with zeros and crop each image at a random position to its original size.
 
     Args:
         images: Shape (N, C, H, W).
         padding: Pixels on each side.
-        generator: Source of the places, on the device of the images.
+        generator: Source of the positions, on the device of the images.
     """
     n, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (padding,) * 4)
@@ -41,7 +41,7 @@ def random_hflip(images: torch.Tensor, probability: float, generator: torch.Gene
 
 
 def random_vflip(images: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
-    """Turn each image (N, C, H, W) upside down with the given probability."""
+    """Mirror each image (N, C, H, W) top to bottom with the given probability."""
     return _random_flip(images, -2, probability, generator)
 
 
@@ -52,7 +52,7 @@ def _random_flip(images: torch.Tensor, dim: int, probability: float, generator: 
 
 def normalize(images: torch.Tensor, mean: Values, std: Values,
               memory_format: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
-    """uint8 images (N, C, H, W) to float32, less the mean and over the deviation, both for pixels in [0, 255]."""
+    """Convert uint8 images (N, C, H, W) to float32 and normalise by ``mean`` and ``std`` of pixels in [0, 255]."""
     mean, std = (
         torch.as_tensor(value, dtype=torch.float32, device=images.device).view(-1, 1, 1) for value in (mean, std))
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device, memory_format=memory_format)
@@ -60,7 +60,7 @@ def normalize(images: torch.Tensor, mean: Values, std: Values,
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device. For CUDA the host does not wait; others may read memory that is gone by then."""
+    """Move a tensor to a device, asynchronously only for CUDA: others may read memory that is freed by then."""
     return tensor.to(device, non_blocking=device.type == 'cuda')
 
 
@@ -69,7 +69,7 @@ def _on_device_of(array: np.ndarray, images: torch.Tensor) -> torch.Tensor:
 
 
 def _inside(boxes: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Which pixels (N, 1, H, W) lie in the boxes (N, 4): top, bottom, left and right, the second and last excluded."""
+    """Which pixels (N, 1, H, W) lie in the boxes (N, 4) of (top, bottom, left, right), bottom and right excluded."""
     height, width = images.shape[-2:]
     y, x = torch.arange(height, device=images.device).view(-1, 1), torch.arange(width, device=images.device)
     top, bottom, left, right = boxes.view(-1, 4, 1, 1, 1).unbind(1)
@@ -78,7 +78,7 @@ def _inside(boxes: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 def _draw_erase_boxes(n: int, height: int, width: int, probability: float, count: int,
                       rng: np.random.Generator) -> np.ndarray:
-    """Boxes (N, count, 4) of top, bottom, left and right; those that are not to be erased are empty."""
+    """Boxes (N, count, 4) of top, bottom, left and right; those that erase nothing are empty."""
     boxes_of_image = rng.integers(1, count, (n, 1), endpoint=True)
     wanted = (rng.random((n, 1)) < probability) & (np.arange(count) < boxes_of_image)
     attempts = (ERASE_ATTEMPTS, n, count)
@@ -96,21 +96,21 @@ def random_erase(images: torch.Tensor, probability: float, mode: str, count: int
                  generator: torch.Generator) -> torch.Tensor:
     """Overwrite boxes at random places of normalised images, with the distributions of timm's ``RandomErasing``.
 
-    A box covers between 0.02 and 1/3 of the image over the number of its boxes, at an aspect ratio (height to width)
-    between 0.3 and 1 / 0.3. Boxes may overlap; one that is larger than the image in ten attempts is left out.
+    A box covers between 0.02 and 1/3 of the image, divided by its number of boxes, at an aspect ratio (height to width)
+    between 0.3 and 1 / 0.3. Boxes may overlap; a box larger than the image in all of ten attempts is skipped.
     Source: Zhong et al. 2017, Random Erasing Data Augmentation, algorithm 1.
 
     Args:
         images: Normalised, shape (N, C, H, W); their memory format is kept.
-        probability: Of erasing in an image.
-        mode: What a box is filled with: ``pixel`` for normal noise, ``rand`` for one normal value a channel, ``const``
-            for zeros, the mean.
-        count: The most boxes of an image.
+        probability: Probability of erasing in an image.
+        mode: What a box is filled with: ``pixel`` for normal noise, ``rand`` for one normal value per channel,
+            ``const`` for zeros, the mean.
+        count: Maximum number of boxes per image.
         rng: Source of the boxes.
         generator: Source of the noise, on the device of the images.
 
     Raises:
-        UserError: If there is no such mode.
+        UserError: If the mode does not exist.
     """
     n, channels, height, width = images.shape
     shapes = dict(pixel=(n, channels, height, width), rand=(n, channels, 1, 1), const=(1, 1, 1, 1))
@@ -126,7 +126,7 @@ def random_erase(images: torch.Tensor, probability: float, mode: str, count: int
 
 
 class BatchMixup(Mixup):
-    """timm's ``Mixup``, its arguments and its draws, from a seed of each batch and mixed as a whole batch.
+    """timm's ``Mixup`` with the same arguments and draws, but a seed for each batch, which is mixed as a whole.
 
     Image i is mixed with image N - 1 - i. Sources: Zhang et al. 2018, mixup: Beyond Empirical Risk Minimization, and
     Yun et al. 2019, CutMix.
@@ -141,13 +141,13 @@ class BatchMixup(Mixup):
         """Mix images and labels as timm would after ``numpy.random.seed(seed)``.
 
         Args:
-            images: Float, shape (N, C, H, W); they stay as they are.
+            images: Float, shape (N, C, H, W); they are not modified.
             labels: Class numbers, shape (N,).
-            seed: Of all draws, below 2**32.
+            seed: Seed of all draws, below 2**32.
 
         Returns:
-            The mixed images and the float32 targets (N, classes), smoothed; only smoothed while ``mixup_enabled`` is
-            false.
+            The mixed images and the smoothed float32 targets (N, classes); while ``mixup_enabled`` is false, nothing is
+            mixed.
 
         Raises:
             UserError: If N is odd.
@@ -169,17 +169,17 @@ class BatchMixup(Mixup):
         return self._mix(x, np.concatenate((half, half[::-1])))
 
     def _draw(self, count: int, x: torch.Tensor) -> np.ndarray:
-        """Shape (count, 6): share of the image in its target, its weight outside of the box, and the box."""
+        """Shape (count, 6): share of the image in its target, its weight outside the box, and the box."""
         lam, use_cutmix = self._params_per_elem(count)
         drawn = np.zeros((count, 6), np.float32)
         drawn[:, 0], drawn[:, 1] = lam, np.where(use_cutmix, 1, lam)
-        for i in np.flatnonzero(use_cutmix & (lam != 1)):  # numbers on the host; one by one is timm's order
+        for i in np.flatnonzero(use_cutmix & (lam != 1)):  # numbers on the host; one by one, in timm's order
             drawn[i, 2:], drawn[i, 0] = cutmix_bbox_and_lam(
                 x.shape, lam[i], ratio_minmax=self.cutmix_minmax, correct_lam=self.correct_lam)
         return drawn
 
     def _mix(self, x: torch.Tensor, drawn: np.ndarray) -> torch.Tensor:
-        """Mix in place, as timm's methods do, and give the shares (N, 1) for the targets."""
+        """Mix in place, as timm's methods do, and return the shares (N, 1) for the targets."""
         params = _on_device_of(drawn, x)
         weight = params[:, 1].view(-1, 1, 1, 1) * ~_inside(params[:, 2:], x)
         x.copy_(x.flip(0).float().lerp(x.float(), weight))

@@ -1,4 +1,4 @@
-"""The card of a weights folder: made of its template, and read for the error it records."""
+"""The card of a weights folder: rendered from its template, and read for the error it records."""
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
 
@@ -20,15 +20,15 @@ def render_card(
         license: str = 'apache-2.0',
         **fields: Any,
 ) -> str:
-    """Fill the card's template.
+    """Render the card's template.
 
     Args:
         name: Model name with tag.
         dataset: Id of the data set on the Hub.
-        dataset_name: Its name for people.
+        dataset_name: Its display name.
         split: The split that was evaluated.
         error: Top-1 error on it in %, none if None.
-        license: Of the weights, by the Hub's identifier or timm's.
+        license: License of the weights, as the Hub's identifier or timm's.
         **fields: The other fields of the template.
     """
     results = None
@@ -41,7 +41,7 @@ def render_card(
                        metric_value=round(100 - error, 2), **common),
             EvalResult(metric_type='error', metric_name='Top-1 error (%)', metric_value=round(error, 2), **common),
         ]
-    # those that timm names after a network or a company are none of the Hub's
+    # those that timm names after a network or a company are not identifiers of the Hub
     named: Dict[str, Any] = dict(license=license)
     if license.endswith('-license'):
         named = dict(license='other', license_name=license)
@@ -64,4 +64,4 @@ def recorded_error(folder: Union[str, Path]) -> Optional[float]:
         results = ModelCard.load(path).data.eval_results or []
         return next((float(r.metric_value) for r in results if r.metric_type == 'error'), None)
     except (OSError, TypeError, ValueError, YAMLError):
-        return None  # a card that is not readable records nothing
+        return None  # an unreadable card records nothing

@@ -13,18 +13,18 @@ from .models._weights import read_digests, weights_dir
 from .validate import validate
 from .weights_folder import CARD_NAME, CONFIG_NAME, verify_folder
 
-# Id of a data set on the Hub, as cards name it, to its folder.
+# Id of a data set on the Hub, as in cards -> its folder.
 FOLDERS = {'uoft-cs/cifar10': 'cifar10', 'uoft-cs/cifar100': 'cifar100'}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Verify and count each shipped folder.
+    """Verify each shipped folder and count its errors.
 
     Returns:
-        0 if every count is the recorded one to within two images, 1 if not, 2 if data is missing.
+        0 if every count is within two images of the recorded one, 1 if not, 2 if data is missing.
     """
     parser = argparse.ArgumentParser(prog='check-weights', description='Count the errors of all shipped weights.')
-    parser.add_argument('data', type=Path, metavar='DIR', help='holds the folders cifar10 and cifar100')
+    parser.add_argument('data', type=Path, metavar='DIR', help='folder that holds cifar10 and cifar100')
     args = parser.parse_args(argv)
     wrong = 0
     try:
@@ -48,7 +48,7 @@ def _check(folder: Path, data: Path) -> bool:
     results = ModelCard.load(folder / CARD_NAME).data.eval_results
     dataset = results[0].dataset_type
     if dataset not in FOLDERS:
-        raise UserError(f'The card of {folder} names the data set {dataset}, known are: {", ".join(FOLDERS)}.')
+        raise UserError(f'The card of {folder} names the data set {dataset}; known ones are: {", ".join(FOLDERS)}.')
     result = validate(
         str(folder), results[0].dataset_split or 'test',
         tell=lambda remark: print(f'check-weights: note: {remark}', file=sys.stderr), data_dir=data / FOLDERS[dataset])

@@ -25,11 +25,11 @@ from .parser import Parser
 from .weights_folder import verify_folder
 
 EXIT_USER_ERROR = 2
-PATIENCE = 10  # seconds that other processes of a machine leave the first one to tell of an end
+PATIENCE = 10  # seconds that other processes of a machine wait for the first one to report why it ends
 
 
 def _train(argv: List[str]) -> None:
-    """train a network by a recipe"""
+    """train a network with a recipe"""
     from accelerate import PartialState
 
     from .training.options import parse_options
@@ -42,7 +42,7 @@ def _train(argv: List[str]) -> None:
     with outlasting_output():
         try:
             train(args, command_line(['train', *argv]))
-        except Interrupted as e:  # of all processes at once
+        except Interrupted as e:  # in all processes at once
             if PartialState().is_local_main_process:
                 print(f'timm-lm: {e}', file=sys.stderr, flush=True)
             PartialState().wait_for_everyone()  # when one process ends, the launcher ends the others
@@ -55,17 +55,17 @@ def _recipe(argv: List[str]) -> None:
 
     parser = _parser('recipe', _recipe)
     parser.add_argument('name', nargs='?', help='a recipe to print')
-    parser.add_argument('--path', action='store_true', help='print its path only')
+    parser.add_argument('--path', action='store_true', help='print only its path')
     args = parser.parse_args(argv)
     if args.name is None:
-        _print_table(['recipe', 'what it is'], [[name, recipe_title(name)] for name in list_recipes()])
+        _print_table(['recipe', 'description'], [[name, recipe_title(name)] for name in list_recipes()])
         return
     path, model = find_recipe(args.name)
     if args.path:
         if model and not re.search(f'(?m)^model: {re.escape(model)}$', path.read_text(encoding='utf-8')):
             recipe = args.name.rpartition('.')[2]
-            raise UserError(f'The file of {recipe} is for its own network; take `timm-lm recipe --path {recipe}`, and '
-                            f'give --model {model} beside it.')
+            raise UserError(f'The file of {recipe} is for its own network; use `timm-lm recipe --path {recipe}` '
+                            f'together with --model {model}.')
         print(path)
         return
     text = path.read_text(encoding='utf-8')
@@ -83,9 +83,9 @@ def _validate(argv: List[str]) -> None:
     add_data_options(parser)
     parser.set_defaults(val_split='test')
     parser.add_argument('-b', '--batch-size', type=int, default=COUNT_BATCH_SIZE, metavar='N',
-                        help='images of a batch (default: %(default)s)')
+                        help='images per batch (default: %(default)s)')
     parser.add_argument('-j', '--workers', type=int, default=4, metavar='N',
-                        help='processes that read images, where they do not fit in memory (default: 4)')
+                        help='processes that read images if they do not fit in memory (default: 4)')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast instead of float32')
     parser.add_argument('--channels-last', action='store_true', help='channels_last memory layout')
     parser.add_argument('--torchcompile', action=argparse.BooleanOptionalAction, default=False,
@@ -111,7 +111,7 @@ def _validate(argv: List[str]) -> None:
 def _list(argv: List[str]) -> None:
     """list the networks and their tags"""
     parser = _parser('list', _list)
-    parser.add_argument('filter', nargs='?', default='*', help='wildcard of names, such as "lm_resnet*"')
+    parser.add_argument('filter', nargs='?', default='*', help='wildcard for names, such as "lm_resnet*"')
     parser.add_argument('--pretrained', action='store_true', help='only tags that have weights')
     args = parser.parse_args(argv)
 
@@ -122,7 +122,7 @@ def _list(argv: List[str]) -> None:
             if not args.pretrained or timm.models.is_model_pretrained(full):
                 rows.append([full, *_facts(full)])
     if not rows:
-        raise UserError(f"No network fits '{args.filter}'; `timm-lm list` shows all.")
+        raise UserError(f"No network matches '{args.filter}'; `timm-lm list` shows all.")
     _print_table(['model', 'classes', 'parameters', 'MACs', 'weights', 'test error'], rows)
 
 
@@ -167,7 +167,7 @@ def _verify(argv: List[str]) -> None:
     """check a weights folder or a repo: config, weights, digest, check batch"""
     parser = _parser('verify', _verify)
     parser.add_argument('sources', metavar='FOLDER_OR_REPO', nargs='+',
-                        help='a weights folder, or hf-hub:OWNER/NAME, whose files are downloaded to be checked')
+                        help='a weights folder, or hf-hub:OWNER/NAME, whose files are downloaded for the check')
     args = parser.parse_args(argv)
 
     from .publish import verify_repo
@@ -182,17 +182,17 @@ def _push(argv: List[str]) -> None:
     """check weights folders and publish them"""
     parser = _parser('push', _push)
     parser.add_argument('folder', metavar='FOLDER', type=Path, nargs='?',
-                        help='a weights folder; with --all one that holds weights folders (default: those that ship)')
+                        help='a weights folder; with --all a folder of weights folders (default: the shipped ones)')
     parser.add_argument('--repo-id', metavar='OWNER/NAME', help='the repo, created if it does not exist')
-    parser.add_argument('--all', action='store_true', help='publish all weights folders, each in a repo of its name')
+    parser.add_argument('--all', action='store_true', help='publish all weights folders, each in a repo named after it')
     parser.add_argument('--owner', metavar='OWNER', help='with --all: user or organization of the repos')
-    parser.add_argument('--private', action='store_true', help='repos that are created are private')
+    parser.add_argument('--private', action='store_true', help='make newly created repos private')
     parser.add_argument('--revision', metavar='BRANCH', help='branch to commit to (default: main)')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request instead')
-    parser.add_argument('--dry-run', action='store_true', help='check, show what would be uploaded, and end')
+    parser.add_argument('--dry-run', action='store_true', help='check, show what would be uploaded, and exit')
     args = parser.parse_args(argv)
     if args.all and (args.repo_id or not args.owner):
-        raise UserError('--all takes --owner OWNER, and no --repo-id: the repos have the names of the folders.')
+        raise UserError('--all takes --owner OWNER and no --repo-id: the repos are named after the folders.')
     if not args.all and (args.owner or not args.repo_id or not args.folder):
         raise UserError('Give FOLDER --repo-id OWNER/NAME, or --all --owner OWNER.')
 
@@ -212,7 +212,7 @@ def _push(argv: List[str]) -> None:
 
 
 def _weights(argv: List[str]) -> None:
-    """make a weights folder of a checkpoint of a run"""
+    """make a weights folder from a checkpoint of a run"""
     parser = _parser('weights', _weights)
     parser.add_argument('checkpoint', metavar='CHECKPOINT', type=Path,
                         help='RUN/checkpoints/step-..., such as that of the best epoch')
@@ -228,12 +228,12 @@ def _weights(argv: List[str]) -> None:
 
 
 def _predict(argv: List[str]) -> int:
-    """name the classes of images"""
+    """classify images"""
     parser = _parser('predict', _predict)
     parser.add_argument('images', metavar='IMAGE', nargs='+', help='a file, a folder, or - for a list from stdin')
     parser.add_argument('--model', metavar='NAME_OR_FOLDER', default='lm_resnet20', help='as in validate')
-    parser.add_argument('--topk', type=int, default=3, metavar='N', help='classes of an image (default: 3)')
-    parser.add_argument('--json', action='store_true', help='a line of JSON for each image')
+    parser.add_argument('--topk', type=int, default=3, metavar='N', help='classes per image (default: 3)')
+    parser.add_argument('--json', action='store_true', help='print a line of JSON for each image')
     parser.add_argument('--device', metavar='NAME', default='cpu', help='where the network runs (default: cpu)')
     args = parser.parse_args(argv)
     if args.topk < 1:
@@ -242,7 +242,7 @@ def _predict(argv: List[str]) -> int:
     from .predict import find_images, predict
 
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors='surrogateescape')  # names of files that are not of the terminal's encoding
+        sys.stdin.reconfigure(errors='surrogateescape')  # file names that are not in the terminal's encoding
     paths = find_images(args.images, sys.stdin)
     model = load_model(args.model).to(_device(args.device))
     width = max(map(len, map(str, paths)), default=0)
@@ -264,9 +264,9 @@ def _export(argv: List[str]) -> None:
     parser = _parser('export', _export)
     parser.add_argument('model', metavar='MODEL_OR_FOLDER', help='as in validate')
     parser.add_argument('--format', choices=('onnx', 'torch-export', 'torchscript'), default='onnx',
-                        help='form of the file (default: onnx)')
+                        help='file format (default: onnx)')
     parser.add_argument('--output', type=Path, metavar='FILE',
-                        help='the file (default: the model\'s name, in this folder)')
+                        help='the file (default: the model\'s name, in the current folder)')
     args = parser.parse_args(argv)
 
     from .export import FORMATS, export_model
@@ -283,21 +283,21 @@ def _export(argv: List[str]) -> None:
 
 
 def _report(argv: List[str]) -> None:
-    """write the page of results, and add runs to them"""
+    """write the results page, and add runs to the record"""
     parser = _parser('report', _report)
-    parser.add_argument('--add', nargs='+', default=[], metavar='RUN', help='folders of runs to add first')
+    parser.add_argument('--add', nargs='+', default=[], metavar='RUN', help='run folders to add first')
     parser.add_argument('--results', type=Path, default=Path('results'), metavar='DIR',
-                        help='folder of the record (default: results)')
+                        help='folder of the record of runs (default: results)')
     parser.add_argument('--page', type=Path, default=Path('docs/results.md'), metavar='FILE',
-                        help='the page of results (default: docs/results.md)')
-    parser.add_argument('--readme', type=Path, metavar='FILE', help='renew the table of networks in this file too')
+                        help='the results page (default: docs/results.md)')
+    parser.add_argument('--readme', type=Path, metavar='FILE', help='also update the table of networks in this file')
     args = parser.parse_args(argv)
 
     from .readme_table import split_page, write_table
     from .results_page import read_frame, write_report
     from .run_row import add_runs
 
-    read_frame(args.results)  # what is in the way is told before anything is written
+    read_frame(args.results)  # reports what is in the way before anything is written
     if args.readme:
         split_page(args.readme)
     for path in add_runs(args.add, args.results):
@@ -313,7 +313,7 @@ def _demo(argv: List[str]) -> None:
     """train, save, reload and evaluate on scikit-learn's digits, in two minutes"""
     parser = _parser('demo', _demo)
     parser.add_argument('--output', default='output/demo', metavar='DIR',
-                        help='folder of the demonstration (default: output/demo)')
+                        help='folder for the demonstration (default: output/demo)')
     args = parser.parse_args(argv)
 
     from .demo import demo
@@ -324,7 +324,7 @@ def _demo(argv: List[str]) -> None:
         try:
             demo(Path(args.output))
         except Interrupted as e:
-            print(f'timm-lm: the demonstration was stopped; `timm-lm demo --output {args.output}` begins a new one',
+            print(f'timm-lm: the demonstration was stopped; `timm-lm demo --output {args.output}` starts a new one',
                   file=sys.stderr, flush=True)
             sys.exit(e.exit_code)
 
@@ -335,21 +335,21 @@ COMMANDS: Dict[str, Callable[[List[str]], Optional[int]]] = {
 }
 
 
-# Errors of PyTorch and the system that a person can do something about: words of them, and what is said.
+# Errors of PyTorch and the system that a user can do something about: words in them, and the message.
 _FAILURES = (
     (('MemoryError', 'not enough memory', "can't allocate memory", 'out of memory'),
-     'The memory does not suffice ({}); use a smaller --batch-size, or a smaller network.'),
+     'There is too little memory ({}); use a smaller --batch-size or a smaller network.'),
     (('DataLoader worker (pid', 'unable to allocate shared memory'),  # killed, or a full /dev/shm
-     'The processes that read images failed ({}), maybe for want of memory, or of room in /dev/shm; use fewer '
-     f'--workers. A training goes on {RESUME}.'),
+     'The processes that read images failed ({}), perhaps for lack of memory or of space in /dev/shm; use fewer '
+     f'--workers. Resume training {RESUME}.'),
     # where it is raised says little, as the host runs ahead
     (('AcceleratorError', 'CUDA error', 'CUDA driver error', 'cuDNN error', 'Triton Error [CUDA]'),
-     f'The device failed ({{}}), maybe through another process on it; start again. A training goes on {RESUME}.'),
+     f'The device failed ({{}}), perhaps because of another process on it; start again. Resume training {RESUME}.'),
 )
 
 
 def _failure(error: BaseException) -> str:
-    """What to say of an error that a person can do something about, '' of others."""
+    """The message for an error that the user can do something about, '' for others."""
     text = f'{type(error).__name__}: {error}'
     return next((said.replace('{}', one_line(error)) for words, said in _FAILURES if any(w in text for w in words)), '')
 
@@ -401,10 +401,10 @@ def _parser(name: str, command: Callable[[List[str]], Optional[int]]) -> argpars
 
 
 def _tell(line: str) -> None:
-    """Print a line of error, once for all processes of a machine.
+    """Print an error line, once for all processes of a machine.
 
-    When one process ends, the launcher ends the others. So those that are not the first wait for that, and speak only
-    if the first one had nothing to tell.
+    When one process ends, the launcher ends the others. So all but the first wait for that, and print only if the first
+    one had nothing to report.
     """
     if int(os.environ.get('LOCAL_RANK') or 0) > 0:
         time.sleep(PATIENCE)
@@ -413,7 +413,7 @@ def _tell(line: str) -> None:
 
 def _usage() -> str:
     lines = [f'  {name:<10}{command.__doc__}' for name, command in COMMANDS.items()]
-    more = '`timm-lm COMMAND --help` tells more, `timm-lm --version` the version'
+    more = '`timm-lm COMMAND --help` describes a command, `timm-lm --version` prints the version'
     return '\n'.join(['usage: timm-lm COMMAND ...', '', 'commands:', *lines, '', more])
 
 
@@ -439,7 +439,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise UserError(f"There is no command '{argv[0]}'; the commands are {', '.join(COMMANDS)}.")
         code = command(argv[1:]) or 0
         if sys.stdout is not None:  # closed from the start
-            sys.stdout.flush()  # a reader that went away is noticed here, not when Python ends
+            sys.stdout.flush()  # a closed pipe is noticed here, not when Python exits
         return code
     except UserError as e:
         _tell(f'timm-lm: error: {e}')
@@ -447,7 +447,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         _tell('timm-lm: interrupted')
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of the output went away, as `head` does; what is left goes nowhere
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does; the rest is discarded
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (MemoryError, RuntimeError) as e:
@@ -457,7 +457,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         _tell(f'timm-lm: error: {said}')
         return EXIT_USER_ERROR
     except OSError as e:
-        _tell(f'timm-lm: error: {e}; check the path, the rights to it, the room there and the connection.')
+        _tell(f'timm-lm: error: {e}; check the path, its permissions, the free space and the connection.')
         return EXIT_USER_ERROR
 
 

@@ -1,4 +1,4 @@
-"""What torch.compile is in need of, looked for before the first step instead of a traceback in it."""
+"""Checks for what torch.compile needs, made before the first step to avoid a traceback in it."""
 import getpass
 import importlib.util
 import os
@@ -18,7 +18,7 @@ from .errors import UserError
 
 
 def check_compiler(backend: str, mode: Optional[str], on_cpu: bool) -> None:
-    """Check the backend of torch.compile, its mode, and what its code for the device is in need of.
+    """Check the backend of torch.compile, its mode, and what its code for the device needs.
 
     Raises:
         UserError: If there is no such backend or mode, or a compiler, triton, a newer GPU or a newer PyTorch is needed.
@@ -44,7 +44,7 @@ def check_compiler(backend: str, mode: Optional[str], on_cpu: bool) -> None:
 
 
 def _name_cache() -> None:
-    """Give the compiler's cache a name where the user has none, as in a container; older PyTorch ends there."""
+    """Name the compiler's cache if the user has no name, as in a container, where older PyTorch fails."""
     try:
         getpass.getuser()
     except (ImportError, KeyError, OSError):
@@ -59,16 +59,16 @@ def _check_cpp() -> None:
     usual = {'darwin': 'clang++', 'win32': 'cl'}.get(sys.platform, 'g++')
     compiler = os.environ.get('CXX', usual)
     if sys.platform != 'win32' and hasattr(cpp_builder, '_split_compiler_command'):  # of newer PyTorch
-        with suppress(ValueError):  # an open quote; there is no such program
+        with suppress(ValueError):  # an unclosed quote; no program has such a name
             compiler = next(iter(shlex.split(compiler)), '')
     if not shutil.which(compiler):
         raise UserError(f"--torchcompile needs a C++ compiler on the CPU and there is no '{compiler}'; install "
-                        f'{usual}, name another one by the variable CXX, or run eagerly with --no-torchcompile.')
+                        f'{usual}, name another one in the variable CXX, or run eagerly with --no-torchcompile.')
     _check_headers('CPLUS_INCLUDE_PATH')
 
 
 def _check_headers(variable: str) -> None:
-    """Look for Python's headers, unless they may be where CPATH or another variable leads the compiler to."""
+    """Look for Python's headers, unless CPATH or another variable may point the compiler to them."""
     if sys.platform == 'linux' and not {'CPATH', variable} & os.environ.keys():
         headers = [sysconfig.get_path('include'), sysconfig.get_path('include', 'posix_prefix')]
         if not any(Path(folder, 'Python.h').is_file() for folder in headers):
@@ -86,5 +86,5 @@ def _check_triton() -> None:
     compilers = [os.environ['CC']] if 'CC' in os.environ else ['gcc', 'clang', 'cl']  # as Triton looks for them
     if not any(map(shutil.which, compilers)):
         raise UserError(f"--torchcompile needs a C compiler for this GPU and there is no '{compilers[0]}'; install "
-                        'gcc, name another one by the variable CC, or run eagerly with --no-torchcompile.')
+                        'gcc, name another one in the variable CC, or run eagerly with --no-torchcompile.')
     _check_headers('C_INCLUDE_PATH')

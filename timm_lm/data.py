@@ -1,4 +1,4 @@
-"""The splits of a data set by their names: opened image by image, or decoded once into uint8 tensors."""
+"""The splits of a data set by name: opened image by image, or decoded once into uint8 tensors."""
 import os
 from contextlib import suppress
 from dataclasses import replace
@@ -28,11 +28,11 @@ from .parquet import (
 )
 from .timm_data import is_torch_folder, open_dataset
 
-LONG_TO_READ = 1 << 30  # bytes of files; whether a split fits is found before they are read
+LONG_TO_READ = 1 << 30  # bytes of files; for larger splits memory is checked before they are read
 MEMORY_LIMIT = 4 << 30  # bytes of a decoded split, less where memory is small
-# Where Linux tells a container how much memory it has, by the newer and the older way.
+# The memory limit of a container on Linux, in cgroup v2 and v1.
 _CONTAINER_LIMITS = (Path('/sys/fs/cgroup/memory.max'), Path('/sys/fs/cgroup/memory/memory.limit_in_bytes'))
-# What names of timm's data sets begin with.
+# Prefixes of the names of timm's data sets.
 _KINDS = ('hfds', 'hfids', 'tfds', 'torch', 'wds')
 
 
@@ -44,7 +44,7 @@ class TooLarge(UserError):
 
 
 class _Decoder:
-    """Encoded image -> uint8 array (C, H, W) of the wanted size, by timm's evaluation transform where sizes differ."""
+    """Encoded image -> uint8 array (C, H, W) of the wanted size, with timm's evaluation transform if sizes differ."""
 
     def __init__(self, input_size: Sequence[int], crop_pct: float, interpolation: str, crop_mode: str):
         channels, height, width = input_size
@@ -60,7 +60,7 @@ class _Decoder:
     def __call__(self, image: Image.Image) -> np.ndarray:
         if not (self.as_it_is and image.size == self.size):
             return np.asarray(self.transform(image))
-        array = np.array(image)  # a copy: PyTorch warns of Pillow's read-only memory
+        array = np.array(image)  # a copy: PyTorch warns about Pillow's read-only memory
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
@@ -80,23 +80,23 @@ def _decode_all(images: EncodedImages, decode: _Decoder, progress: bool) -> Imag
         if not len(decoded):
             decoded = torch.empty(len(images), *image.shape, dtype=torch.uint8)
         decoded[i] = torch.as_tensor(image)
-    if error and len(failed) > 1:  # told at once, as all are decoded again
+    if error and len(failed) > 1:  # reported together, as the next attempt decodes all again
         names = some([images.place(i) for i in failed[1:]])
-        raise UserError(f'{error} So it is with {len(failed) - 1} more: {names}.') from error
+        raise UserError(f'{error} The same applies to {len(failed) - 1} more: {names}.') from error
     if error:
         raise error
     return ImageSet(decoded, images.labels, images.class_names, images.remark)
 
 
 def _decode_files(images: EncodedImages, decode: _Decoder, settings: Dict[str, Any], progress: bool) -> ImageSet:
-    """Decode images in files of their own, or take them from the cache if the files are as they were then."""
+    """Decode images that are separate files, or read them from the cache if the files have not changed."""
     if len(images.files) != len(images):  # such as those of a tar file
         return _decode_all(images, decode, progress)
     try:
         content = stamp(images.files, images.labels)
-    except OSError:  # one is gone, or a link that leads nowhere; decoding names it
+    except OSError:  # one is gone, or a broken link; decoding names it
         return _decode_all(images, decode, progress)
-    # one place for a folder, however often its images change
+    # one cache file for a folder, however often its images change
     cache = cache_path([os.path.commonpath(images.files)], settings)
     found = read_cache(cache, content)
     if found is not None:
@@ -124,28 +124,28 @@ def load_images(
     """Decode a split into memory.
 
     Args:
-        split: Name of the split; of Parquet also a part of it, such as ``train[:90%]`` or ``train[45000:]``.
-        data_dir: Folder of the data. With Parquet files in the Hub's layout it is read directly.
+        split: Name of the split; for Parquet also a part of it, such as ``train[:90%]`` or ``train[45000:]``.
+        data_dir: Folder of the data; Parquet files in the Hub's layout are read directly.
         dataset: timm's name of the data set. ``hfds/<folder>`` and ``hfds/<owner>/<name>`` name a Parquet folder and a
-            repo of the Hub; anything else is opened by ``timm.data.create_dataset``.
-        input_size: Size (C, H, W) that images get, by timm's evaluation transform where theirs is another.
+            repo on the Hub; anything else is opened by ``timm.data.create_dataset``.
+        input_size: Size (C, H, W) of the decoded images, by timm's evaluation transform if theirs differs.
         crop_pct: Share of the resized image that the centre crop keeps.
-        interpolation: Of the resizing, in timm's names.
-        input_key: Column of the images, guessed if empty; for a folder of images the endings that are read, as
+        interpolation: Interpolation of the resizing, as timm names it.
+        input_key: Column of the images, guessed if empty; for a folder of images the extensions that are read, as
             ``.png;.jpg``.
         target_key: Column of the class numbers; guessed if empty.
         class_map: As in ``timm.data.create_dataset``.
         download: As in ``timm.data.create_dataset``.
         progress: Show a progress bar while decoding.
-        crop_mode: How images that are not square become so, in timm's names.
-        device: Where the split is to be kept and must fit too; it is decoded into the memory of the host.
+        crop_mode: How images that are not square are made square, as timm names it.
+        device: Where the split will be kept, and must fit too; it is decoded into host memory.
 
     Returns:
-        The decoded split; Parquet and folders of images come from a cache on disk when they were decoded before.
+        The decoded split; Parquet and folders of images are read from a cache on disk if they were decoded before.
 
     Raises:
         UserError: If the data is missing, has no such split, or cannot be read.
-        TooLarge: If the split takes more than 4 GiB decoded, or than a quarter of the memory of host or device.
+        TooLarge: If the decoded split takes more than 4 GiB, or more than a quarter of the memory of host or device.
     """
     decode = _Decoder(input_size, crop_pct, interpolation, crop_mode)
     mode = image_mode(input_size[0])
@@ -185,7 +185,7 @@ def open_images(
 ) -> EncodedImages:
     """Open a split to be decoded image by image; arguments as in ``load_images``.
 
-    Parquet up to 4 GiB is held encoded; more goes through timm's ``hfds/``, which needs the package datasets.
+    Parquet up to 4 GiB is held encoded; more is read through timm's ``hfds/``, which needs the package datasets.
 
     Args:
         channels: 3 for RGB images, 1 for grey ones.
@@ -207,14 +207,14 @@ def open_images(
     schema = pq.read_schema(paths[0])
     columns = find_columns(schema, input_key, target_key, paths[0])
     data = open_dataset(whole, None, f'hfds/{folder}', mode, class_map, download, *columns)
-    data.class_names = stored_class_names(schema, columns[1])  # older timm tells those of the column label alone
+    data.class_names = stored_class_names(schema, columns[1])  # older timm has only those of a column named label
     return data.part(*rows_of_part(split, len(data)))
 
 
 def _check_no_class_map(folder: Path, class_map: str) -> None:
     if class_map:
-        raise UserError(f'--class-map numbers the classes of folders of images; the Parquet files in {folder} have '
-                        'class numbers of their own. Leave it out.')
+        raise UserError(f'--class-map numbers the classes of folders of images; the Parquet files in {folder} already '
+                        'have class numbers. Leave it out.')
 
 
 def _check_memory(split: str, count: int, input_size: Sequence[int], device: Optional[torch.device]) -> None:
@@ -226,12 +226,12 @@ def _check_memory(split: str, count: int, input_size: Sequence[int], device: Opt
 
 
 def _memory_sizes(device: Optional[torch.device]) -> List[int]:
-    """Bytes of memory of the host and the device, as far as they are told."""
+    """Bytes of memory of the host and the device, as far as they are known."""
     sizes = []
     if 'SC_PHYS_PAGES' in getattr(os, 'sysconf_names', {}):  # not on Windows
         sizes.append(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
     for limit in _CONTAINER_LIMITS:
-        with suppress(OSError, ValueError):  # 'max' is none
+        with suppress(OSError, ValueError):  # 'max' means no limit
             sizes.append(int(limit.read_text()))
     if device is not None and device.type in ('cuda', 'xpu'):
         sizes.append(getattr(torch, device.type).get_device_properties(device).total_memory)
@@ -265,14 +265,14 @@ def is_archive(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
 
 
 def is_image_folder(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
-    """Whether the options name a folder of images in folders by class; all of it is searched for Parquet."""
+    """Whether the options name a folder with images in a folder per class; all of it is searched for Parquet."""
     if data_dir is None or dataset or not Path(data_dir).is_dir():
         return False
     return any(Path(data_dir).iterdir()) and not any(path.suffix == '.parquet' for path in files_below(data_dir))
 
 
 def is_class_folder(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
-    """Whether timm looks for a folder of the split in the data folder, and takes all of it where there is none."""
+    """Whether timm looks for a folder of the split in the data folder, and reads all of it if there is none."""
     return is_torch_folder(data_dir, dataset) or is_image_folder(data_dir, dataset)
 
 
@@ -280,42 +280,42 @@ def check_labels(data: Union[ImageSet, EncodedImages], num_classes: int) -> None
     """Compare the labels of a split with the classes of a network.
 
     Raises:
-        UserError: If there are others.
+        UserError: If a label is not a class of the network.
     """
     low, high = int(data.labels.min()), int(data.labels.max())
     if low < 0:
-        raise UserError(f'The data has labels from {low} on, as a split without known labels has; choose another split '
-                        'or another --target-key.')
+        raise UserError(f'The data has labels from {low} on, like a split whose labels are unknown; choose another '
+                        'split or another --target-key.')
     if high >= num_classes:
-        raise UserError(f'The data has labels up to {high}, the network has {num_classes} classes; train one of '
-                        f'--num-classes {high + 1}, or choose another label column with --target-key.')
+        raise UserError(f'The data has labels up to {high}, but the network has {num_classes} classes; train one '
+                        f'with --num-classes {high + 1}, or choose another label column with --target-key.')
 
 
 def check_class_names(found: Optional[Sequence[str]], names: Optional[Sequence[str]], of: str,
                       may_differ: bool = True) -> str:
-    """Compare the class names of data with known ones, as a folder of images that lacks a class numbers others.
+    """Compare the class names of data with known ones, as a folder of images that lacks a class renumbers others.
 
-    Names that have nothing in common may be two ways to name the same classes.
+    Two sets of names that have nothing in common may be different names for the same classes.
 
     Args:
         found: Names of the classes of the data in the order of their numbers, unknown if None.
         names: Names in the order of the class numbers, unknown if None.
-        of: What these are the classes of, for the message.
-        may_differ: Names that have nothing in common pass.
+        of: What the known classes belong to, for the message.
+        may_differ: Accept names that have nothing in common.
 
     Returns:
-        A remark if names passed that have nothing in common, else ''.
+        A remark if names that have nothing in common were accepted, otherwise ''.
 
     Raises:
-        UserError: If names are shared, but not all of them in the same order, or none are and they may not differ.
+        UserError: If some names are shared but not all in the same order, or none are and they may not differ.
     """
     found, known = tuple(found or ()), tuple(names or ())
     if not found or not known or found == known:
         return ''
     if may_differ and not {*found} & {*known}:
-        return (f'No class of the data ({some(found)}) has a name of {of} ({some(known)}); classes are told by their '
-                'numbers alone.')
+        return (f'No class of the data ({some(found)}) is among those of {of} ({some(known)}); classes are compared '
+                'by number only.')
     shown = some(sorted({*found} ^ {*known}))
     raise UserError(f'The {len(found)} classes of the data are not the {len(known)} of {of}, or in another order, '
-                    f'so that class numbers do not agree (in one of them only: {shown or "none"}); bring the '
-                    'folders into line, or number the classes with --class-map.')
+                    f'so class numbers do not agree (only in one of them: {shown or "none"}); make the folders '
+                    'match, or number the classes with --class-map.')

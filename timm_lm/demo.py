@@ -1,4 +1,4 @@
-"""The whole job in two minutes: train on scikit-learn's digits, save, reload through timm, evaluate, draw."""
+"""The whole workflow in two minutes: train on scikit-learn's digits, save, reload through timm, evaluate, plot."""
 import io
 import json
 import shutil
@@ -27,8 +27,8 @@ def write_digits(folder: Path, limit: int = 0) -> Path:
     """Write scikit-learn's handwritten digits (1,797 images of 8x8 pixels) as Parquet in the Hub's layout.
 
     Args:
-        folder: Where; made if missing.
-        limit: Use so many images only, all if 0.
+        folder: Where to; created if missing.
+        limit: Number of images to use, all if 0.
 
     Raises:
         UserError: If scikit-learn is missing.
@@ -70,8 +70,8 @@ def demo(output: Path, options: Sequence[str] = ()) -> Path:
     """Run the demonstration.
 
     Args:
-        output: Folder of data, run and pictures; what an earlier demonstration left there is replaced.
-        options: Further options of the training.
+        output: Folder for data, run and plots; what an earlier demonstration left there is replaced.
+        options: Further options for the training.
 
     Returns:
         The run folder.
@@ -79,10 +79,10 @@ def demo(output: Path, options: Sequence[str] = ()) -> Path:
     data = output / 'digits'
     is_ours = data.is_dir() and {file.name for file in data.iterdir()} <= {_file_name(split) for split in SPLITS}
     if output.is_file() or output.exists() and any(output.iterdir()) and not is_ours:
-        raise UserError(f'{output} holds something else than a demonstration; give another folder with --output.')
+        raise UserError(f'{output} holds something else, not a demonstration; give another folder with --output.')
     with tempfile.TemporaryDirectory() as temporary:
-        new = write_digits(Path(temporary) / 'digits')  # what is missing for it is told before anything is removed
-        for part in (output / 'run', data):  # the digits tell whose folder it is, so they go last
+        new = write_digits(Path(temporary) / 'digits')  # reports what it lacks before anything is removed
+        for part in (output / 'run', data):  # the digits mark the folder as ours, so they go last
             shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(new, data, dirs_exist_ok=True)
     start = time.perf_counter()
@@ -101,7 +101,7 @@ def demo(output: Path, options: Sequence[str] = ()) -> Path:
         first = next(iter(MemoryLoader(images, 1, cfg['mean'], cfg['std'])))
         answer = cfg['label_names'][int(model(first[0]).argmax())]
     print(f"Trained in {seconds:.0f} s. timm.create_model('local-dir:{run / 'weights'}', pretrained=True) is wrong on "
-          f"{result['errors']} of {result['images']} test digits ({100 - result['top1']:.2f} %); it takes the first, "
-          f'a {int(first[1])}, for a {answer}.')
-    print(f"Curves are in {run / 'curves.png'}, the path of k in {run / 'k.png'}.")
+          f"{result['errors']} of {result['images']} test digits ({100 - result['top1']:.2f} %); it classifies the "
+          f'first, a {int(first[1])}, as a {answer}.')
+    print(f"Curves are in {run / 'curves.png'}, the values of k in {run / 'k.png'}.")
     return run

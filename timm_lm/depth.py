@@ -1,15 +1,15 @@
 """Depth refinement: start a deep network from the weights of a trained shallow one.
 
-To both a stage is the same differential equation, which the deep network solves in smaller steps. Each block after the
-first one of a stage is repeated, and the last convolution of its branch is divided by the number of repeats. The first
-of the repeats takes over the history: the step behind it has become smaller by the repeats of the block before, so its
-``k`` is multiplied by them. The others start from ``k = 0``. Were the branch constant over the repeats, they would
-together make the step of the block they come from, but for products of two ``k``. The ``k`` of a block that projects
-the history (LM-ResNeXt) stays. A plain network has ``k = 0``.
+In both networks a stage solves the same differential equation, in smaller steps in the deep one. Each block of a stage
+after the first is repeated, and the last convolution of its branch is divided by the number of repeats. The first
+repeat takes over the history: the step before it is smaller by the number of repeats of the previous block, so its
+``k`` is multiplied by that number. The other repeats start from ``k = 0``. If the branch were constant over the
+repeats, together they would make the step of the original block, up to products of two ``k``. The ``k`` of a block that
+projects the history (LM-ResNeXt) is kept. A plain network has ``k = 0``.
 
 Source: Chang, Meng, Haber, Tung, Begert, "Multi-level Residual Networks from Dynamical Systems View", ICLR 2018,
-https://arxiv.org/abs/1710.10348. There each block is doubled, several times during one training, in plain networks
-whose step size is an explicit factor; what becomes of ``k`` is ours.
+https://arxiv.org/abs/1710.10348. There, each block is doubled, several times during one training, in plain networks
+whose step size is an explicit factor; the treatment of ``k`` is ours.
 """
 from typing import Any, Dict, List, Tuple, cast
 
@@ -19,12 +19,12 @@ from .errors import UserError
 from .layers import TwoStep
 from .models import LMResNet
 
-# What of a network's config tells how it sees images.
+# The keys of a network's config that describe its input images.
 _IMAGES = ('input_size', 'pool_size', 'mean', 'std', 'crop_pct', 'interpolation')
 
 
 def repeated_blocks(shallow: int, deep: int) -> List[int]:
-    """For each block of a deep stage the block of the shallow stage that it repeats.
+    """For each block of a deep stage, the block of the shallow stage that it repeats.
 
     The first block changes the shape, so it is not repeated.
 
@@ -36,41 +36,41 @@ def repeated_blocks(shallow: int, deep: int) -> List[int]:
         UserError: If the deep stage has fewer blocks, or more where there is none to repeat.
     """
     if deep < shallow or deep > shallow == 1:
-        raise UserError(f'{shallow} blocks of a stage cannot become {deep}; give a network with at least 2, and not '
+        raise UserError(f'{shallow} blocks of a stage cannot become {deep}; grow a network with at least 2, and no '
                         'more than the deep one has.')
     return [0] + [1 + i * (shallow - 1) // (deep - 1) for i in range(deep - 1)]
 
 
 @torch.no_grad()
 def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
-    """Give a deep network the weights of a shallow one of the same kind and width.
+    """Initialise a deep network with the weights of a shallow one of the same kind and width.
 
-    The deep network is a start for training and not a copy: until it is trained its error is higher, the more so the
-    more often blocks are repeated. A head of another number of classes is left as it was made. A plain network becomes
-    a two-step one with ``k = 0``, which at the same depth computes the same. Its ``pretrained_cfg`` tells how it is to
-    see images, which is how the shallow one saw them, and, if it has its head, the names of the classes.
+    The deep network is a starting point for training, not a copy: until it is trained its error is higher, the more so
+    the more often blocks are repeated. A head with another number of classes keeps its own weights. A plain network
+    becomes a two-step one with ``k = 0``, which at the same depth computes the same. The deep network's
+    ``pretrained_cfg`` takes over the image settings of the shallow one and, if the head fits, the class names.
 
     Args:
         shallow: A trained network.
-        deep: The network to start, two-step if the shallow one is. It is changed in place.
+        deep: The network to initialise, two-step if the shallow one is. It is changed in place.
 
     Returns:
         The deep network.
 
     Raises:
-        UserError: If one of them is no network of this package, their tensors differ in more than depth, or the deep
-            one's convolutions are made of others, as by weight norm or pruning. Activations are not compared.
+        UserError: If one of them is not a network of this package, their tensors differ in more than depth, or the deep
+            one's weights are computed from others, as by weight norm or pruning. Activations are not compared.
 
-    Source: Chang et al., ICLR 2018, https://arxiv.org/abs/1710.10348; what becomes of ``k`` is ours.
+    Source: Chang et al., ICLR 2018, https://arxiv.org/abs/1710.10348; the treatment of ``k`` is ours.
     """
     for model in (shallow, deep):
         if not isinstance(model, LMResNet):
-            raise UserError(f'A {type(model).__name__} cannot be grown; give networks of timm-lm.')
+            raise UserError(f'A {type(model).__name__} cannot be grown; use networks of timm-lm.')
         if any(block.is_optimized for stage in model.stages for block in cast(Any, stage).blocks):
-            raise UserError('A network that was optimized for inference cannot be grown; give the one it was made of.')
+            raise UserError('A network that was optimized for inference cannot be grown; use the original network.')
     if any('weight' not in block.last_conv()._parameters for _, new in _pairs(shallow, deep) for block in new.blocks):
-        raise UserError('A network whose convolutions are made of others, as by weight norm or pruning, cannot be '
-                        'grown to; grow it before that.')
+        raise UserError('A network whose weights are computed from others, as by weight norm or pruning, cannot be '
+                        'grown to; grow to it before that.')
     if len(shallow.stages) != len(deep.stages):
         raise UserError(f'{len(shallow.stages)} stages cannot be grown to {len(deep.stages)}.')
     sources = [repeated_blocks(len(old.blocks), len(new.blocks)) for old, new in _pairs(shallow, deep)]
@@ -87,8 +87,8 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
     if not old_k:
         state.update((name, torch.zeros_like(wanted[name])) for name in new_k)
     elif not new_k:
-        raise UserError('A two-step network cannot start a plain one; give a plain network to grow, or a two-step one '
-                        'to start.')
+        raise UserError('A two-step network cannot start a plain one; grow a plain network, or start a two-step '
+                        'one.')
     shapes, wanted_shapes = ({name: tensor.shape for name, tensor in d.items()} for d in (state, wanted))
     differing = sorted(name for name in {*state, *wanted} if shapes.get(name) != wanted_shapes.get(name))
     if differing:

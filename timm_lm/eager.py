@@ -1,4 +1,4 @@
-"""Whether operations run one by one on plain tensors, so that a kernel of our own can stand in for some of them."""
+"""Whether operations run one by one on plain tensors, so that our own kernels can replace some of them."""
 import torch
 from torch import nn
 
@@ -6,7 +6,7 @@ from torch import nn
 def runs_eagerly(*tensors: torch.Tensor) -> bool:
     """Whether a call with these tensors is seen by no compiler, tracer, transform, dispatch mode or tensor subclass.
 
-    False, too, where PyTorch no longer has the private names that tell.
+    Also False if PyTorch no longer has the private names that show this.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False

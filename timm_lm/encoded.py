@@ -11,15 +11,15 @@ from torch.utils.data import Dataset
 
 from .errors import UserError, one_line
 
-# What opening and decoding an image that is none, or is damaged, may raise.
+# What opening and decoding a damaged image, or another kind of file, may raise.
 UNREADABLE_IMAGE = (
     UnidentifiedImageError, Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, TarError, TypeError,
     ValueError)
-_TIFF_BITS = 258  # the tag of TIFF that tells the bits of each value
+_TIFF_BITS = 258  # the TIFF tag BitsPerSample
 
 
 def image_mode(channels: int) -> str:
-    """Pillow's mode of images of so many channels.
+    """Pillow's mode for images with this many channels.
 
     Raises:
         UserError: If they are neither 1 nor 3.
@@ -30,13 +30,13 @@ def image_mode(channels: int) -> str:
 
 
 def convert_image(image: Image.Image, mode: str) -> Image.Image:
-    """An image in Pillow's mode 'RGB' or 'L'.
+    """Convert an image to Pillow's mode 'RGB' or 'L'.
 
-    Values of 16 bits are scaled to 8, as are the 12 bits of some TIFF; Pillow itself cuts them off at 255. Negative
-    values are black.
+    16-bit values are scaled to 8 bits, as are the 12-bit values of some TIFF files; Pillow itself clips them at 255.
+    Negative values become black.
     """
     bits = image.tag_v2.get(_TIFF_BITS) if isinstance(image, TiffImageFile) else None
-    # 'I' are PNG in older Pillow, PGM, and TIFF of signed values
+    # 'I' is the mode of PNG in older Pillow, of PGM, and of TIFF with signed values
     if image.mode.startswith('I;16') or image.mode == 'I' and (image.format in ('PNG', 'PPM') or bits == (16,)):
         shift = 4 if bits == (12,) else 7 if bits == (16,) and image.mode in ('I', 'I;16S') else 8
         values = np.asarray(image).astype(np.int32).clip(0) >> shift
@@ -49,10 +49,10 @@ class EncodedImages(Dataset):
 
     Attributes:
         labels: Class numbers, int64, shape (N,).
-        class_names: Names in the order of the labels, if the data set tells them.
-        transform: What each image goes through, None for the image itself.
-        remark: What a person should know of how it was read.
-        files: Paths of the images, if each lies in a file of its own.
+        class_names: Names in the order of the labels, if the data set has them.
+        transform: Applied to each image; None returns the image itself.
+        remark: What the user should know about how it was read.
+        files: Paths of the images, if each is a separate file.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class EncodedImages(Dataset):
             labels: Class numbers, shape (N,).
             class_names: Their names.
             mode: Pillow's mode that images are converted to.
-            place: Index to the words that name an image in errors.
-            remark: What a person should know of how it was read.
-            files: Paths of the images, if each lies in a file of its own.
+            place: Index to the words that identify an image in errors.
+            remark: What the user should know about how it was read.
+            files: Paths of the images, if each is a separate file.
         """
         self.read = read
         self.labels = labels
@@ -89,16 +89,16 @@ class EncodedImages(Dataset):
         return len(self.labels)
 
     def part(self, start: int, stop: int) -> 'EncodedImages':
-        """The images from one index to another, without the latter."""
+        """The images from ``start`` up to ``stop``, exclusive."""
         part = copy.copy(self)
         part.labels, part.first = self.labels[start:stop], self.first + start
         return part
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
-        """Image (what ``transform`` makes of it) and class number.
+        """Image (after ``transform``) and class number.
 
         Raises:
-            UserError: If the image is not readable, or the transform does not take it.
+            UserError: If the image is not readable, or the transform fails on it.
         """
         row = self.first + index
         try:

@@ -1,8 +1,8 @@
-"""The error of this package, bad input told in one line, and words for its messages."""
+"""The error that this package raises for bad input, and helpers for its one-line messages."""
 from typing import Sequence
 
-# How a training goes on, for messages.
-RESUME = 'with --resume auto, or without an --experiment with --resume RUN/checkpoints/step-...'
+# How to resume a training run, for messages.
+RESUME = 'with --resume auto, or, without --experiment, with --resume RUN/checkpoints/step-...'
 
 
 class UserError(RuntimeError):
@@ -13,7 +13,7 @@ class UserError(RuntimeError):
 
 
 def one_line(what: object, limit: int = 200) -> str:
-    """A message, such as an error, on one line of about so many characters; its kind if it has none."""
+    """A message, such as an error, on one line of about ``limit`` characters; its type if it is empty."""
     text = ' '.join(str(what).split()) or type(what).__name__
     return text if len(text) <= limit else f'{text[:limit]}...'
 

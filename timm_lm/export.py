@@ -1,4 +1,4 @@
-"""The networks as files of other tools: ONNX, torch.export and TorchScript, each checked against the network."""
+"""Export of networks to ONNX, torch.export and TorchScript, each file checked against the network."""
 import io
 import os
 import tempfile
@@ -24,25 +24,25 @@ def _batch() -> Tuple[Dict[int, Any]]:
 def _to_onnx(model: TimmModel, images: torch.Tensor, path: Path) -> Run:
     missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if find_spec(name) is None]
     if missing:
-        raise UserError(f"ONNX needs {', '.join(missing)}; install `pip install 'timm-lm[export]'`.")
+        raise UserError(f"ONNX needs {', '.join(missing)}; run `pip install 'timm-lm[export]'`.")
     import onnxruntime
     names: Dict[str, Any] = dict(input_names=['images'], output_names=['logits'])
     if torch.__version__ >= '2.6':
         program = torch.onnx.export(model, (images,), dynamo=True, dynamic_shapes=_batch(), verbose=False, **names)
         assert program is not None
         program.save(str(path))
-    else:  # the newer exporter of torch 2.5 fails where the batch is dynamic
+    else:  # the newer exporter of torch 2.5 fails if the batch is dynamic
         axes = dict(images={0: 'batch'}, logits={0: 'batch'})
         torch.onnx.export(model, (images,), str(path), dynamo=False, dynamic_axes=axes, **names)
     try:
         session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-    except Exception as e:  # of its own kinds, which have no base but this
-        raise UserError(f'onnxruntime cannot read the file ({one_line(e)}); install a newer one.') from e
+    except Exception as e:  # its own errors, which have no other base class
+        raise UserError(f'onnxruntime cannot read the file ({one_line(e)}); install a newer version.') from e
     return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
 def _to_program(model: TimmModel, images: torch.Tensor, path: Path) -> Run:
-    buffer = io.BytesIO()  # PyTorch ends the process when a disk is full
+    buffer = io.BytesIO()  # PyTorch aborts the process if the disk is full
     torch.export.save(torch.export.export(model, (images,), dynamic_shapes=_batch()), buffer)
     path.write_bytes(buffer.getbuffer())
     return torch.export.load(path).module()
@@ -50,14 +50,14 @@ def _to_program(model: TimmModel, images: torch.Tensor, path: Path) -> Run:
 
 def _to_script(model: TimmModel, images: torch.Tensor, path: Path) -> Run:
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', '.torch.jit', FutureWarning)  # deprecated, and still asked for
+        warnings.filterwarnings('ignore', '.torch.jit', FutureWarning)  # deprecated, but still in use
         buffer = io.BytesIO()  # as above
         torch.jit.save(torch.jit.script(model), buffer)
         path.write_bytes(buffer.getbuffer())
         return torch.jit.load(path)
 
 
-# Format -> (how, ending of the file)
+# Format -> (function that writes it, file extension)
 FORMATS: Dict[str, Tuple[Callable[[TimmModel, torch.Tensor, Path], Run], str]] = {
     'onnx': (_to_onnx, '.onnx'),
     'torch-export': (_to_program, '.pt2'),
@@ -76,18 +76,18 @@ def _write(model: TimmModel, images: torch.Tensor, path: Path, kind: str) -> Run
 
 @torch.no_grad()
 def export_model(model: TimmModel, kind: str, path: Path) -> float:
-    """Write a network in another form, for batches of any size.
+    """Write a network in another format, for batches of any size.
 
-    The file is written beside its place, loaded, and compared with the network on batches of 1, 2 and 5 images before
-    it takes its name.
+    The file is written under a temporary name, loaded, and compared with the network on batches of 1, 2 and 5 images
+    before it is renamed.
 
     Args:
-        model: A network in evaluation mode on the CPU; one that was made with ``scriptable=True`` for TorchScript.
+        model: A network in evaluation mode on the CPU, created with ``scriptable=True`` for TorchScript.
         kind: A name of ``FORMATS``.
         path: The file.
 
     Returns:
-        The largest difference of the logits, as a share of the largest logit.
+        The largest difference of the logits, relative to the largest logit.
 
     Raises:
         UserError: If a package is missing, the network cannot be exported, the file cannot be written, or it computes
@@ -101,18 +101,18 @@ def export_model(model: TimmModel, kind: str, path: Path) -> float:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
-            temporary = Path(folder) / path.with_suffix(ending).name  # weights beside an ONNX file are named after it
+            temporary = Path(folder) / path.with_suffix(ending).name  # weights outside an ONNX file are named after it
             run = _write(model, images[:2], temporary, kind)
             difference = 0.
             for batch in (images[:1], images[:2], images):
                 expected = model(batch)
                 found = (run(batch) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
-                if not found.item() <= TOLERANCE:  # nor if it is not a number
+                if not found.item() <= TOLERANCE:  # also if it is NaN
                     raise UserError(f'The exported file computes something else (difference {found.item():.1e} of the '
                                     'largest logit); nothing was written. Try another --format.')
                 difference = max(difference, found.item())
             beside = [data for data in Path(folder).iterdir() if data != temporary]
-            for data in beside:  # weights of an ONNX file that is too large for one
+            for data in beside:  # weights stored outside a large ONNX file
                 os.replace(data, path.parent / data.name)
             os.replace(temporary, path)
     except OSError as e:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place and renamed; their rights, locks and digests."""
+"""Files and folders that are written under a temporary name and renamed; their permissions, locks and digests."""
 import errno
 import hashlib
 import os
@@ -20,7 +20,7 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 _UMASK = threading.Lock()
-_OLD = '.old.'  # in the name of the folder that holds one which is being replaced
+_OLD = '.old.'  # in the name of a folder that holds one that is being replaced
 
 
 def sha256(path: Path) -> str:
@@ -33,15 +33,15 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, written to the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     try:
-        fd = os.open(path, os.O_RDWR if os.name == 'nt' else os.O_RDONLY)  # Windows flushes what is open to be written
+        fd = os.open(path, os.O_RDWR if os.name == 'nt' else os.O_RDONLY)  # Windows flushes only files open for writing
     except PermissionError:  # folders cannot be opened on Windows
         return
     try:
         os.fsync(fd)
     except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # of network disks that do not know this for folders
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # from network disks that do not support this for folders
             raise
     finally:
         os.close(fd)
@@ -55,7 +55,7 @@ def _put_in_place(new: Path, folder: Path) -> None:
     os.replace(folder, aside / folder.name)
     try:
         os.replace(new, folder)
-    except BaseException:  # an interrupt too, which may come after it
+    except BaseException:  # also an interrupt, which may come after the replacement
         if not folder.exists():
             os.replace(aside / folder.name, folder)
         shutil.rmtree(aside)  # not reached if the old one could not be put back
@@ -64,35 +64,35 @@ def _put_in_place(new: Path, folder: Path) -> None:
 
 
 def whole_entries(folder: Path) -> List[Path]:
-    """What lies in a folder, sorted, without what a killed process left there unfinished or set aside."""
+    """The entries of a folder, sorted, without what a killed process left unfinished or set aside."""
     return sorted(folder.glob('[!.]*'))
 
 
 def files_below(folder: Union[str, Path]) -> Iterator[Path]:
-    """All files below a folder, behind links too, as timm reads a folder of images."""
+    """All files below a folder, following links, as timm does in a folder of images."""
     for parent, _, names in os.walk(folder, followlinks=True):
         yield from (Path(parent, name) for name in names)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file beside its place, and rename it."""
+    """Write a text file under a temporary name, and rename it."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding='utf-8', errors='backslashreplace', newline='\n')  # names that are none
+        temporary.write_text(text, encoding='utf-8', errors='backslashreplace', newline='\n')  # undecodable names
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure of matplotlib as PNG beside its place, and rename it; the same figure makes the same file."""
+    """Write a matplotlib figure as PNG under a temporary name, and rename it; the same figure gives the same file."""
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format='png', metadata={'Software': None})
 
 
 @contextmanager
 def atomic_file(path: Path, name: str = '') -> Iterator[Path]:
-    """A new file to write, which takes the place of ``path`` when the block ends without an error.
+    """A new file to write, which replaces ``path`` when the block ends without an error.
 
     Args:
-        path: What is written.
-        name: Of the new file until then; one of its own for each process, if several may write at once.
+        path: The file to write.
+        name: Name of the new file until then; must differ between processes if several may write at once.
     """
     temporary = path.with_name(name or f'.{path.name}.new')
     try:
@@ -105,17 +105,17 @@ def atomic_file(path: Path, name: str = '') -> Iterator[Path]:
 
 
 def give_usual_rights(path: Path) -> None:
-    """Give a file or folder the rights of any new one; ``tempfile`` and safetensors write for the owner alone."""
+    """Give a file or folder the default permissions; ``tempfile`` and safetensors allow only the owner."""
     with _UMASK:
-        umask = os.umask(0o077)  # for a moment, in which other threads may make files
+        umask = os.umask(0o077)  # for a moment, in which other threads may create files
         os.umask(umask)
-    with suppress(OSError):  # some network disks have rights of their own
+    with suppress(OSError):  # some network disks have their own permissions
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes that ask for the same out of a folder; on Windows and disks without locks nothing is."""
+    """Lock a folder against other processes that lock it; no lock on Windows, or on disks that have none."""
     with ExitStack() as stack:
         if fcntl is not None:
             fd = os.open(folder, os.O_RDONLY)
@@ -126,11 +126,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def replaced(parent: Path, prefix: str) -> List[Path]:
-    """Folders that a killed process was replacing: set aside, with none in their place.
+    """Folders that a killed process was replacing: set aside, with no new one in their place.
 
     Args:
-        parent: Where the folders lay.
-        prefix: Of their names.
+        parent: Where the folders were.
+        prefix: Prefix of their names.
     """
     aside = parent.glob(f'.{prefix}*{_OLD}*/{prefix}*')
     return [path for path in aside if not (parent / path.name).exists()]
@@ -138,7 +138,7 @@ def replaced(parent: Path, prefix: str) -> List[Path]:
 
 @contextmanager
 def writing(what: str, cure: str) -> Iterator[None]:
-    """Tell in one line if something cannot be written.
+    """Report in one line if something cannot be written.
 
     Args:
         what: What is written.
@@ -155,7 +155,7 @@ def writing(what: str, cure: str) -> Iterator[None]:
 
 @contextmanager
 def atomic_folder(folder: Union[str, Path]) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of ``folder`` when the block ends without an error."""
+    """A new folder to write into, which replaces ``folder`` when the block ends without an error."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
@@ -175,7 +175,7 @@ def atomic_folder(folder: Union[str, Path]) -> Iterator[Path]:
 def own_memory(tensors: Dict[str, torch.Tensor]) -> None:
     """Copy tensors that share memory with an earlier one, as a network's tied weights do; safetensors refuses them.
 
-    Its ``save_model`` would leave all names but one out, which timm's strict loading wants.
+    Its ``save_model`` would keep only one of the names, but timm's strict loading needs all.
 
     Args:
         tensors: By name; changed in place.

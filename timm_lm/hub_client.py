@@ -1,4 +1,4 @@
-"""The client of the Hub: how long it waits, what it may raise, and how that is explained."""
+"""The Hub client: how long it waits, which errors it may raise, and how they are explained."""
 import errno
 import importlib
 import sys
@@ -18,19 +18,19 @@ from huggingface_hub.utils import disable_progress_bars
 
 from .errors import UserError, one_line
 
-SILENCE = 60  # seconds without a byte after which a connection is given up
-# What a download or an upload may raise. Whichever package makes the requests (requests up to huggingface_hub 0.x), the
-# base of what it raises is the base of the Hub's own error too. XetError is gone since huggingface_hub 1.19.
+SILENCE = 60  # seconds without a byte before a connection is dropped
+# What a download or an upload may raise. Whichever package makes the requests (requests up to huggingface_hub 0.x), its
+# errors and the Hub's own have the same base. XetError was removed in huggingface_hub 1.19.
 HUB_ERRORS: Tuple[Type[BaseException], ...] = (
     OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__, getattr(errors, 'XetError', OSError))
-LOG_IN = 'log in by `hf auth login` (`huggingface-cli login` before huggingface_hub 0.34)'
+LOG_IN = 'log in with `hf auth login` (`huggingface-cli login` before huggingface_hub 0.34)'
 AGAIN = 'run the same command again, what is already there is left alone'
 
 
 def set_up_client() -> None:
-    """Have huggingface_hub give up on a server that says nothing, and show its progress on a terminal only.
+    """Make huggingface_hub give up on a server that does not respond, and show progress on a terminal only.
 
-    By itself it waits for ever. A client that the user set up, such as one for a proxy, stays.
+    By default it waits forever. A client that the user set up, such as one for a proxy, is kept.
     """
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -59,12 +59,12 @@ def set_up_client() -> None:
 
 @contextmanager
 def explained(repo_id: str, again: str = AGAIN, writes: bool = True) -> Iterator[None]:
-    """Turn what fails on the way to the Hub into one line.
+    """Turn the errors of requests to the Hub into one line.
 
     Args:
-        repo_id: ``OWNER/NAME`` of the repo that is asked for.
-        again: What to do once the cause is gone.
-        writes: The repo is written to, and not only read.
+        repo_id: ``OWNER/NAME`` of the requested repo.
+        again: What to do once the cause is fixed.
+        writes: Whether the repo is written to, and not only read.
 
     Raises:
         UserError: If the block fails with one of ``HUB_ERRORS``.
@@ -78,18 +78,18 @@ def explained(repo_id: str, again: str = AGAIN, writes: bool = True) -> Iterator
 
 
 def _explain(error: BaseException, repo_id: str, again: str, writes: bool) -> str:
-    """One line on what was wrong on the way to the Hub, and what to do."""
+    """One line that says why a request to the Hub failed and what to do."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
     endpoint, owner = huggingface_hub.constants.ENDPOINT, repo_id.partition('/')[0]
     if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
-        return f'{endpoint} is not asked, because HF_HUB_OFFLINE is set; unset it, and {again}.'
+        return f'{endpoint} was not contacted, because HF_HUB_OFFLINE is set; unset it, and {again}.'
     answered = next((e for e in chain if getattr(e, 'response', None) is not None), None)
     access = f'write access to {owner}' if writes else f'read access to {repo_id}'
     no_access = (f'{endpoint} does not accept the token (401); set HF_TOKEN to one with {access}, or {LOG_IN}, and '
                  f'{again}.')
-    if any(type(e).__name__ == 'XetAuthenticationError' for e in chain):  # of the package hf_xet, without an answer
+    if any(type(e).__name__ == 'XetAuthenticationError' for e in chain):  # from hf_xet, without a response
         return no_access
     if answered is None:
         failures = [e for e in chain if isinstance(e, (OSError, *HfHubHTTPError.__bases__))]
@@ -97,14 +97,14 @@ def _explain(error: BaseException, repo_id: str, again: str, writes: bool) -> st
             return f'{endpoint} did not answer like a Hub ({one_line(error)}); check the network, and {again}.'
         deepest = next((e for e in reversed(failures) if isinstance(e, OSError)), failures[-1])
         if getattr(deepest, 'errno', None) == errno.ENOSPC:
-            return f'The disk is full ({one_line(deepest)}); make room, and {again}.'
+            return f'The disk is full ({one_line(deepest)}); free some space, and {again}.'
         return f'The connection to {endpoint} failed ({one_line(deepest)}); check the network, and {again}.'
     status = getattr(answered, 'response').status_code  # noqa: B009
     message = one_line(getattr(answered, 'server_message', None) or answered)
     if isinstance(answered, GatedRepoError):
         return f'{endpoint} gives access to {repo_id} on request only; ask for it on its page, and {again}.'
     if isinstance(answered, RepositoryNotFoundError):
-        return f'There is no {repo_id} on {endpoint}, or it is private and not open to the token; check the name.'
+        return f'There is no {repo_id} on {endpoint}, or it is private and the token has no access; check the name.'
     if isinstance(answered, RevisionNotFoundError):
         return f'There is no such revision of {repo_id} on {endpoint}; check its name.'
     if status == 401:
@@ -115,4 +115,4 @@ def _explain(error: BaseException, repo_id: str, again: str, writes: bool) -> st
                 f'{again}.')
     if status == 429 or status >= 500:
         return f'{endpoint} is not working as it should ({status}: {message}); wait a while, and {again}.'
-    return f'{endpoint} refused {repo_id} ({status}: {message}); mend it, and {again}.'
+    return f'{endpoint} refused {repo_id} ({status}: {message}); fix that, and {again}.'

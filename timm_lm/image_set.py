@@ -24,8 +24,8 @@ class ImageSet:
     Attributes:
         images: uint8, shape (N, C, H, W).
         labels: int64, shape (N,).
-        class_names: Names in the order of the labels, if the data set tells them.
-        remark: What a person should know of how it was read.
+        class_names: Names in the order of the labels, if the data set has them.
+        remark: What the user should know about how it was read.
     """
 
     images: torch.Tensor
@@ -41,15 +41,15 @@ class ImageSet:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def part(self, start: int, stop: int) -> 'ImageSet':
-        """The images from one index to another, without the latter."""
+        """The images from ``start`` up to ``stop``, exclusive."""
         return replace(self, images=self.images[start:stop], labels=self.labels[start:stop])
 
 
 def cache_path(source: Sequence[str], settings: Dict[str, Any]) -> Optional[Path]:
-    """Where the decoded split is kept, None if there is no place for a cache.
+    """Where the decoded split is cached, None if there is no place for a cache.
 
     Args:
-        source: What it is known by, such as the digests of its files.
+        source: What identifies it, such as the digests of its files.
         settings: How it is decoded.
     """
     from huggingface_hub import cached_assets_path
@@ -61,7 +61,7 @@ def cache_path(source: Sequence[str], settings: Dict[str, Any]) -> Optional[Path
 
 
 def stamp(files: Sequence[str], labels: torch.Tensor) -> str:
-    """Digest of the names, places, sizes, times and labels of files, which changes with them.
+    """Digest of the paths, inodes, sizes, times and labels of files, which changes with them.
 
     Raises:
         OSError: If one of them is gone.
@@ -72,7 +72,7 @@ def stamp(files: Sequence[str], labels: torch.Tensor) -> str:
 
 
 def read_cache(path: Optional[Path], content: str = '') -> Optional[ImageSet]:
-    """The decoded split, None if there is no whole one of this content."""
+    """The decoded split, None if there is no intact one of this content."""
     if path is None or not path.is_file():
         return None
     try:
@@ -86,16 +86,16 @@ def read_cache(path: Optional[Path], content: str = '') -> Optional[ImageSet]:
             os.utime(path)  # it is in use
         return data
     except (SafetensorError, KeyError, ValueError, OSError):
-        return None  # cut short or of another kind: decoded anew and written over
+        return None  # truncated or of another format: decoded again and overwritten
 
 
 def write_cache(path: Optional[Path], data: ImageSet, content: str = '') -> None:
-    """Write beside and rename; a cache that cannot be written (full disk, no right) is done without.
+    """Write a temporary file and rename it; if it cannot be written (full disk, no permission), there is no cache.
 
     Args:
-        path: Of ``cache_path``.
+        path: From ``cache_path``.
         data: The decoded split.
-        content: What ``read_cache`` is to ask for, where the path does not tell it.
+        content: What ``read_cache`` must ask for, if the path does not determine it.
     """
     if path is None:
         return
@@ -106,7 +106,7 @@ def write_cache(path: Optional[Path], data: ImageSet, content: str = '') -> None
 
 
 def _remove_unused(folder: Path) -> None:
-    """Remove what was not read for a month, such as of data that has another place now, and what kills left."""
+    """Remove what was not read for a month, such as that of moved data, and what killed processes left."""
     now, found = time.time(), []
     with suppress(OSError):
         found = list(folder.iterdir())

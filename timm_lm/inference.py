@@ -1,4 +1,4 @@
-"""The form of a network for inference: norms folded into convolutions, every ``k`` a constant."""
+"""Networks optimized for inference: norms folded into convolutions, every ``k`` a constant."""
 import copy
 from typing import TypeGuard, TypeVar
 
@@ -12,10 +12,10 @@ from timm_lm.packed_conv import PackedConv2d
 
 Network = TypeVar('Network', bound=nn.Module)
 
-# Weights of a convolution from which on they are packed: fewer are reordered in less time than it takes to look
-# whether they still fit. The CIFAR networks with basic blocks have none.
+# Convolutions with at least this many weights are packed: reordering fewer takes less time than checking whether the
+# copy is still valid. The CIFAR networks with basic blocks have none.
 PACKED_WEIGHTS = 2 ** 16
-# In evaluation mode all of them are an affine map with constants, and an activation.
+# In evaluation mode each is a constant affine map followed by an activation.
 _BATCH_NORMS = (BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct)
 
 
@@ -24,21 +24,21 @@ def optimize(model: Network) -> Network:
     """A copy of a network that computes the same with less work, for inference only.
 
     - A batch norm that follows a plain convolution within a residual branch is folded into that convolution; its
-      activation stays. The norms of the state stay too: they follow a sum, which others read as well.
-    - Each ``k`` becomes a buffer; gradient checkpointing is switched off.
-    - Convolutions are in the channels_last layout, which the CPU's and the GPU's kernels for them prefer. On the CPU
-      in float32 those of many weights keep a second copy of them, ordered as the kernel reads them (``PackedConv2d``).
+      activation stays. The norms of the state stay too: they follow a sum that is used elsewhere as well.
+    - Each ``k`` becomes a buffer; gradient checkpointing is turned off.
+    - Convolutions are in the channels_last layout, which their CPU and GPU kernels prefer. On the CPU in float32, those
+      with many weights keep a second copy of them, in the order in which the kernel reads them (``PackedConv2d``).
 
-    The copy is in evaluation mode without parameters to train. It can be compiled, exported and scripted as the network
-    could; its state dict is its own: it loads into another optimized copy, not into the network. Networks around one of
-    ours (timm's ``features_only``, but for its ``feature_cls='fx'``, or a segmentation network) are taken too; their
-    other parts stay as they are, and so do convolutions with hooks, such as pruned ones. Other modules' hooks go on.
+    The copy is in evaluation mode and has no trainable parameters. It can be compiled, exported and scripted as the
+    network could; its state dict loads into another optimized copy, not into the network. Networks that wrap one of
+    ours (timm's ``features_only``, except with ``feature_cls='fx'``, or a segmentation network) work too; their other
+    parts stay as they are, and so do convolutions with hooks, such as pruned ones. Hooks of other modules keep working.
 
     Args:
-        model: A network with floating-point weights, whose residual blocks are this package's. It is not changed.
+        model: A network with floating-point weights and residual blocks of this package. It is not changed.
 
     Returns:
-        The copy. In float32 its outputs are the network's to 1e-5 of the largest, on a GPU if TF32 is off.
+        The copy. In float32 its outputs match the network's to 1e-5 of the largest (on a GPU, if TF32 is off).
 
     Raises:
         ValueError: If the network has none of this package's residual blocks.
@@ -46,14 +46,14 @@ def optimize(model: Network) -> Network:
     Example:
         >>> model = timm_lm.optimize(timm.create_model('lm_resnet20', pretrained=True))
     """
-    # tensors that hooks made of parameters (pruning, weight norm) cannot be copied while they have a history
+    # tensors that hooks compute from parameters (pruning, weight norm) cannot be copied with their autograd history
     made = {id(value): value.detach().clone() for module in model.modules() for value in vars(module).values()
             if isinstance(value, torch.Tensor) and not value.is_leaf}
     model = copy.deepcopy(model, made).eval().requires_grad_(False)
     blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
     if not blocks:
-        raise ValueError(f'{type(model).__name__} has no residual blocks of timm-lm; give one of its networks, before '
-                         'it is traced.')
+        raise ValueError(f'{type(model).__name__} has no residual blocks of timm-lm; pass one of its networks, before '
+                         'tracing it.')
     can_pack = PackedConv2d.is_possible()
     for block in blocks:
         block.is_optimized = True
@@ -61,7 +61,7 @@ def optimize(model: Network) -> Network:
             if hasattr(block, f'norm{i + 1}'):
                 _fold(block, f'conv{i}', f'norm{i + 1}')
         k = block.step._parameters.pop('k', None)
-        if k is not None:  # one that hooks make of other tensors, as pruning does, stays as it is
+        if k is not None:  # one that hooks compute from other tensors, as in pruning, stays as it is
             block.step.register_buffer('k', k.detach())
         if can_pack:
             _pack(block)
@@ -72,7 +72,7 @@ def optimize(model: Network) -> Network:
 
 
 def _is_plain(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether a convolution is one with weights of its own: not made of others, as by weight norm or pruning."""
+    """Whether a convolution has its own weights, not computed from others as by weight norm or pruning."""
     return type(conv) is nn.Conv2d and 'weight' in conv._parameters and not _has_hooks(conv)
 
 
@@ -97,7 +97,7 @@ def _fold(block: ResidualBlock, conv_name: str, norm_name: str) -> None:
 
 
 def _pack(block: ResidualBlock) -> None:
-    """Put packed convolutions in the place of plain ones of many weights."""
+    """Replace plain convolutions with many weights by packed ones."""
     for parent in list(block.modules()):
         for name, conv in list(parent.named_children()):
             if not _is_plain(conv) or conv.weight.numel() < PACKED_WEIGHTS:

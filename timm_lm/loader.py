@@ -1,4 +1,4 @@
-"""Batches of a split: from memory, or decoded by worker processes; finished on the device in either case."""
+"""Batches of a split: from memory, or decoded by worker processes; augmented and normalised on the device."""
 import copy
 import multiprocessing
 import os
@@ -21,30 +21,30 @@ from .encoded import EncodedImages
 from .errors import UserError
 from .image_set import ImageSet
 
-IGNORE_LABEL = -100  # of the rows that fill up the last batch of an evaluation; cross entropy leaves it out
+IGNORE_LABEL = -100  # of the rows that pad the last batch of an evaluation; cross entropy ignores it
 
 Batch = Tuple[torch.Tensor, torch.Tensor]
-Planned = Tuple[int, Tuple[int, ...]]  # index of an image, and the numbers that its seed is made of
+Planned = Tuple[int, Tuple[int, ...]]  # index of an image, and the numbers that its seed is made from
 
 
 def _seed(*parts: int) -> int:
-    """One seed of several numbers, each with its own stream; zeros at their end change nothing."""
+    """One seed from several numbers, with a random stream of its own; trailing zeros change nothing."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to whole batches of training images on their device.
+    """Augmentation of whole batches of training images on their device.
 
     Attributes:
-        padding: Pixels of padding of the random crop, no crop if 0.
+        padding: Padding of the random crop in pixels, no crop if 0.
         hflip: Probability of mirroring an image left to right.
-        vflip: Probability of turning an image upside down.
+        vflip: Probability of mirroring an image top to bottom.
         erase: Probability of random erasing.
-        erase_mode: What it leaves, as in ``random_erase``.
-        erase_count: Most boxes of an image.
+        erase_mode: What boxes are filled with, as in ``random_erase``.
+        erase_count: Maximum number of boxes per image.
         mixup: Mixes images and labels; the batches then have soft targets (N, classes).
-        mixup_off_epoch: No mixing from this epoch on, 0 for always.
+        mixup_off_epoch: No mixing from this epoch on; 0 mixes always.
     """
 
     padding: int = 0
@@ -57,7 +57,7 @@ class Augmentation:
     mixup_off_epoch: int = 0
 
     def before(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """What is done to uint8 images."""
+        """Augment uint8 images."""
         if self.padding:
             images = pad_crop(images, self.padding, generator)
         if self.hflip:
@@ -68,7 +68,7 @@ class Augmentation:
 
     def after(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, seed: int,
               epoch: int) -> Batch:
-        """What is done to normalised images, and their targets."""
+        """Augment normalised images and their targets."""
         if self.mixup is not None:
             self.mixup.mixup_enabled = not self.mixup_off_epoch or epoch < self.mixup_off_epoch
             images, labels = self.mixup(images, labels, seed)
@@ -79,12 +79,12 @@ class Augmentation:
 
 
 class BatchLoader(ABC):
-    """Batches of a split for one process; what they hold depends on (seed, epoch, batch, process) alone.
+    """Batches of a split for one process; their content depends only on (seed, epoch, batch, process).
 
     Subclasses read the images of batches, as uint8.
 
     Attributes:
-        kind: How they are read, as ``--loader`` names it.
+        kind: How they are read, as in ``--loader``.
     """
 
     kind = ''
@@ -107,27 +107,27 @@ class BatchLoader(ABC):
         """
         Args:
             data: The split.
-            batch_size: Images of one batch of one process.
+            batch_size: Images per batch and process.
             mean: Mean of each channel, for pixels in [0, 1].
             std: Standard deviation of each channel, for pixels in [0, 1].
             device: Where the batches are made.
-            is_training: Shuffle, augment and drop the last incomplete batch. Otherwise the last batch is filled up
+            is_training: Shuffle, augment and drop the last incomplete batch. Otherwise the last batch is padded
                 with rows of label ``IGNORE_LABEL``, so that every batch has the same shape.
-            augmentation: What is done to batches in training.
-            seed: Seed of order and augmentation.
-            rank: Which process this is.
+            augmentation: Augmentation of training batches.
+            seed: Seed for order and augmentation.
+            rank: Rank of this process.
             world_size: Processes that share the data.
             channels_last: Memory layout of the batches.
-            repeats: Times that an image occurs in the batches of all processes (repeated augmentation), 0 for once.
+            repeats: How often an image occurs in the batches of all processes (repeated augmentation), 0 for once.
 
         Raises:
             UserError: If the training data is smaller than one batch.
         """
         self.data = data
-        # no larger than its share of the data: what a batch is filled up with is computed for nothing
+        # no larger than its share of the data: padding is computed for nothing
         self.batch_size = batch_size if is_training else min(batch_size, -(-len(data) // world_size))
         self.device = device
-        # on the device once, not with each batch
+        # moved to the device once, not with each batch
         self.mean, self.std = (  # of pixels in [0, 255]
             255 * torch.as_tensor(value, dtype=torch.float32, device=device) for value in (mean, std))
         self.is_training = is_training
@@ -138,7 +138,7 @@ class BatchLoader(ABC):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.sampler = None
         if is_training and repeats and world_size > 1:
-            rounding = 256 if len(data) >= 256 else 0  # older versions of timm round less down to none
+            rounding = 256 if len(data) >= 256 else 0  # older timm rounds fewer down to none
             self.sampler = RepeatAugSampler(data, world_size, rank, num_repeats=repeats, selected_round=rounding)
         self.epoch = 0
         if is_training and len(self) == 0:
@@ -159,7 +159,7 @@ class BatchLoader(ABC):
         return self.batches()
 
     def order(self) -> torch.Tensor:
-        """The images of this process in this epoch, by index."""
+        """Indices of the images of this process in this epoch, in order."""
         if self.sampler is not None:
             self.sampler.set_epoch(_seed(self.seed, self.epoch))
             return torch.tensor(list(self.sampler))
@@ -170,10 +170,10 @@ class BatchLoader(ABC):
 
     @abstractmethod
     def read(self, order: torch.Tensor, start: int) -> Iterator[Batch]:
-        """Batches in this order from the given one on: uint8 images on the device and labels."""
+        """Batches in this order from number ``start`` on: uint8 images on the device and labels."""
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """The batches of this epoch from the given one on: images (N, C, H, W) float32 and labels (N,), or targets."""
+        """Batches of this epoch from number ``start`` on: float32 images (N, C, H, W), and labels (N,) or targets."""
         generator = torch.Generator(self.device)
         for step, (images, labels) in enumerate(self.read(self.order(), start), start):
             if self.is_training:
@@ -187,7 +187,7 @@ class BatchLoader(ABC):
             yield images, labels
 
     def on_cpu(self, batch_size: int) -> 'BatchLoader':
-        """The same split on the CPU, in other batches and the plain memory layout, whole for one process."""
+        """The same split on the CPU, all of it for one process, in batches of another size and contiguous memory."""
         other = copy.copy(self)
         other.batch_size = min(batch_size, len(self.data))
         other.device = torch.device('cpu')
@@ -209,7 +209,7 @@ class BatchLoader(ABC):
 
 
 class MemoryLoader(BatchLoader):
-    """Batches of a decoded split, which lies on the device."""
+    """Batches of a decoded split that is kept on the device."""
 
     kind = 'memory'
 
@@ -218,8 +218,8 @@ class MemoryLoader(BatchLoader):
         """
         Args:
             data: The decoded split.
-            batch_size: As in ``BatchLoader``, and so are the others.
-            device: Where the split is kept and the batches are made, None for where it is.
+            batch_size: As in ``BatchLoader``, like all other arguments.
+            device: Where the split is kept and the batches are made, None for where it is now.
         """
         device = device or data.images.device
         super().__init__(data.to(device), batch_size, mean, std, device, **kwargs)
@@ -237,7 +237,7 @@ class MemoryLoader(BatchLoader):
 
 
 class WorkerLoader(BatchLoader):
-    """Batches of a split that worker processes decode and augment image by image, each image from a seed of its own."""
+    """Batches of a split that worker processes decode and augment image by image, with a seed for each image."""
 
     kind = 'timm'
 
@@ -246,16 +246,16 @@ class WorkerLoader(BatchLoader):
         """
         Args:
             data: The split as it is stored.
-            batch_size: As in ``BatchLoader``, and so are the others.
-            transform: Image to uint8 array or tensor (C, H, W), as timm's with ``use_prefetcher``.
-            workers: Processes that read, 0 for this one.
-            pin_memory: Put batches into pinned memory, as is always done for a GPU of NVIDIA.
+            batch_size: As in ``BatchLoader``, like all other arguments.
+            transform: Image to uint8 array or tensor (C, H, W), like timm's with ``use_prefetcher``.
+            workers: Processes that read images, 0 for this one.
+            pin_memory: Put batches in pinned memory, which is always done for CUDA.
         """
         super().__init__(data, batch_size, mean, std, device, **kwargs)
         self.plan: List[List[Planned]] = []  # the images of each batch of a pass
         self.loader = DataLoader(
             _Seeded(data, transform), batch_sampler=self.plan, collate_fn=fast_collate, num_workers=workers,
-            pin_memory=pin_memory or device.type == 'cuda',  # else a copy waits for the device
+            pin_memory=pin_memory or device.type == 'cuda',  # otherwise a copy waits for the device
             persistent_workers=workers > 0, generator=torch.Generator(),
             worker_init_fn=_leave_signals_to_the_parent)
 
@@ -274,14 +274,14 @@ class WorkerLoader(BatchLoader):
                 yield to_device(images, self.device), to_device(labels, self.device)
         except UserError as e:  # of a worker process, which puts its traceback before the message
             message = str(e).strip().splitlines()[-1].partition('UserError: ')[2] or str(e)
-            raise UserError(message) from e.with_traceback(None)  # its frames hold the processes, which then end late
+            raise UserError(message) from e.with_traceback(None)  # its frames would keep workers alive
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Have a worker process live on when its whole group is sent a signal, as by `timeout`, Slurm or a launcher.
+    """Keep a worker process alive when its whole group is sent a signal, as by `timeout`, Slurm or a launcher.
 
-    The training process ends the step and saves, for which it may need more batches. SIGTERM is obeyed if it comes from
-    that process. macOS and Windows cannot tell who sent it; there a worker ends at once.
+    The training process finishes the step and saves, for which it may need more batches. SIGTERM is obeyed if it comes
+    from that process. On macOS and Windows the sender is unknown, and a worker ends at once.
     """
     for name in ('SIGINT', 'SIGHUP'):
         if hasattr(signal, name):
@@ -300,7 +300,7 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
 
 
 class _Seeded(Dataset):
-    """Images with a seed for each, so that augmentation does not depend on which process reads what."""
+    """Images with a seed for each, so that augmentation does not depend on which process reads which image."""
 
     def __init__(self, data: EncodedImages, transform: Callable[[Any], Any]):
         self.data = copy.copy(data)
@@ -317,11 +317,11 @@ class _Seeded(Dataset):
 
 @contextmanager
 def _global_streams(seed: int) -> Iterator[None]:
-    """Seed the global random streams, which timm's transforms draw from, and put them back."""
+    """Seed the global random streams, which timm's transforms draw from, and restore them afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # that of the CPU alone
+    torch.default_generator.manual_seed(seed)  # of the CPU only
     try:
         yield
     finally:

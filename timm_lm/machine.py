@@ -1,4 +1,4 @@
-"""What this machine is: the name of its processor, and the cores that this process may use."""
+"""This machine: the name of its processor, and the cores that this process may use."""
 import os
 import platform
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def processor_name() -> str:
-    """Name of the processor; of its kind, such as x86_64, where the system does not tell more."""
+    """Name of the processor, or of its architecture, such as x86_64, if the system reports no more."""
     try:
         found = re.search(r'^model name\s*: (.+)', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
     except OSError:  # not Linux
@@ -15,5 +15,5 @@ def processor_name() -> str:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

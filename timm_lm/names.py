@@ -1,4 +1,4 @@
-"""All ways to name a network: timm's registry with or without a tag, weights folders, repos of the Hub."""
+"""All ways to name a network: timm's registry with or without a tag, weights folders, Hub repos."""
 import difflib
 import os
 import re
@@ -22,7 +22,7 @@ def our_models() -> List[str]:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a name, with or without a tag, is that of a network of this package."""
+    """Whether a name, with or without a tag, is one of this package's networks."""
     return name.partition('.')[0] in our_models()
 
 
@@ -48,11 +48,11 @@ def model_tags(architecture: str) -> List[str]:
 
 
 def names_folder(source: str) -> bool:
-    """Whether the name of a network is that of a weights folder, or of a file, which is none.
+    """Whether the name of a network is that of a weights folder, or of a file given instead of one.
 
-    A folder that has the name of a network but no weights, such as that of a run, does not stand in the network's way.
+    A folder that has the name of a network but no weights, such as a run folder, does not hide the network.
     """
-    scheme = re.match('[a-z][a-z_-]+:', source)  # more than the letter of a drive
+    scheme = re.match('[a-z][a-z_-]+:', source)  # longer than a drive letter
     if source.startswith('local-dir:') or not scheme and re.search(r'[/\\]' if os.name == 'nt' else '/', source):
         return True
     folder = Path(source)
@@ -62,18 +62,18 @@ def names_folder(source: str) -> bool:
 
 
 def is_repo_name(source: str) -> bool:
-    """Whether the name of a network is that of a repo of the Hub."""
+    """Whether the name of a network is that of a Hub repo."""
     return source.startswith('hf-hub:')
 
 
 def with_scheme(source: str) -> str:
-    """A name with timm's usual spelling of ``hf-hub:``, for which it takes ``hf_hub:`` and capitals too."""
+    """A name with ``hf-hub:`` in timm's usual spelling; timm also accepts ``hf_hub:`` and capitals."""
     scheme, colon, rest = source.partition(':')
     return f'hf-hub:{rest}' if colon and scheme.lower() in ('hf-hub', 'hf_hub') else source
 
 
 def timm_source(source: str) -> str:
-    """The name of a network as ``timm.create_model`` takes it.
+    """The name of a network as ``timm.create_model`` expects it.
 
     Args:
         source: A weights folder, ``hf-hub:OWNER/NAME``, or a name of timm's registry with or without a tag.
@@ -101,7 +101,7 @@ def load_model(source: str, **kwargs: Any) -> TimmModel:
         The network, in evaluation mode.
 
     Raises:
-        UserError: If there is no such network, or no weights of it.
+        UserError: If there is no such network, or it has no weights.
     """
     source = timm_source(source)
     if source.startswith('local-dir:'):
@@ -111,7 +111,7 @@ def load_model(source: str, **kwargs: Any) -> TimmModel:
         if not (cfg and cfg.has_weights):
             architecture = source.partition('.')[0]
             others = timm.list_pretrained(f'{architecture}.*')
-            hint = f"these tags have: {', '.join(others)}" if others else 'train it, or give a weights folder'
+            hint = f"tags with weights: {', '.join(others)}" if others else 'train it, or give a weights folder'
             raise UserError(f'There are no weights of {source}; {hint}.')
     try:
         return timm.create_model(source, pretrained=True, **kwargs).eval()
@@ -124,9 +124,9 @@ def load_model(source: str, **kwargs: Any) -> TimmModel:
 
 
 def saved_model_args(source: str) -> Dict[str, Any]:
-    """Keywords that the network of a weights folder or a repo was made with; none for other names of a network.
+    """Keywords that the network of a weights folder or a repo was created with; none for other names of a network.
 
-    Those of a repo are asked of the Hub, or its cache.
+    Those of a repo come from the Hub or its cache.
     """
     source = with_scheme(source)
     if is_repo_name(source):

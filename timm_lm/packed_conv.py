@@ -1,4 +1,4 @@
-"""A convolution for inference whose weights wait in the layout that the CPU's kernel reads."""
+"""A convolution for inference that keeps its weights in the layout that the CPU kernel reads."""
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
@@ -11,20 +11,21 @@ from timm_lm.eager import runs_eagerly
 class PackedConv2d(nn.Conv2d):
     """A convolution that keeps a copy of its weights, reordered for the size of its last input.
 
-    oneDNN's kernels read weights in blocks. PyTorch reorders them at each call, which for one image takes a quarter of
-    the time of a ResNet-50. The copy is made at the first call and anew when the size of the input or the weights
-    change, in place or by another tensor (but not through ``.data``, which autograd does not see either); outputs are
-    those of ``nn.Conv2d``. Where the copy cannot serve (other devices and dtypes, autocast, gradients, ``torch.func``,
-    compilers, tracing and export) it is an ``nn.Conv2d``; parameters and state dict always are those of one.
+    oneDNN's kernels read weights in blocks. PyTorch reorders the weights at each call, which takes a quarter of the
+    time of a ResNet-50 on one image. The copy is made at the first call, and again when the input size or the weights
+    change, in place or by assigning another tensor (but not through ``.data``, which autograd does not see either);
+    outputs are those of ``nn.Conv2d``. Where the copy cannot be used (other devices and dtypes, autocast, gradients,
+    ``torch.func``, compilers, tracing and export) this is a plain ``nn.Conv2d``; its parameters and state dict always
+    are those of one.
     """
 
     __jit_ignored_attributes__ = ['_packed']  # TorchScript could not save it
-    # what the copy is of, the copy, and the weights: as long as they live, others cannot be at their address
+    # what the copy was made from, the copy, and the weights, kept alive so that no others take their address
     _packed: Optional[Tuple[Any, torch.Tensor, torch.Tensor]] = None
 
     @classmethod
     def is_possible(cls) -> bool:
-        """Whether this PyTorch has the means, which are private to it: a small convolution is tried."""
+        """Whether this PyTorch has the private functions that this needs; a small convolution is tried."""
         like: Any = dict(device='cpu', dtype=torch.float32)
         plain = torch.autocast('cpu', enabled=False)
         with torch.inference_mode(False), torch.no_grad(), plain, torch.random.fork_rng(devices=[]):
@@ -39,7 +40,7 @@ class PackedConv2d(nn.Conv2d):
         """The same convolution, with the same parameters.
 
         Args:
-            conv: A convolution that pads with zeros by a number.
+            conv: A convolution with numeric zero padding.
         """
         packed = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,  # type: ignore[arg-type]
@@ -61,7 +62,7 @@ class PackedConv2d(nn.Conv2d):
             and x.dim() == 4 and x.numel() > 0
             and all(tensor.device.type == 'cpu' and tensor.dtype == torch.float32 for tensor in tensors)
             and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-            and not weight.is_inference()  # these do not tell whether they changed
+            and not weight.is_inference()  # these do not track changes
             and not torch.is_autocast_enabled('cpu')
             and torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled())
 
@@ -84,5 +85,5 @@ class PackedConv2d(nn.Conv2d):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> Dict[str, Any]:
-        """Without the copy: it can be neither copied nor saved."""
+        """Leaves out the copy, which can be neither copied nor saved."""
         return {**super().__getstate__(), '_packed': None}  # type: ignore[dict-item]

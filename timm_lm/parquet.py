@@ -20,7 +20,7 @@ _SHARD = re.compile(r'(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+)(?:-[0-9
 _NUMBERED = re.compile(r'\d{4,5}$')  # train/0000, as on the Hub's branch of converted data sets
 # train[:90%], train[45000:]: a part of a split, as the package datasets names it
 _PART = re.compile(r'(?P<split>[^\[\]]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]$')
-# uoft-cs/cifar100 on the Hub calls its crabs so, and all else as torchvision and the authors' own files do.
+# uoft-cs/cifar100 on the Hub misspells crab; its other names are those of torchvision and of the authors' files.
 _MISSPELT_CIFAR100 = tuple('cra' if name == 'crab' else name for name in CIFAR100)
 
 
@@ -32,7 +32,7 @@ def _parquet_splits(folder: Path) -> Dict[Tuple[str, str], List[Tuple[Path, int,
 
 
 def _splits_by_name(folder: Path, paths: Sequence[Path]) -> Dict[Tuple[str, str], List[Tuple[Path, int, int]]]:
-    """(subfolder, split) -> (file, shard index, shard count), from the names that the Hub's layout gives files."""
+    """(subfolder, split) -> (file, shard index, shard count), from file names in the Hub's layout."""
     splits = defaultdict(list)
     numbered = Counter(path.parent for path in paths if _NUMBERED.match(path.stem))
     for path in sorted(paths):
@@ -57,11 +57,11 @@ def find_parquet(folder: Union[str, Path], split: str) -> List[Path]:
     if not folder.is_dir():
         what = 'is a file' if folder.exists() else 'does not exist'
         raise UserError(f'The data folder {folder} {what}; give a folder with Parquet files in the Hub\'s layout, such '
-                        'as train-00000-of-00001.parquet, or one of images in folders by class.')
+                        'as train-00000-of-00001.parquet, or one with a folder of images per class.')
     splits = _parquet_splits(folder)
     if not splits:
         raise UserError(f'The data folder {folder} has no Parquet files; give a folder in the Hub\'s layout, with '
-                        'files such as train-00000-of-00001.parquet. For a folder of images, where a recipe names a '
+                        'files such as train-00000-of-00001.parquet. For a folder of images with a recipe that names a '
                         "data set, add --dataset ''.")
     found = [where for where, name in splits if name == split]
     if not found:
@@ -80,27 +80,27 @@ def find_parquet(folder: Union[str, Path], split: str) -> List[Path]:
 
 
 def split_of_part(split: str) -> str:
-    """The split that ``train[:90%]`` is a part of; other names as they are."""
+    """The split that ``train[:90%]`` is a part of; other names unchanged."""
     match = _PART.match(split)
     return match['split'] if match else split
 
 
 def rows_of_part(split: str, count: int) -> Tuple[int, int]:
-    """From which row to which, without the latter, a name such as ``train[:90%]`` asks for, all rows by default.
+    """First row and end (exclusive) of what a name such as ``train[:90%]`` selects; all rows by default.
 
     Args:
-        split: The name, in the manner of the package datasets.
+        split: The name, in the syntax of the package datasets.
         count: Rows of the whole split.
 
     Raises:
-        UserError: If there are no such rows, or one bound is a share and the other a number.
+        UserError: If there are no such rows, or one bound is a percentage and the other a number.
     """
     match = _PART.match(split)
     if match is None:
         return 0, count
     bounds = [text for text in (match['start'], match['stop']) if text not in (None, '0')]
-    if len({text.endswith('%') for text in bounds}) > 1:  # the package datasets takes both for shares then
-        raise UserError(f"The part '{split}' has one bound in % and one in images; give both in the same.")
+    if len({text.endswith('%') for text in bounds}) > 1:  # the package datasets takes both as percentages then
+        raise UserError(f"The part '{split}' has one bound in % and one in images; give both in the same unit.")
 
     def bound(text: Optional[str], default: int) -> int:
         if text is None:
@@ -115,7 +115,7 @@ def rows_of_part(split: str, count: int) -> Tuple[int, int]:
 
 
 def download_parquet(repo_id: str, split: str) -> Path:
-    """The folder of a data set repo of the Hub, its Parquet files downloaded into the Hub's cache."""
+    """Download the Parquet files of a data set repo's split to the Hub's cache, and return their folder."""
     from huggingface_hub import snapshot_download
 
     from .hub_client import HUB_ERRORS, set_up_client
@@ -147,7 +147,7 @@ def _splits_of_repo(repo_id: str) -> List[str]:
 
 
 def stored_class_names(schema: Any, target_key: str) -> Optional[Tuple[str, ...]]:
-    """Names of the labels, which the Hub's files carry in the schema's metadata."""
+    """Names of the labels, which the Hub's files have in the metadata of the schema."""
     try:
         info = json.loads((schema.metadata or {})[b'huggingface'])
         names = tuple(info['info']['features'][target_key]['names'])
@@ -167,7 +167,7 @@ def _find_column(schema: Any, key: Optional[str], wanted: str, guesses: Sequence
 
 
 def find_columns(schema: Any, input_key: Optional[str], target_key: Optional[str], path: Path) -> Tuple[str, str]:
-    """The columns of images and of class numbers, guessed where they are not named.
+    """The columns of images and of class numbers, guessed if they are not named.
 
     Raises:
         UserError: If there are none, or several.
@@ -180,7 +180,7 @@ def open_parquet(paths: List[Path], mode: str, input_key: Optional[str], target_
     """The images of some Parquet files, held encoded.
 
     Raises:
-        UserError: If one is no Parquet, lacks a column, or has labels that are no numbers, or all of them are empty.
+        UserError: If one is not Parquet, lacks a column, or has labels that are not integers, or all of them are empty.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -198,20 +198,20 @@ def open_parquet(paths: List[Path], mode: str, input_key: Optional[str], target_
         columns.append(table.column(image_column))
         column = table.column(label_column)
         if not pa.types.is_integer(column.type) or column.null_count:
-            raise UserError(f"The column '{label_column}' of {path} is not one of class numbers; name another with "
+            raise UserError(f"The column '{label_column}' of {path} does not hold class numbers; name another with "
                             '--target-key.')
         labels.append(column.to_numpy())
     images = _ParquetImages(paths, names, columns)
     if not images.starts[-1]:
-        raise UserError(f'{paths[0].parent} has no rows in the split; give a folder that has.')
+        raise UserError(f'{paths[0].parent} has no rows in the split; give a folder that has some.')
     return EncodedImages(
         images.read, torch.from_numpy(np.concatenate(labels).astype(np.int64)), class_names, mode, images.place)
 
 
 class _ParquetImages:
-    """The images of some Parquet files, counted through.
+    """The images of some Parquet files, numbered across the files.
 
-    Worker processes that do not begin as a copy of this one are sent no images; they read the files themselves.
+    Worker processes that are not forked from this one are sent no images; they read the files themselves.
     """
 
     def __init__(self, paths: List[Path], names: List[str], columns: List[Any]):
@@ -242,16 +242,16 @@ class _ParquetImages:
 
 
 def count_rows(paths: List[Path]) -> int:
-    """Rows of some Parquet files, 0 if one is none."""
+    """Number of rows in some Parquet files, 0 if one is not Parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     try:
         return sum(pq.read_metadata(path).num_rows for path in paths)
     except (pa.ArrowException, OSError):
-        return 0  # which is named when it is read
+        return 0  # the file is named when it is read
 
 
 def release_arrow_memory() -> None:
-    """Give back what the encoded images took; pyarrow keeps it for later otherwise."""
+    """Release the memory of the encoded images, which pyarrow would otherwise keep for later."""
     import pyarrow as pa
     pa.default_memory_pool().release_unused()

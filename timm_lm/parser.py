@@ -1,4 +1,4 @@
-"""The argument parser of every command, and values that it reads."""
+"""The argument parser of all commands, and conversions of option values."""
 import argparse
 import ast
 from typing import Any, NoReturn
@@ -7,7 +7,7 @@ from .errors import UserError
 
 
 class _Help(argparse.HelpFormatter):
-    """Help that tells each default that says something, where the text does not."""
+    """Help that appends each meaningful default that the text does not mention."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ''
@@ -19,7 +19,7 @@ class _Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that reports by UserError, and tells defaults in its help."""
+    """Argument parser that raises UserError, and shows defaults in its help."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         kwargs.setdefault('formatter_class', _Help)
@@ -30,8 +30,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def literal(text: str) -> Any:
-    """A Python literal, or a word of YAML for one, as its value; other text as it is."""
-    words = {'true': True, 'false': False, 'null': None, 'none': None}  # as recipes may spell them
+    """The value of a Python literal or of YAML's word for one; other text unchanged."""
+    words = {'true': True, 'false': False, 'null': None, 'none': None}  # as recipes may write them
     if text.lower() in words:
         return words[text.lower()]
     try:

@@ -1,4 +1,4 @@
-"""Classes of single images: files, folders, or lists of them."""
+"""Predictions for single images, given as files, folders or lists of files."""
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
@@ -16,10 +16,10 @@ from .model_config import TimmModel, image_config, label_names
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says of an image.
+    """What a network predicts for an image.
 
     Attributes:
-        path: The image as it was named.
+        path: The image as it was given.
         classes: (name, probability), the most probable first; empty if the image is not readable.
         error: Why it is not readable, None if it is.
     """
@@ -36,7 +36,7 @@ class Prediction:
 
 
 def find_images(names: Sequence[str], lines: Iterable[str] = ()) -> List[Path]:
-    """Image files: those named, all below the folders named, and for ``-`` those that the lines name.
+    """Image files: those named, all below the folders named, and for ``-`` those listed in ``lines``.
 
     Raises:
         UserError: If a folder holds no image.
@@ -50,7 +50,7 @@ def find_images(names: Sequence[str], lines: Iterable[str] = ()) -> List[Path]:
             images = sorted(path for path in files_below(name) if path.suffix.lower() in endings)
             if not images:
                 raise UserError(f'The folder {name} holds no images ({", ".join(sorted(endings))}); others are read if '
-                                'their files are named.')
+                                'the files are named.')
             found += images
         else:
             found.append(Path(name))
@@ -65,24 +65,24 @@ def predict(model: TimmModel, paths: Sequence[Union[str, Path]], topk: int = 5,
     Args:
         model: A network in evaluation mode; images are resized, cropped and normalised as its config says.
         paths: The files.
-        topk: Classes of each image.
-        batch_size: Images of a batch.
+        topk: Classes per image.
+        batch_size: Images per batch.
 
     Yields:
-        A prediction for each file; one that is not readable has an error, and the others go on.
+        A prediction for each file; one that is not readable has an error, and the others follow.
 
     Raises:
-        UserError: If the network is neither for colour nor for grey images, or its config names an interpolation that
-            there is not.
+        UserError: If the network is neither for colour nor for grey images, or its config names an unknown
+            interpolation.
     """
     config = image_config(model)
     try:
         transform: Any = create_transform(**config)
     except KeyError as e:
-        raise UserError(f'The config of the network names the interpolation {e}, which there is not; mend it.') from e
+        raise UserError(f'The config of the network names an unknown interpolation, {e}; correct it.') from e
     mode = image_mode(config['input_size'][0])
     names: Sequence[str] = label_names(model)
-    if len(names) != model.num_classes:  # none, or those of the head that this one took the place of
+    if len(names) != model.num_classes:  # none, or those of a head that was replaced
         names = [str(i) for i in range(model.num_classes)]
     device = next(model.parameters()).device
     for start in range(0, len(paths), batch_size):

@@ -1,4 +1,4 @@
-"""Weights folders to the Hub and back: checked, published in one commit, and verified where they are published."""
+"""Weights folders to the Hub and back: checked, published in one commit, and verified on the Hub."""
 import hashlib
 import json
 import re
@@ -22,9 +22,9 @@ from .models._weights import PUBLISHED_NAME, WEIGHTS_NAME, weights_dir
 from .names import is_ours
 from .weights_folder import CARD_NAME, CHECK_NAME, CONFIG_NAME, read_config, verify_folder
 
-FILES = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, CHECK_NAME)  # what is published; nothing else ever is
-CARD_KEYS = ('library_name', 'license', 'tags', 'metrics')  # what the front matter of a card must tell
-LOCAL_SOURCE = 'local-dir:FOLDER'  # how a local card tells to load the network
+FILES = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, CHECK_NAME)  # the only files that are published
+CARD_KEYS = ('library_name', 'license', 'tags', 'metrics')  # required in the front matter of a card
+LOCAL_SOURCE = 'local-dir:FOLDER'  # the source of the network in a local card
 
 _USE = re.compile(r'^## Use\n.*?(?=^## |\Z)', re.MULTILINE | re.DOTALL)
 
@@ -34,7 +34,7 @@ _USE = re.compile(r'^## Use\n.*?(?=^## |\Z)', re.MULTILINE | re.DOTALL)
 
 @dataclass(frozen=True)
 class Upload:
-    """A weights folder that was checked, and what goes to the Hub from it."""
+    """A checked weights folder, and what is uploaded from it."""
 
     folder: Path
     repo_id: str
@@ -42,7 +42,7 @@ class Upload:
     remarks: List[str]
 
     def describe(self) -> List[str]:
-        """Lines that tell the files, their sizes in bytes, and what a reader should know."""
+        """Lines with the files, their sizes in bytes, and remarks."""
         sizes = {
             name: len(content) if isinstance(content, bytes) else content.stat().st_size
             for name, content in self.files.items()
@@ -52,7 +52,7 @@ class Upload:
 
 
 def prepare(folder: Union[str, Path], repo_id: str) -> Upload:
-    """Check a weights folder, its card too, and gather what of it is published.
+    """Check a weights folder and its card, and collect the files to publish.
 
     Args:
         folder: A weights folder. It is not changed.
@@ -80,10 +80,10 @@ def prepare(folder: Union[str, Path], repo_id: str) -> Upload:
 
 
 def prepare_tree(tree: Optional[Path], owner: str) -> List[Upload]:
-    """Check all weights folders of a folder, by default those that ship; each repo has the name of its folder.
+    """Check all weights folders in a folder, by default the shipped ones; each repo is named after its folder.
 
     Raises:
-        UserError: If there are none, or one of them is not whole.
+        UserError: If there are none, or one of them is incomplete or damaged.
     """
     tree = weights_dir() if tree is None else Path(tree)
     if not tree.is_dir():
@@ -104,7 +104,7 @@ def _check_repo_id(repo_id: str) -> None:
 
 
 def _read_card(folder: Path) -> str:
-    """The text of a card whose front matter goes through huggingface_hub's classes and back without a change."""
+    """The text of a card whose front matter survives a round trip through huggingface_hub's classes."""
     path = folder / CARD_NAME
     try:
         text = path.read_text(encoding='utf-8')
@@ -113,10 +113,10 @@ def _read_card(folder: Path) -> str:
     except FileNotFoundError:
         raise UserError(f'{folder} has no {CARD_NAME}; weights are published with their card, restore it.') from None
     except (OSError, ValueError, TypeError, KeyError, YAMLError) as e:
-        raise UserError(f'The front matter of {path} is not readable ({one_line(e)}); mend it.') from e
+        raise UserError(f'The front matter of {path} is not readable ({one_line(e)}); fix it.') from e
     missing = [key for key in CARD_KEYS if not written.get(key)]
     if missing:
-        raise UserError(f"The front matter of {path} does not tell {', '.join(missing)}; add that.")
+        raise UserError(f"The front matter of {path} lacks {', '.join(missing)}; add that.")
     if written['library_name'] != 'timm':
         raise UserError(f"The front matter of {path} has library_name '{written['library_name']}'; it must be timm.")
     changed = sorted(key for key in {*written, *understood} if written.get(key) != understood.get(key))
@@ -127,15 +127,15 @@ def _read_card(folder: Path) -> str:
 
 
 def published_card(text: str, repo_id: str, ours: bool = True) -> str:
-    """The card of a folder as that of a repo: the section on use of the card's template, with the name of the repo.
+    """The card of a folder as that of a repo: its ``Use`` section is rendered from the template for the repo's name.
 
-    A section on use that is neither of the local folder nor, word for word, of another repo is its author's own and
-    stays.
+    A ``Use`` section that is neither that of a local folder nor, word for word, that of another repo is the author's
+    own and is kept.
 
     Args:
         text: The card.
         repo_id: ``OWNER/NAME`` of the repo.
-        ours: The network is one of this package's.
+        ours: Whether the network is one of this package's.
     """
     template = _USE.search(CARD_TEMPLATE.read_text(encoding='utf-8'))
     assert template is not None
@@ -154,7 +154,7 @@ def published_card(text: str, repo_id: str, ours: bool = True) -> str:
 
 
 class NotRecorded(UserError):
-    """Weights that are published, which could not be recorded."""
+    """Weights were published, but this could not be recorded."""
 
 
 def push(
@@ -163,30 +163,30 @@ def push(
         revision: Optional[str] = None,
         create_pr: bool = False,
 ) -> Iterator[str]:
-    """Publish checked folders, each in one commit. What is there and equal is left alone.
+    """Publish checked folders, each in one commit. Identical files are not uploaded again.
 
-    What becomes public of the shipped weights is recorded in their ``published.json``.
+    Shipped weights that become public are recorded in their ``published.json``.
 
     Args:
         uploads: From ``prepare``.
-        private: Repos that are created are private.
+        private: Create new repos as private ones.
         revision: Branch to commit to, created if it does not exist; main if None.
-        create_pr: Open a pull request with each commit.
+        create_pr: Open a pull request for each commit.
 
     Yields:
         A line for each folder.
 
     Raises:
-        UserError: If the Hub cannot be reached or refuses.
+        UserError: If the Hub cannot be reached or refuses a request.
     """
     set_up_client()
     token = get_token()
     owner = uploads[0].repo_id.partition('/')[0]
     if not token:
-        raise UserError(f'There is no token of the Hub; set HF_TOKEN to one with write access to {owner}, or '
+        raise UserError(f'There is no Hub token; set HF_TOKEN to one with write access to {owner}, or '
                         f'{LOG_IN}.')
     if not re.fullmatch('[!-~]+', token):
-        raise UserError('The token of the Hub holds characters that no token has; set HF_TOKEN to it again.')
+        raise UserError('The Hub token holds characters that no token has; set HF_TOKEN to it again.')
     api = HfApi(token=token, library_name='timm-lm', library_version=__version__)
     with explained(uploads[0].repo_id):
         api.whoami()
@@ -194,7 +194,7 @@ def push(
     for upload in uploads:
         try:
             yield _push(api, upload, private, revision, create_pr)
-        except NotRecorded as e:  # the others are published all the same
+        except NotRecorded as e:  # the others are still published
             not_recorded = not_recorded or e
     if not_recorded:
         raise not_recorded
@@ -219,21 +219,21 @@ def _push(api: HfApi, upload: Upload, private: bool, revision: Optional[str], cr
                 create_pr=create_pr)
             sha = commit.oid
             line = f"{repo_id}: {len(new)} files in one commit, {commit.pr_url if create_pr else commit.commit_url}"
-            if replaced := sorted(new.keys() & (there or {}).keys()):  # maybe edited there
-                line += f"; in the place of others: {', '.join(replaced)}"
+            if replaced := sorted(new.keys() & (there or {}).keys()):  # possibly edited on the Hub
+                line += f"; replaced: {', '.join(replaced)}"
         else:
             sha = str(api.model_info(repo_id, revision=revision).sha)
-            line = f'{repo_id}: nothing to do, commit {sha} is equal'
+            line = f'{repo_id}: nothing to do, commit {sha} is identical'
     if not is_private and not (new and create_pr) and _record(upload.folder, repo_id, sha):
         line += f'; recorded in {PUBLISHED_NAME}'
     return line
 
 
 def _find_or_create(api: HfApi, repo_id: str, private: bool, create_pr: bool) -> bool:
-    """Find a repo or create it; whether it is private."""
+    """Find or create a repo; returns whether it is private."""
     try:
         there = api.model_info(repo_id)
-    except GatedRepoError:  # one that is there
+    except GatedRepoError:  # it exists
         raise
     except RepositoryNotFoundError:
         there = None
@@ -248,7 +248,7 @@ def _find_or_create(api: HfApi, repo_id: str, private: bool, create_pr: bool) ->
 
 
 def _digests(api: HfApi, repo_id: str, revision: Optional[str]) -> Optional[Dict[str, str]]:
-    """Digests of the published files of a repo by path, None if there is no such revision."""
+    """Digests of the published files in a repo, by path; None if there is no such revision."""
     try:
         infos: List[Any] = api.get_paths_info(repo_id, list(FILES), revision=revision)
     except RevisionNotFoundError:
@@ -258,13 +258,13 @@ def _digests(api: HfApi, repo_id: str, revision: Optional[str]) -> Optional[Dict
 
 
 def _possible_digests(content: Union[Path, bytes]) -> Tuple[str, str]:
-    """How the Hub names a content: SHA-256 where it is stored as a large file, git's blob id where it is not."""
+    """The digests that the Hub may report for a content: SHA-256 if it is a large file, otherwise git's blob id."""
     data = content if isinstance(content, bytes) else content.read_bytes()
     return hashlib.sha256(data).hexdigest(), hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
 
 
 def _record(folder: Path, repo_id: str, revision: str) -> bool:
-    """Record what was published of the shipped weights; whether there was anything to write."""
+    """Record the publication of shipped weights; returns whether there was anything to write."""
     tree = weights_dir()
     if folder.resolve().parent != tree.resolve():
         return False
@@ -276,8 +276,8 @@ def _record(folder: Path, repo_id: str, revision: str) -> bool:
             return False
         published[folder.resolve().name] = record
         write_text(path, json.dumps(dict(sorted(published.items())), indent=2) + '\n')
-    except (OSError, ValueError, AttributeError, TypeError) as e:  # the last two of what is no table of tables
-        raise NotRecorded(f'{repo_id} is published, but {path} cannot be written ({one_line(e)}); mend that and '
+    except (OSError, ValueError, AttributeError, TypeError) as e:  # the last two if it is not a dict of dicts
+        raise NotRecorded(f'{repo_id} is published, but {path} cannot be written ({one_line(e)}); fix that and '
                         f'{AGAIN}.') from e
     return True
 
@@ -286,7 +286,7 @@ def _record(folder: Path, repo_id: str, revision: str) -> bool:
 
 
 def verify_repo(source: str) -> Dict[str, float]:
-    """Download the files of a repo of the Hub, and check them like a weights folder.
+    """Download the files of a Hub repo, and check them like a weights folder.
 
     Args:
         source: ``hf-hub:OWNER/NAME``, or ``hf-hub:OWNER/NAME@REVISION``.
@@ -295,7 +295,7 @@ def verify_repo(source: str) -> Dict[str, float]:
         As ``timm_lm.weights_folder.verify_folder``.
 
     Raises:
-        UserError: If the Hub cannot be reached, or anything is missing, damaged, or computes something else.
+        UserError: If the Hub cannot be reached, anything is missing or damaged, or the outputs differ.
     """
     repo_id, _, revision = source.removeprefix('hf-hub:').partition('@')
     _check_repo_id(repo_id)
@@ -305,7 +305,7 @@ def verify_repo(source: str) -> Dict[str, float]:
         with explained(repo_id, again='run the same command again', writes=False):
             info = api.model_info(repo_id, revision=revision or None)
             for name in sorted({file.rfilename for file in info.siblings or []} & {*FILES}):
-                # not from the cache: what is checked is what stands on the Hub
+                # not from the cache: the files to check are those on the Hub
                 api.hf_hub_download(repo_id, name, revision=info.sha, local_dir=folder, force_download=True)
         try:
             return verify_folder(folder)

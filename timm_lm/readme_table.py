@@ -1,4 +1,4 @@
-"""The table of the networks in the README: their sizes, the paper's errors, and those of the weights that ship."""
+"""The table of the networks in the README: their sizes, the paper's errors, and those of the shipped weights."""
 import re
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
@@ -19,10 +19,10 @@ _END = '<!-- end of networks -->'
 
 
 def network_table(results: Path) -> List[str]:
-    """Lines of a Markdown table of all networks: size, the paper's error and that of the weights that ship.
+    """Lines of a Markdown table of all networks: size, the paper's error and that of the shipped weights.
 
     Args:
-        results: Folder of results, for what the paper printed.
+        results: Folder of results, for the paper's figures.
     """
     published = read_rows(results / 'published.csv')
     header = ['network', 'images', 'parameters', 'MACs', 'error in the paper, %', 'error of weights that ship, %']
@@ -63,14 +63,14 @@ def _errors(by_recipe: Dict[str, str]) -> str:
 
 
 def split_page(page: Path) -> Tuple[str, str]:
-    """What stands before and after the table of networks in a page, the marks around it included.
+    """The text before and after the table of networks in a page, including the marks around it.
 
     Raises:
         UserError: If the page cannot be read or has no such marks.
     """
     try:
         text = page.read_text(encoding='utf-8')
-    except (OSError, ValueError) as e:  # no UTF-8
+    except (OSError, ValueError) as e:  # not UTF-8
         reason = e.strerror if isinstance(e, OSError) else e
         raise UserError(f'{page} cannot be read ({reason}); name the README of a checkout.') from e
     before, start, rest = text.partition(_START)

@@ -1,4 +1,4 @@
-"""The record of runs: a row for each in ``<dataset>.csv``, in a folder of results."""
+"""The record of runs: one row per run in ``<dataset>.csv``, in a folder of results."""
 import csv
 import io
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Dict, List, Sequence
 from .errors import UserError
 from .files import locked, write_text
 
-# timm's columns of results, then ours: errors and parameters as timm counts them (%, millions).
+# timm's result columns, then ours; errors and parameters are in timm's units (%, millions).
 COLUMNS = (
     'model', 'img_size', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'crop_pct', 'interpolation',
     'dataset', 'recipe', 'seed', 'epochs', 'errors', 'images', 'seen_top1_err', 'k_min', 'k_max', 'k', 'minutes',
@@ -28,15 +28,15 @@ def read_rows(path: Path) -> List[Row]:
         rows = list(csv.DictReader(f))
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
-            raise UserError(f'Row {number} of {path} does not have a value for each column; mend it.')
+            raise UserError(f'Row {number} of {path} does not have a value for each column; fix it.')
     return rows
 
 
 def check_rows(rows: Sequence[Row], results: Path) -> None:
-    """Check that rows take the place of none but earlier ones of the same run.
+    """Check that rows replace only earlier ones of the same run.
 
     Raises:
-        UserError: If the record, or the rows themselves, have two networks or seeds by one name of a run.
+        UserError: If two networks or seeds have the same run name, in the record or among the rows.
     """
     for dataset in {row['dataset'] for row in rows}:
         known: Dict[str, Row] = {}
@@ -59,7 +59,7 @@ def add_rows(rows: Sequence[Row], results: Path) -> List[Path]:
     if not rows:
         return []
     results.mkdir(parents=True, exist_ok=True)
-    with locked(results):  # of several that are added at once none is lost
+    with locked(results):  # so that concurrent additions are not lost
         check_rows(rows, results)
         written = []
         for dataset in sorted({row['dataset'] for row in rows}):

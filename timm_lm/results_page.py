@@ -1,7 +1,7 @@
-"""The page of results, made of the record of runs.
+"""The page of results, made from the record of runs.
 
-A folder of results holds, beside the runs, ``published.csv`` with figures of others, ``tables.yaml`` with the tables of
-the page, and ``remarks.md`` with what there is to say about them.
+Besides the runs, a folder of results holds ``published.csv`` with published figures, ``tables.yaml`` with the tables of
+the page, and ``remarks.md`` with remarks on them.
 """
 import re
 import statistics
@@ -22,11 +22,11 @@ SOURCES = ('paper', 'pytorch-cifar-models', 'pytorchcv')
 _KEYS = {'title', 'dataset', 'recipe', 'pairs', 'published'}  # of each table
 SUMMARY = ('Test errors of the LM networks that were trained to the end with an unmodified recipe, next to their plain '
            'twins trained with the same recipe and all published figures for the same depth. The weights that a recipe '
-           'starts from, or distils from, are named at its table below.')
+           'starts or distils from are named with its table below.')
 
 
 def read_frame(results: Path) -> Tuple[List[Dict[str, Any]], str]:
-    """The tables of the page and the remarks; a record of one's own may do without either.
+    """The tables of the page and the remarks; a user's own record needs neither.
 
     Raises:
         UserError: If they cannot be read.
@@ -42,14 +42,14 @@ def read_frame(results: Path) -> Tuple[List[Dict[str, Any]], str]:
         path = results / name
         return tables, path.read_text(encoding='utf-8').strip() if path.exists() else ''
     except (OSError, ValueError, yaml.YAMLError) as e:
-        raise UserError(f'{results} has no readable {name}; mend it, or name another record with --results.') from e
+        raise UserError(f'{results} has no readable {name}; fix it, or name another record with --results.') from e
 
 
 def write_report(results: Path, page: Path) -> None:
-    """Write the page of results and its pictures, from the files of a folder of results.
+    """Write the page of results and its plots from the files of a folder of results.
 
     Raises:
-        UserError: If a file cannot be read, or there is nothing to tell.
+        UserError: If a file cannot be read, or there is nothing to report.
     """
     tables, remarks = read_frame(results)
     published = read_rows(results / 'published.csv')
@@ -73,7 +73,7 @@ def write_report(results: Path, page: Path) -> None:
 
 
 def _summary(tables: List[Dict[str, Any]], runs: Dict[str, List[Row]], published: List[Row]) -> List[str]:
-    """A table of the LM networks that have a finished run, beside all figures there are of the same depth."""
+    """A table of the LM networks that have a finished run, next to all figures for the same depth."""
     lines = ['## Summary', '', SUMMARY, '', *_table_head([
         'network', 'data', 'recipe', 'ours, %', 'plain twin, %', *(f'{source}, %' for source in SOURCES)])]
     for table in tables:
@@ -89,7 +89,7 @@ def _summary(tables: List[Dict[str, Any]], runs: Dict[str, List[Row]], published
 
 
 def _of_depth(published: List[Row], source: str, dataset: str, network: str) -> str:
-    """A source's figures for an LM network and for both plain ones of its depth, each with what it is of."""
+    """A source's figures for an LM network and for both plain ones of its depth, each with network and recipe."""
     plain = network.removeprefix('lm_')
     names = [network, f'preact_{plain}', plain]
     rows = [row for name in names for row in published
@@ -134,34 +134,34 @@ def _section(table: Dict[str, Any], runs: List[Row], published: List[Row]) -> Li
 
 
 def _changes(table: Dict[str, Any], network: str) -> Dict[str, str]:
-    """The options of its recipe that a table changes for a network, in the order of the record, that of their names."""
+    """The recipe options that a table changes for a network, sorted by name as in the record."""
     return dict(sorted(table.get('changes', {}).get(network, {}).items()))
 
 
 def _recipe(table: Dict[str, Any], network: str) -> str:
-    """What the record calls the recipe of a table where it trains a network."""
+    """The name in the record of a table's recipe for a network."""
     changes = ', '.join(f'{option} {value}' for option, value in _changes(table, network).items())
     return table['recipe'] + (f' with {changes}' if changes else '')
 
 
 def _verdict(lm: str, plain_runs: List[Row], lm_runs: List[Row]) -> str:
-    """How an LM network stands to its twin, with the standard error of a difference of two such counts of errors."""
+    """How an LM network compares with its twin, with the standard error of the difference of their error counts."""
     plain, own = _mean(plain_runs), _mean(lm_runs)
     variance = (plain * (100 - plain) + own * (100 - own)) / int(lm_runs[0]['images'])  # all seeds see the same images
     points, error = own - plain, variance ** 0.5
-    verdict = 'beats' if points < -2 * error else 'cannot be told from' if points < 0 else 'does not beat'
+    verdict = 'beats' if points < -2 * error else 'cannot be told apart from' if points < 0 else 'does not beat'
     size = f'{abs(points) / error:.1f} standard errors' if error else 'without a standard error'
     return (f'`{lm}` {verdict} its plain twin: {own:.2f} against {plain:.2f} %, a difference of {size}. (The standard '
             f'error of at most {error:.2f} points is due to the number of test images; seeds add to it.)')
 
 
 def finished(runs: List[Row], network: str, recipe: str) -> List[Row]:
-    """The runs of a network that ended by a recipe in its own number of epochs, the seeds in order.
+    """The finished runs of a network with a recipe in its own number of epochs, in the order of seeds.
 
     Args:
         runs: Rows of one data set.
         network: Its name, without a tag.
-        recipe: As the record calls it, with what was changed in it.
+        recipe: As the record names it, with its changes.
     """
     name, _, changes = recipe.partition(' with ')
     changed = re.search(r'\bepochs (\d+)', changes)
@@ -181,7 +181,7 @@ def _mean(rows: List[Row]) -> float:
 
 
 def _spread(rows: List[Row]) -> str:
-    """Mean and standard deviation over seeds, or the one figure that there is."""
+    """Mean and standard deviation over seeds, or the only figure."""
     if not rows:
         return ''
     errors = [float(row['top1_err']) for row in rows]
@@ -200,7 +200,7 @@ def _k_range(rows: List[Row]) -> str:
 
 
 def _published(rows: List[Row], source: str, dataset: str, network: str, recipe: str) -> str:
-    """A source's figure for a network, and that for the post-activation one by its name."""
+    """A source's figure for a network, and that for the post-activation one with its name."""
     def find(name: str) -> Optional[str]:
         return next((row['top1_err'] for row in rows if row['source'] == source and row['dataset'] == dataset
                      and row['network'] == name and row['recipe'] in ('', recipe)), None)
@@ -226,7 +226,7 @@ def _all_runs(runs: Dict[str, List[Row]]) -> List[str]:
 
 
 def _about_k(rows: List[Row]) -> str:
-    """What the ODE picture asks of ``k``, and how many runs keep to it."""
+    """What the analogy with ODEs requires of ``k``, and how many runs satisfy it."""
     found = [[float(value) for value in row['k'].split()] for row in with_k(rows)]
     outside = sum(min(k) <= -1 or max(k) > 1 for k in found)
     return ('As a method for ODEs, the two-step rule is zero-stable only for -1 < k <= 1. '

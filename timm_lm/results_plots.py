@@ -18,7 +18,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _millions(network: str, num_classes: int) -> float:
-    """Millions of parameters of the plain network of the same depth; a ``k`` a block is none of them."""
+    """Millions of parameters of the plain network of the same depth; one ``k`` per block is not counted."""
     return parameter_count('preact_' + network.removeprefix('preact_').removeprefix('lm_'), num_classes) / 1e6
 
 
@@ -63,7 +63,7 @@ def plot_k(rows: List[Row], path: Path) -> bool:
         return False
     figure = _figure(9, 3.4 * -(-len(panels) // 2))
     grid = figure.subplots(-(-len(panels) // 2), 2, sharey=True, squeeze=False).flat
-    for (network, runs), axes in zip(panels.items(), grid):  # in this order, as zip takes one more of the first
+    for (network, runs), axes in zip(panels.items(), grid):  # in this order, as zip reads one more of the first
         for number, row in enumerate(runs):
             k = [float(value) for value in row['k'].split()]
             recipe, changed, _ = row['recipe'].partition(' with ')

@@ -1,4 +1,4 @@
-"""The row of the record that a run folder makes, and its recipe as the record names it."""
+"""The row of a run folder in the record, and its recipe as the record names it."""
 import statistics
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Union
@@ -16,21 +16,21 @@ from .training.recipes import list_recipes
 from .training.run_folder import FREE_OPTIONS, read_args, read_result
 from .training.run_log import RunLog
 
-# Options that differ between runs of one recipe: which network and seed, how it is computed, how often it is counted.
+# Options that may differ between runs of one recipe: the network, the seed, how it is computed and evaluated.
 _SAME_RECIPE = ('model', 'seed', 'device', 'validation_batch_size', 'torchcompile',
                 'torchcompile_mode', 'loader', 'amp', 'amp_dtype', 'channels_last')
 
 
 def read_run(folder: Union[str, Path]) -> Row:
-    """The row of a run folder, also of a run that did not end.
+    """The row of a run folder, even of a run that did not finish.
 
     Raises:
-        UserError: If it is no run folder.
+        UserError: If it is not a run folder.
     """
     try:
         return _read_run(Path(folder))
     except (AttributeError, KeyError, OSError, TypeError, UserError, ValueError) as e:
-        reason = f'it does not tell {e}' if isinstance(e, KeyError) else e
+        reason = f'it has no {e}' if isinstance(e, KeyError) else e
         raise UserError(f'{folder} is not the folder of a run ({reason}).') from e
 
 
@@ -67,7 +67,7 @@ def _read_run(folder: Path) -> Row:
 
 
 def with_result(row: Row, result: Mapping[str, Any]) -> Row:
-    """A row with the errors that a result counts, if it does, and with its ``k``."""
+    """A row with the ``k`` of a result, and with its errors if they were counted."""
     k = result['k']
     if k:
         row = row | dict(k_min=f'{min(k):.3f}', k_max=f'{max(k):.3f}', k=' '.join(f'{value:.3f}' for value in k))
@@ -79,7 +79,7 @@ def with_result(row: Row, result: Mapping[str, Any]) -> Row:
 
 
 def _recipe(args: Dict[str, Any], processes: int) -> str:
-    """Name of the recipe of a run, with what was changed in it; the batch is that of all processes."""
+    """Name of the recipe of a run, with its changes; the batch size is that of all processes together."""
     if args['tag'] not in list_recipes():
         return args['tag']
     shipped = yaml.safe_load(yaml.safe_dump(vars(parse_options(['-c', args['tag']]))))
@@ -91,7 +91,7 @@ def _recipe(args: Dict[str, Any], processes: int) -> str:
         return f'{name} {shorten(str(run[name]))}'
 
     same = {*FREE_OPTIONS, *_SAME_RECIPE, *idle}
-    if run['sched'] != 'plateau':  # else they only tell which epoch is the best
+    if run['sched'] != 'plateau':  # otherwise they only determine the best epoch
         same |= {'eval_metric', 'val_interval'}
     changed = [told(name) for name, value in shipped.items()
                if name not in same and run[name] != value]
@@ -107,9 +107,9 @@ def add_runs(folders: Sequence[Union[str, Path]], results: Path) -> List[Path]:
     """Add runs to the record, as ``add_rows`` does.
 
     Raises:
-        UserError: If a folder is no run folder, or if the record has a run of its name that is another; then nothing is
+        UserError: If a folder is not a run folder, or the record has another run of the same name; then nothing is
             written.
     """
     rows = [read_run(folder) for folder in folders]
-    check_rows(rows, results)  # before a folder is made for them
+    check_rows(rows, results)  # before a folder is created for them
     return add_rows(rows, results)

@@ -1,4 +1,4 @@
-"""``make ship RUNS=...``: put weights of finished runs among those that ship, with digests and rows of results."""
+"""``make ship RUNS=...``: add weights of finished runs to the shipped ones, with digests and rows of results."""
 import argparse
 import shutil
 import sys
@@ -27,37 +27,37 @@ TRACKED_LIMIT = 20 << 20  # bytes of all weights folders together
 
 
 def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional[str] = None) -> Row:
-    """Put the weights of a finished run among those that ship.
+    """Add the weights of a finished run to the shipped ones.
 
-    They are saved in half precision. Their errors are counted again on what was saved, and it is this figure that the
-    card and the row of results record.
+    They are saved in half precision. Their errors are counted again with the saved weights, and this count is the one
+    in the card and in the row of results.
 
     Args:
         run: Folder of the run.
-        weights: Holds the weights folders and ``SHA256SUMS``; a folder of the same name is replaced.
+        weights: Folder of the weights folders and ``SHA256SUMS``; a folder of the same name is replaced.
         results: Folder of the record of runs.
-        data_dir: Where the data is now, None for where it was.
+        data_dir: Where the data is now, None if it was not moved.
 
     Returns:
         The row.
 
     Raises:
-        UserError: If the run did not end, has no error counted, is of another network or of a tag that its network does
-            not have, if the record has another run of its name, or if the weights would be larger than 20 MiB together;
-            then nothing is written.
+        UserError: If the run did not finish, has no error count, is of another network or of a tag that its network
+            does not have, if the record has another run of the same name, or if the weights would exceed 20 MiB in
+            total; then nothing is written.
     """
     run = Path(run)
     row = read_run(run)
     if row['status'] != 'done':
-        raise UserError(f"The run {run} has no count of errors to ship ({row['status']}); go on with it by --resume "
+        raise UserError(f"The run {run} has no error count to ship ({row['status']}); resume it with --resume "
                         'auto.')
     if not row['errors']:
-        raise UserError(f'The run {run} has no count of errors to ship, as it was trained without a --val-split; train '
+        raise UserError(f'The run {run} has no error count to ship, as it was trained without a --val-split; train '
                         'another with one.')
     check_name(row['model'])
     if not is_ours(row['model']) or '.' not in row['model']:
-        raise UserError(f"The run {run} is of {row['model']}; what ships is a network of this package with a tag, that "
-                        'of the run.')
+        raise UserError(f"The run {run} is of {row['model']}; only a network of this package with a tag, that of "
+                        'the run, can ship.')
     told, args = read_result(run), read_args(run)
     source = run / 'weights'
     verify_folder(source)
@@ -73,7 +73,7 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
 
 
 def _put(folder: Path, weights: Path) -> None:
-    """Put a copy of a weights folder among those that ship, in the place of one of its name, with its digest."""
+    """Copy a weights folder to the shipped ones, replacing one of the same name, with its digest."""
     try:
         with atomic_folder(weights / folder.name) as new:
             shutil.copytree(folder, new, dirs_exist_ok=True)
@@ -83,7 +83,7 @@ def _put(folder: Path, weights: Path) -> None:
 
 
 def _count(folder: Path, told: Dict[str, Any], args: Dict[str, Any], data_dir: Optional[str]) -> Dict[str, Any]:
-    """Count the errors of a weights folder, and write a card of them; returns the count and ``k``."""
+    """Count the errors of a weights folder, and write its card; returns the count and ``k``."""
     model = load_folder(folder)
     counts: Dict[str, Any] = validate(
         str(folder), args['val_split'],
@@ -94,12 +94,12 @@ def _count(folder: Path, told: Dict[str, Any], args: Dict[str, Any], data_dir: O
 
 
 def _check_size(folder: Path, weights: Path) -> None:
-    """Before errors are counted, which takes its time; the card is yet to come, and is small."""
+    """Check the size before counting errors, which takes a while; the card is not written yet, but is small."""
     others = [path for path in whole_entries(weights) if path.name != folder.name]
     size = _size(folder) + sum(map(_size, others))
     if size > TRACKED_LIMIT:
         raise UserError(f'With {folder.name} the weights would take {size / 2**20:.1f} MiB, more than '
-                        f'{TRACKED_LIMIT / 2**20:.0f}; take another folder out of {weights} first.')
+                        f'{TRACKED_LIMIT / 2**20:.0f}; remove another folder from {weights} first.')
 
 
 def _size(path: Path) -> int:
@@ -107,12 +107,12 @@ def _size(path: Path) -> int:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Ship runs, and renew the pages that tell of them.
+    """Ship runs, and update the pages that report them.
 
     Returns:
-        0, or 2 after an error, with one line.
+        0, or 2 after an error, which is reported in one line.
     """
-    parser = argparse.ArgumentParser(prog='ship', description='Put weights of runs among those that ship.')
+    parser = argparse.ArgumentParser(prog='ship', description='Add weights of runs to the shipped ones.')
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a finished run')
     parser.add_argument('--data-dir', metavar='DIR', help='where the data is now (default: where it was)')
     parser.add_argument('--project', type=Path, default=Path(), metavar='DIR', help='a checkout (default: this folder)')
@@ -127,7 +127,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 rows.append(row := ship(run, weights_dir(), results, args.data_dir))
                 print(f"{row['model']}: {row['errors']} errors of {row['images']} images ({row['top1_err']} %)")
         finally:
-            if rows:  # if need be only those before one that could not be put there
+            if rows:  # also those before a run that failed
                 write_report(results, project / 'docs' / 'results.md')
                 write_table(results, project / 'README.md')
     except (OSError, SafetensorError, UserError) as e:

@@ -1,4 +1,4 @@
-"""Data sets of timm's factory, read by index; and the folders of images among them, by the layout that timm has."""
+"""Data sets of timm's factory, read by index, and folders of images in timm's layout."""
 import os
 from pathlib import Path
 from pickle import PickleError
@@ -16,9 +16,9 @@ from .errors import UserError, one_line, some
 from .files import files_below
 from .parquet import split_of_part
 
-# Names of a split that timm takes for one another in a folder of images.
+# Names of a split that timm treats as the same in a folder of images.
 SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'), ('test',))
-# Data sets of torchvision for which timm takes every name of a split but those of training for the test split.
+# Data sets of torchvision whose test split timm reads for every split name but those of training.
 TRAIN_OR_TEST = {f'torch/{name}' for name in ('cifar10', 'cifar100', 'fashion_mnist', 'kmnist', 'mnist', 'qmnist')}
 _TORCH_FOLDERS = ('torch/folder', 'torch/image_folder')
 
@@ -27,16 +27,16 @@ _TORCH_FOLDERS = ('torch/folder', 'torch/image_folder')
 
 
 def check_split_folder(folder: Union[str, Path], split: str, required: bool = False, is_training: bool = False) -> None:
-    """Check that a folder of images has a subfolder for a split; where it has none, timm takes all images.
+    """Check that a folder of images has a subfolder for a split; without one, timm reads all images.
 
     Args:
         folder: The folder.
         split: Name of the split.
-        required: A folder of classes, without folders of splits, does not do.
+        required: Refuse a folder of classes without folders of splits, too.
         is_training: The split is the one to train on.
 
     Raises:
-        UserError: If the folder has other splits, or none and one is required.
+        UserError: If the folder has only other splits, or none although one is required.
     """
     names = next((names for names in SPLIT_NAMES if split in names), ())
     if any((Path(folder) / name).is_dir() for name in (split, *names)):
@@ -44,23 +44,23 @@ def check_split_folder(folder: Union[str, Path], split: str, required: bool = Fa
     folders = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
     others = [name for name in folders if name.lower() in sum(SPLIT_NAMES, ())]
     if others:
-        advice = 'name one of these (--val-split, in training --train-split too), or add the images'
+        advice = 'name one of these (--val-split; in training also --train-split), or add the images'
         if required and not is_training and [name.lower() in SPLIT_NAMES[0] for name in others] == [True]:
-            advice = "add the images, or train without validation by --val-split ''"
+            advice = "add the images, or skip validation with --val-split ''"
         raise UserError(f"The data folder {folder} has no split '{split}' (it has: {', '.join(others)}); {advice}.")
     if required:
-        raise UserError(f"The data folder {folder} has no folder '{split}' (it has: {some(folders)}), so that the "
-                        'images to train on would be those to validate on; make train/ and validation/, name others by '
-                        "--train-split and --val-split, or train without validation by --val-split ''.")
+        raise UserError(f"The data folder {folder} has no folder '{split}' (it has: {some(folders)}), so the images "
+                        'to train on would be those to validate on; make train/ and validation/, name others with '
+                        "--train-split and --val-split, or skip validation with --val-split ''.")
 
 
 def unread_images(root: str, read: Set[str]) -> str:
-    """A remark on the images of a folder that timm reads only if their endings are named, '' if there are none."""
+    """A remark on the images of a folder that timm reads only if their extensions are named, '' if there are none."""
     kinds = {*Image.registered_extensions(), '.heic', '.heif'} - get_img_extensions(as_set=True) - read  # of phones
     left_out = [path for path in files_below(root) if path.suffix.lower() in kinds]
     endings = ', '.join(sorted({path.suffix.lower() for path in left_out}))
-    return _left_out(left_out, root, f'timm does not read {endings} by itself; convert them, or name all endings, as '
-                                    "by --input-key '.png;.webp'")
+    return _left_out(left_out, root, f'timm does not read {endings} by default; convert them, or name all '
+                                    "extensions, as in --input-key '.png;.webp'")
 
 
 def unnamed_images(root: str, read: Set[str], numbers: Mapping[str, int]) -> str:
@@ -79,21 +79,21 @@ def _left_out(images: Sequence[Path], root: str, reason: str) -> str:
 
 
 def is_torch_folder(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
-    """Whether the options name a folder of images by one of timm's names for such."""
+    """Whether the options name a folder of images as timm's ``torch/folder`` or ``torch/image_folder``."""
     return dataset.lower() in _TORCH_FOLDERS and data_dir is not None and Path(data_dir).is_dir()
 
 
 def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: str, download: bool,
                  input_key: Optional[str], target_key: Optional[str]) -> EncodedImages:
-    """A data set of timm's factory that can be read by index.
+    """Open a data set of timm's factory that can be read by index.
 
     Raises:
-        UserError: If timm cannot open it, it can be read from end to end only, or an option does not go with it.
+        UserError: If timm cannot open it, it can only be read sequentially, or an option does not apply to it.
     """
     root = None if data_dir is None else str(data_dir)
     is_folder = not dataset and data_dir is not None and Path(data_dir).is_dir()  # of images, as it has no Parquet
-    if split_of_part(split) != split and not dataset.startswith('hfds/'):  # the test split to timm's torch/
-        raise UserError(f"'{split}' is a part of a split, which only Parquet has; name a whole one.")
+    if split_of_part(split) != split and not dataset.startswith('hfds/'):  # timm's torch/ would read the test split
+        raise UserError(f"'{split}' is a part of a split, which only Parquet has; name a whole split.")
     if is_folder or is_torch_folder(data_dir, dataset):
         check_split_folder(str(data_dir), split)
     if dataset.lower() in TRAIN_OR_TEST and split not in sum(SPLIT_NAMES, ()):
@@ -103,16 +103,16 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
     keys = {name: key for name, key in dict(input_key=input_key, target_key=target_key).items() if key}
     remarks = []
     if not dataset.startswith('hfds/'):
-        # names of columns, which a recipe may give; for a folder of images timm takes endings instead
+        # names of columns, which a recipe may give; for a folder of images timm takes extensions instead
         columns = [name for name, key in keys.items() if not (is_folder and name == 'input_key' and '.' in key)]
         told = ' and '.join(f"--{name.replace('_', '-')} {keys.pop(name)}" for name in columns)
         if told:
-            remarks.append(f'{told} say nothing of {dataset or root}, which has no columns.')
+            remarks.append(f'{told} ignored, as {dataset or root} has no columns.')
     try:
         images = _create_dataset(dataset, root, split, class_map, download, keys)
         if isinstance(images, IterableDataset):
-            raise TypeError('it can be read from end to end only; give Parquet, a folder of images, or one of torch/ '
-                            'or hfds/')
+            raise TypeError('it can be read from end to end only; give Parquet, a folder of images, or a data set '
+                            'of torch/ or hfds/')
         len(images)
     except (AssertionError, EOFError, ImportError, KeyError, NotImplementedError, OSError, PickleError, RuntimeError,
             TarError, TypeError, ValueError) as e:
@@ -142,7 +142,7 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
 
 def _create_dataset(dataset: str, root: Optional[str], split: str, class_map: str, download: bool,
                     keys: Dict[str, str]) -> Any:
-    if dataset.startswith('hfds/'):  # as create_dataset of older timm (1.0.26) has all of the name in lower case
+    if dataset.startswith('hfds/'):  # older timm's (1.0.26) create_dataset lowercases the whole name
         from timm.data.readers.reader_hfds import ReaderHfds
         name = dataset.removeprefix('hfds/')
         return ImageDataset(root, reader=ReaderHfds(name, root=root, split=split, class_map=class_map, **keys))  # type: ignore[arg-type]
@@ -151,7 +151,7 @@ def _create_dataset(dataset: str, root: Optional[str], split: str, class_map: st
 
 
 def _in_one_order(numbers: Mapping[Any, int], labels: torch.Tensor) -> Tuple[Mapping[Any, int], torch.Tensor]:
-    """Classes numbered by their names where timm numbers some at random, as it does those that differ in case alone."""
+    """Number classes by name where timm numbers some at random, as it does those that differ only in case."""
     names = sorted(numbers, key=lambda name: (natural_key(name), name))
     if [numbers[name] for name in names] == list(range(len(names))):
         return numbers, labels
@@ -162,10 +162,10 @@ def _in_one_order(numbers: Mapping[Any, int], labels: torch.Tensor) -> Tuple[Map
 
 
 def _names_in_order(numbers: Mapping[Any, int]) -> Optional[Tuple[str, ...]]:
-    """The names of classes in the order of their numbers, of each the first one; None if some have no name."""
+    """The first name of each class in the order of their numbers; None if some have no name."""
     names: Dict[int, str] = {}
     for name, number in numbers.items():
-        if str(name):  # none is the end of a class map
+        if str(name):  # an empty one is the end of a class map
             names.setdefault(number, str(name))
     if not names or set(names) != set(range(len(names))):
         return None
@@ -173,7 +173,7 @@ def _names_in_order(numbers: Mapping[Any, int]) -> Optional[Tuple[str, ...]]:
 
 
 class _TimmImages:
-    """The images of a data set of timm's factory; timm's own getter replaces one that is broken by the next."""
+    """The images of a data set of timm's factory; timm's own getter replaces a broken one with the next."""
 
     def __init__(self, images: Any):
         self.images = images
@@ -192,12 +192,12 @@ class _TimmImages:
 
 
 def _dataset_labels(images: Any) -> torch.Tensor:
-    """Class numbers without decoding images, where the data set has them apart."""
+    """Class numbers, without decoding images if the data set stores them separately."""
     reader = getattr(images, 'reader', images)
     targets = getattr(reader, 'targets', None)
     if targets is not None and len(targets) == len(images):
         numbers = torch.as_tensor(targets).long()
-        return numbers[:, 0] if numbers.ndim == 2 else numbers  # the class goes before what else is known
+        return numbers[:, 0] if numbers.ndim == 2 else numbers  # the class is the first of the targets
     samples = getattr(reader, 'samples', None)
     if samples is not None and len(samples) == len(images):
         return torch.tensor([int(label) for _, label in samples])

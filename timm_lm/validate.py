@@ -35,12 +35,12 @@ def validate(
         name: A model name with or without tag, a weights folder, or ``hf-hub:OWNER/NAME``.
         split: The split to count on.
         device: Where the network runs.
-        batch_size: Images of a batch.
-        workers: Processes that read images, where these do not fit in memory.
-        amp: Autocast to bfloat16, where the device has instructions for it; else all is in float32, on a GPU too.
+        batch_size: Images per batch.
+        workers: Processes that read images if these do not fit in memory.
+        amp: Autocast to bfloat16 if the device has instructions for it; otherwise float32, without TF32 on a GPU.
         channels_last: Use this memory layout.
         torchcompile: Compile the network.
-        tell: Gets, before the count, what the user should know of data and precision.
+        tell: Called before the count with what the user should know about data and precision.
         **source: Where the split is, as in ``load_images``.
 
     Returns:
@@ -48,7 +48,7 @@ def validate(
         ``images_per_second``).
 
     Raises:
-        UserError: If network or split cannot be loaded, or do not fit together.
+        UserError: If the network or the split cannot be loaded, or they do not fit together.
     """
     if torchcompile:
         check_compiler('inductor', None, device.type == 'cpu')
@@ -71,7 +71,7 @@ def validate(
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
             return network(images)
 
-    # GPUs would round float32 by TF32; elsewhere the flags are not even read, as newer PyTorch may refuse that
+    # GPUs would round float32 to TF32; elsewhere the flags are not even read, as newer PyTorch may refuse that
     rounding: List[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul] if device.type == 'cuda' else []
     allowed = [backend.allow_tf32 for backend in rounding]
     try:
@@ -84,7 +84,7 @@ def validate(
 
 
 def _create_loader(model: TimmModel, split: str, source: Dict[str, Any], workers: int, **common: Any) -> BatchLoader:
-    """Batches of a split in memory, or by worker processes where it does not fit."""
+    """Batches of a split in memory, or from worker processes if it does not fit."""
     config = image_config(model)
     common.update(mean=config['mean'], std=config['std'])
     size = {name: config[name] for name in ('input_size', 'crop_pct', 'crop_mode', 'interpolation')}

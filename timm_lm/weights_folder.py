@@ -1,4 +1,4 @@
-"""Weights folders in the layout of a Hub repo: written whole, and checked anywhere.
+"""Weights folders in the layout of a Hub repo: written atomically, and verifiable anywhere.
 
 A folder holds ``model.safetensors``, ``config.json`` (timm's, also read by transformers), ``README.md`` (the card) and
 ``test/rand_tensors.safetensors``: one random batch and what the network computes from it, under timm's names (input,
@@ -23,7 +23,7 @@ CONFIG_NAME = 'config.json'
 CARD_NAME = 'README.md'
 CHECK_NAME = 'test/rand_tensors.safetensors'
 CHECK_BATCH = 2
-CHECK_TOLERANCE = 1e-4  # of the largest value: float32 convolutions differ that much from one machine to another
+CHECK_TOLERANCE = 1e-4  # relative to the largest value: float32 convolutions differ that much between machines
 
 
 # Writing
@@ -39,7 +39,7 @@ def _write_config(model: TimmModel, path: Any, model_args: Dict[str, Any], dtype
     )
     config = json.loads(path.read_text())
     config['pretrained_cfg'].pop('label_names', None)
-    # the class count stands at the top; a second one in the arguments is refused by transformers
+    # the class count is at the top level; transformers rejects a second one in the arguments
     config.get('model_args', {}).pop('num_classes', None)
     if not config.get('model_args'):
         config.pop('model_args', None)
@@ -57,7 +57,7 @@ def _check_tensors(model: TimmModel, images: torch.Tensor) -> Dict[str, torch.Te
         pre_logits=model.forward_head(features, pre_logits=True),
         output=model.forward_head(features),
     )
-    # some networks of timm have features of several branches, in a list
+    # some of timm's networks return the features of several branches, in a list
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
@@ -68,20 +68,20 @@ def save_folder(
         model_args: Optional[Dict[str, Any]] = None,
         dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write a weights folder, whole or not at all.
+    """Write a weights folder, completely or not at all.
 
     Args:
-        model: A network of ``timm.create_model``, whose config ``record_data`` wrote.
-        folder: Where; what stands there is replaced when the new folder is whole.
+        model: A network from ``timm.create_model``, with a config written by ``record_data``.
+        folder: Where to write it; an existing folder is replaced once the new one is complete.
         card: Text of the card.
-        model_args: Keywords beside the class count that the network was made with.
+        model_args: Keywords, besides the class count, that the network was created with.
         dtype: Precision of the saved floating-point tensors.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: If the network does not compute finite numbers.
+        UserError: If the network's outputs are not finite.
     """
     args = dict(model_args or {})
     in_chans = getattr(model, 'in_chans', 3)
@@ -102,7 +102,8 @@ def save_folder(
         images = torch.randn(CHECK_BATCH, *image_config(model)['input_size'], generator=generator)
         tensors = {name: tensor.contiguous() for name, tensor in _check_tensors(reloaded, images).items()}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise UserError(f'What the network computes is not finite; {folder} was not written. Use a smaller rate.')
+            raise UserError(f'The outputs of the network are not finite, so {folder} was not written; use a smaller '
+                            'learning rate.')
         (temporary / CHECK_NAME).parent.mkdir()
         save_file(tensors, temporary / CHECK_NAME, metadata=dict(model_sha256=sha256(weights)))
     return Path(folder)
@@ -112,10 +113,10 @@ def save_folder(
 
 
 def read_config(folder: Path) -> Dict[str, Any]:
-    """The config of a weights folder, of a network that timm knows.
+    """The config of a weights folder, for a network that timm knows.
 
     Raises:
-        UserError: If it is missing or damaged, or timm knows no such network.
+        UserError: If it is missing or damaged, or timm does not know its network.
     """
     path = folder / CONFIG_NAME
     try:
@@ -127,7 +128,7 @@ def read_config(folder: Path) -> Dict[str, Any]:
         if any(len(cfg.get(key) or [0]) not in (1, channels) for key in ('mean', 'std')):
             raise ValueError(f'mean and std must have {channels} values')
     except FileNotFoundError:
-        raise UserError(f'{folder} has no {CONFIG_NAME}; give a weights folder as `timm-lm train` writes it.') from None
+        raise UserError(f'{folder} has no {CONFIG_NAME}; give a weights folder written by `timm-lm train`.') from None
     except (ValueError, KeyError, TypeError, OSError) as e:
         raise UserError(f'{path} is not a readable timm config ({type(e).__name__}: {e}); restore the file.') from e
     if not timm.is_model(architecture):
@@ -136,7 +137,7 @@ def read_config(folder: Path) -> Dict[str, Any]:
 
 
 def _compare_header(weights: Path, model: TimmModel, architecture: str) -> None:
-    """Names and shapes of a weights file against the network, from the file's header alone."""
+    """Compare the names and shapes in a weights file with the network, from the file's header alone."""
     try:
         with safe_open(weights, 'pt') as f:
             shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
@@ -151,7 +152,7 @@ def _compare_header(weights: Path, model: TimmModel, architecture: str) -> None:
 
 
 def load_folder(folder: Union[str, Path], **kwargs: Any) -> TimmModel:
-    """Load the network of a weights folder, after checks that name what is wrong.
+    """Load the network of a weights folder, after checks that report what is wrong.
 
     Args:
         folder: A weights folder.
@@ -165,8 +166,8 @@ def load_folder(folder: Union[str, Path], **kwargs: Any) -> TimmModel:
     """
     folder = Path(folder)
     if folder.is_file():
-        raise UserError(f'{folder} is a file; give the folder of a {WEIGHTS_NAME} and its {CONFIG_NAME}. A training '
-                        'starts from a file by --initial-checkpoint.')
+        raise UserError(f'{folder} is a file; give the folder of a {WEIGHTS_NAME} and its {CONFIG_NAME}. To train from '
+                        'a file, use --initial-checkpoint.')
     if not folder.is_dir():
         raise UserError(f'The weights folder {folder} does not exist; give a folder with {WEIGHTS_NAME} and '
                         f'{CONFIG_NAME}.')
@@ -209,22 +210,22 @@ def _compare_digest(folder: Path) -> None:
 
 
 def verify_folder(folder: Union[str, Path]) -> Dict[str, float]:
-    """Check a weights folder: config, weights, digest, and what the network computes from the check batch.
+    """Check a weights folder: config, weights, digest, and the network's outputs for the check batch.
 
     Args:
         folder: A weights folder.
 
     Returns:
-        The largest difference of each check tensor, as a share of its largest value.
+        The largest difference of each check tensor, relative to its largest value.
 
     Raises:
-        UserError: If anything is missing, damaged, or computes something else.
+        UserError: If anything is missing or damaged, or the outputs differ.
     """
     folder = Path(folder)
     model = load_folder(folder)
     path = folder / CHECK_NAME
     if not path.is_file():
-        raise UserError(f'{folder} has no {CHECK_NAME} to check the weights by; its weights load, no more is known.')
+        raise UserError(f'{folder} has no {CHECK_NAME} to check the weights with; they load, but are not verified.')
     try:
         expected = load_file(path)
         actual = _check_tensors(model, expected['input'])
@@ -236,6 +237,6 @@ def verify_folder(folder: Union[str, Path]) -> Dict[str, float]:
         raise UserError(f'{path} does not hold a check batch of this network ({e}); download the folder again.') from e
     for name in differences:
         if not differences[name] <= CHECK_TOLERANCE:
-            raise UserError(f"{folder} computes other '{name}' than recorded (difference {differences[name]:.1e} of "
-                            'the largest value); the weights or the config were changed.')
+            raise UserError(f"{folder} computes a different '{name}' than recorded (difference "
+                            f"{differences[name]:.1e} of the largest value); the weights or the config were changed.")
     return differences

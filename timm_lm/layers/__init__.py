@@ -1,4 +1,4 @@
-"""The mathematics of multi-step residual networks: updates and noise, with no network in it."""
+"""The mathematics of multi-step residual networks: updates and noise, independent of any network."""
 from .state_noise import StateNoise
 from .two_step import EulerStep, TwoStep, two_step
 

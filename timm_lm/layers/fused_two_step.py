@@ -1,7 +1,7 @@
-"""Large two-step updates on a GPU without a compiler: which they are, and the update by one Triton kernel each way.
+"""Large two-step updates on a GPU without a compiler: when they apply, and the update in one Triton kernel each way.
 
 PyTorch's own operations read or write a state 6 times forward and 11 times backward, where 4 and 5 are needed. Compiled
-networks do without these kernels, as a compiler can make the update a part of its neighbours.
+networks do not use these kernels, as a compiler can fuse the update with its neighbours.
 """
 import functools
 import warnings
@@ -13,11 +13,11 @@ from timm_lm.eager import runs_eagerly
 from timm_lm.errors import one_line
 
 FUSED_ON = 'cuda'
-FUSED_SIZE = 2 ** 22  # elements of a state; smaller ones take less time than it takes to ask for them
+FUSED_SIZE = 2 ** 22  # elements of a state; smaller updates take less time than their launch
 
 
 def can_fuse(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether an update that runs eagerly is large enough for the Triton kernels, and one that they compute."""
+    """Whether an eager update is large enough for the Triton kernels, and supported by them."""
     return (
         x.device.type == FUSED_ON
         and x.numel() >= FUSED_SIZE
@@ -33,16 +33,16 @@ def can_fuse(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Te
 
 @functools.cache
 def _has_bfloat16(device: torch.device) -> bool:
-    """Whether kernels can store bfloat16, which PyTorch's operations emulate on older GPUs of NVIDIA.
+    """Whether kernels can store bfloat16, which PyTorch's operations emulate on older NVIDIA GPUs.
 
-    It is not tried, as a compiler that has no instruction for it may end the process.
+    This is not tried out, as a compiler without an instruction for it may end the process.
     """
     return bool(device.type != 'cuda' or torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 @functools.cache
 def _has_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels run there: they are tried, as they need a C compiler and a GPU that Triton knows.
+    """Whether the Triton kernels run on a device: they are tried, as they need a C compiler and a supported GPU.
 
     They are tried without autograd, which may be about to recompute a block.
     """
@@ -52,16 +52,16 @@ def _has_triton(device: torch.device) -> bool:
             f, x, x_prev, k = (torch.ones(1, device=device) for _ in range(4))
             gradients(update(f, x, x_prev, k), x, x_prev, k)
         return True
-    except Exception as e:  # of a compiler, a driver or Triton itself
-        if 'out of memory' in str(e):  # which passes
+    except Exception as e:  # from a compiler, a driver or Triton itself
+        if 'out of memory' in str(e):  # temporary
             raise
-        warnings.warn(f'Large two-step updates take PyTorch\'s own operations on {device}, as Triton\'s kernels do not '
+        warnings.warn(f'Large two-step updates use PyTorch\'s own operations on {device}, as Triton\'s kernels do not '
                       f'run there ({one_line(e)}).', stacklevel=2)
         return False
 
 
 class _FusedTwoStep(torch.autograd.Function):
-    """Keeps the states alone for backward, which the network holds anyway."""
+    """Saves only the states for backward, which the network holds anyway."""
 
     @staticmethod
     def forward(ctx: Any, f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ class _FusedTwoStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         x, x_prev, k = ctx.saved_tensors
-        if torch.is_grad_enabled() or not runs_eagerly(g):  # they are to be differentiated again, or g is a batch
+        if torch.is_grad_enabled() or not runs_eagerly(g):  # for second derivatives, or a batched g
             share = k.to(g.dtype)
             dk = (g * (x_prev - x)).sum(dtype=torch.float32).to(k.dtype).view(k.shape)
             found = g, g - share * g, share * g, dk
@@ -87,7 +87,7 @@ def fused_two_step(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: to
 
     Args:
         f: The residual branch, shape (N, C, H, W).
-        x: The state; it and the history have the shape, the strides and the dtype of ``f``, without gaps.
+        x: The state, dense; it and the history have the shape, the strides and the dtype of ``f``.
         x_prev: The history.
         k: One number, of any shape and floating dtype.
     """

@@ -23,20 +23,20 @@ def two_step(
 ) -> torch.Tensor:
     """One linear two-step update, ``x[n+1] = f + (1 - k) x[n] + k x[n-1]``.
 
-    The two states are mixed by ``torch.lerp``: it reads both once, rounds once in low precision, and keeps nothing
-    for backward but the states, which the network holds anyway. A compiler takes ``lerp`` apart and would keep the
-    difference of the states as well; for training under ``torch.compile`` the sum is therefore written such that ``dk``
-    is made from the states themselves, and added up in the precision of ``k``. Without a compiler, large states on a
-    GPU are updated by one Triton kernel each way, which computes in float32 and rounds once (``fused_two_step``).
-    Exported, compiled for inference or traced in float32 it is sums and a product, as not all other formats know
-    ``lerp``.
+    The two states are mixed with ``torch.lerp``, which reads each once, rounds once in low precision, and saves only
+    the states for backward, which the network holds anyway. A compiler decomposes ``lerp`` and would save the
+    difference of the states as well; for training under ``torch.compile`` the sum is therefore written so that ``dk``
+    is computed from the states themselves and accumulated in the precision of ``k``. Without a compiler, large states
+    on a GPU are updated in one Triton kernel each way, which computes in float32 and rounds once (``fused_two_step``).
+    When exported, compiled for inference or traced in float32, the update consists of sums and a product, as not all
+    formats support ``lerp``.
 
     Args:
         f: The residual branch ``f(x[n])``, shape (N, C, H, W).
-        x: The state ``x[n]`` (at a change of shape its projection), shape (N, C, H, W).
+        x: The state ``x[n]`` (its projection where the shape changes), shape (N, C, H, W).
         x_prev: The history ``x[n-1]``, shape (N, C, H, W).
         k: The coefficient of the history, of a shape that broadcasts to the state: () or (C, 1, 1). It is cast to
-            the dtype of the state, but by the Triton kernels to float32.
+            the dtype of the state (to float32 in the Triton kernels).
 
     Returns:
         The state ``x[n+1]``, shape (N, C, H, W).
@@ -48,9 +48,9 @@ def two_step(
         if eager and can_fuse(f, x, x_prev, k):
             return fused_two_step(f, x, x_prev, k)
         if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
-            k = k.expand(x.shape[-3], 1, 1).expand(x.shape).to(x.dtype)  # dk by channel, as norms sum their gradients
+            k = k.expand(x.shape[-3], 1, 1).expand(x.shape).to(x.dtype)  # dk per channel, as norms sum their gradients
             return f + (x + (k * x_prev - k * x))
-        # a trace is compared with what runs eagerly, which in low precision is rounded otherwise
+        # a trace is compared with the eager result, which is rounded differently in low precision
         if torch.jit.is_tracing() and x.dtype == torch.float32 or torch.compiler.is_compiling():
             return f + (x + k.to(x.dtype) * (x_prev - x))
     mixed = torch.lerp(x, x_prev, k.to(x.dtype))
@@ -58,9 +58,9 @@ def two_step(
 
 
 class TwoStep(nn.Module):
-    """The two-step update with its own ``k``, one scalar a block or one value a channel.
+    """The two-step update with its own ``k``, one scalar per block or one value per channel.
 
-    ``k`` is stored with shape (1,) or (C,), never (): sharded training refuses parameters without a dimension.
+    ``k`` is stored with shape (1,) or (C,), never (): sharded training does not accept zero-dimensional parameters.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class TwoStep(nn.Module):
         """
         Args:
             channels: Channels C of the state.
-            k_init: Range ``(low, high)`` of the uniform distribution that ``k`` starts from, or one fixed number.
-            per_channel: One ``k`` for each channel instead of one for the block.
+            k_init: Range ``(low, high)`` of the uniform distribution that ``k`` is drawn from, or one fixed number.
+            per_channel: One ``k`` per channel instead of one for the block.
             trainable: Learn ``k``. If False it is a buffer, under the same name in the state dict.
 
         Raises:
@@ -102,7 +102,7 @@ class TwoStep(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw ``k`` anew from ``k_init``."""
+        """Reinitialise ``k`` from ``k_init``."""
         if isinstance(self.k_init, tuple):
             self.k.uniform_(self.k_init[0], self.k_init[1])
         else:

@@ -1,4 +1,4 @@
-"""The Triton kernels of the two-step update: the next state, and the gradients. Only with Triton can it be imported."""
+"""The Triton kernels of the two-step update, for the next state and the gradients; importing them needs Triton."""
 import functools
 from typing import Tuple
 
@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 2048  # elements of a program at a time
+BLOCK = 2048  # elements per program at a time
 WARPS = 8
-PROGRAMS = 8  # of the backward kernel, on each multiprocessor; each gives a part of dk
+PROGRAMS = 8  # of the backward kernel, per multiprocessor; each computes a part of dk
 
 
 @triton.jit
@@ -49,8 +49,8 @@ def update(f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor, k: torch.Tens
 
 def gradients(g: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor,
               k: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Those of state, history and ``k``, from that of the next state, ``g``, which is the one of the branch as well."""
-    g, x_prev = (  # hooks on what autograd saves may lay the history out in another way
+    """Gradients of state, history and ``k`` from ``g``, that of the next state, which is also that of the branch."""
+    g, x_prev = (  # saved-tensor hooks may change the layout of the history
         tensor if tensor.stride() == x.stride() else torch.empty_like(x).copy_(tensor) for tensor in (g, x_prev))
     dx, dx_prev = torch.empty_like(x), torch.empty_like(x)
     programs = PROGRAMS * _multiprocessors(x.device)

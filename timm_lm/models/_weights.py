@@ -1,4 +1,4 @@
-"""Where pretrained weights come from, shipped, published on the Hub, or nowhere; and the digests of those that ship."""
+"""Where pretrained weights come from (shipped, published on the Hub, or nowhere), and digests of the shipped ones."""
 import json
 import warnings
 from functools import cache
@@ -17,7 +17,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def weights_dir() -> Path:
-    """The folder of the weights that ship: inside an installed package, at the top of a checkout."""
+    """The folder of the shipped weights: inside an installed package, or at the top of a checkout."""
     installed, checkout = _PACKAGE / 'weights', _PACKAGE.parent
     if not installed.is_dir() and (checkout / 'pyproject.toml').is_file() and (checkout / 'weights').is_dir():
         return checkout / 'weights'
@@ -25,7 +25,7 @@ def weights_dir() -> Path:
 
 
 def read_digests(folder: Path) -> Dict[str, str]:
-    """Digests by path, relative to the folder, of its ``SHA256SUMS``; empty if there is none.
+    """The digests in a folder's ``SHA256SUMS``, by path relative to the folder; empty if there is none.
 
     Raises:
         UserError: If the file is damaged.
@@ -40,7 +40,7 @@ def read_digests(folder: Path) -> Dict[str, str]:
 
 
 def write_digests(folder: Path) -> None:
-    """Write ``SHA256SUMS`` for all weights of a folder of weights folders."""
+    """Write ``SHA256SUMS`` for all weights folders in a folder."""
     found = [path / WEIGHTS_NAME for path in whole_entries(folder) if (path / WEIGHTS_NAME).is_file()]
     digests = {path.relative_to(folder).as_posix(): sha256(path) for path in found}
     if digests != read_digests(folder):
@@ -49,13 +49,13 @@ def write_digests(folder: Path) -> None:
 
 @cache
 def _published(folder: Path) -> Dict[str, Dict[str, str]]:
-    """The record of weights on the Hub. A damaged one is told and passed over: importing this package reads it."""
+    """The record of weights on the Hub. A damaged one only warns, as importing this package reads it."""
     path = folder / PUBLISHED_NAME
     try:
         record = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
         return {name: dict(repo_id=where['repo_id'], revision=where['revision']) for name, where in record.items()}
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
-        warnings.warn(f'The record of published weights in {path} is damaged ({one_line(e)}) and not used; {_REMEDY}.',
+        warnings.warn(f'The record of published weights in {path} is damaged ({one_line(e)}) and ignored; {_REMEDY}.',
                       stacklevel=2)
         return {}
 
@@ -65,11 +65,11 @@ def weight_source(name: str, cfg: Dict[str, Any]) -> Dict[str, Any]:
 
     Args:
         name: Model name with tag.
-        cfg: Pretrained config without a source, or with one that is left as it is.
+        cfg: Pretrained config, with or without a source of its own.
 
     Returns:
-        The config with ``file`` if the weights ship, else with ``hf_hub_id`` if they are recorded as published, else
-        unchanged.
+        The config with ``file`` if the weights ship, otherwise with ``hf_hub_id`` if they are recorded as published,
+        otherwise unchanged.
     """
     folder = weights_dir()
     file = folder / name / WEIGHTS_NAME
@@ -89,23 +89,23 @@ def sources_of_tags(name: str, cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Dic
         cfgs: Pretrained configs by tag. The first one fixes the number of classes of the bare name.
 
     Returns:
-        The configs by name and tag, of which timm takes for the default the first one that has weights of as many
-        classes, and if none has, the first one.
+        The configs by name and tag. timm's default is the first one with weights for that number of classes, or the
+        first one if there is none.
     """
     found = {tag: weight_source(f'{name}.{tag}', cfg) for tag, cfg in cfgs.items()}
     first = next(iter(found))
     with_weights = [tag for tag, cfg in found.items() if {'file', 'hf_hub_id'} & cfg.keys()]
     default = next((tag for tag in with_weights if found[tag]['num_classes'] == found[first]['num_classes']), first)
-    if with_weights and with_weights[0] != default:  # which timm would take; marked, and read last, ours is
+    if with_weights and with_weights[0] != default:  # timm would take that one; the mark and last place make ours win
         found[f'{default}*'] = found.pop(default)
     return {f'{name}.{tag}': cfg for tag, cfg in found.items()}
 
 
 def check_shipped(file: Optional[str]) -> None:
-    """Compare weights that ship, a file or its folder, with the table of digests. Those from elsewhere pass.
+    """Check shipped weights, a file or its folder, against the table of digests. Other weights pass unchecked.
 
     Raises:
-        UserError: If the file is gone, is not in the table, or differs from it.
+        UserError: If the file is missing, is not in the table, or does not match it.
     """
     folder = weights_dir()
     if file is None or folder not in Path(file).parents:

@@ -1,8 +1,8 @@
 """LM-ResNet and LM-ResNeXt: pre-activation residual networks that step like a linear two-step method.
 
 A residual network is forward Euler for ``u' = f(u)``. These networks take the linear two-step rule instead,
-``x[n+1] = (1 - k[n]) x[n] + k[n] x[n-1] + f(x[n])``, with one trainable ``k`` for each block. The plain pre-activation
-networks (``preact_*``) are the Euler setting of the same code.
+``x[n+1] = (1 - k[n]) x[n] + k[n] x[n-1] + f(x[n])``, with one trainable ``k`` per block. The plain pre-activation
+networks (``preact_*``) are the forward Euler case of the same code.
 
 Source: Lu, Zhong, Li, Dong, "Beyond Finite Layer Neural Networks: Bridging Deep Architectures and Numerical
 Differential Equations", ICML 2018, https://arxiv.org/abs/1710.10121.
@@ -46,7 +46,7 @@ LayerType = Union[str, Callable[..., nn.Module], Type[nn.Module]]
 
 
 class Projection(nn.Module):
-    """Strided 1x1 convolution to the shape of the next state, after a norm and activation of its own if it has them."""
+    """Strided 1x1 convolution to the shape of the next state, optionally after its own norm and activation."""
 
     def __init__(
             self,
@@ -81,7 +81,7 @@ class ResidualBlock(nn.Module):
     """
 
     last_conv_name = 'conv2'
-    is_optimized = False  # for inference, by timm_lm.optimize
+    is_optimized = False  # set by timm_lm.optimize
 
     def __init__(
             self,
@@ -106,9 +106,9 @@ class ResidualBlock(nn.Module):
             out_chs: Output channels.
             stride: Stride of the block.
             norm_layer: Norm-activation layer.
-            has_history: A history comes in; False for the first block of a network.
-            two_step: The network takes two-step updates; False for a plain network.
-            shortcut_norm: A projected shortcut has a norm of its own, instead of the first norm of the branch.
+            has_history: Whether a history comes in; False for the first block of a network.
+            two_step: Whether the network takes two-step updates; False for a plain network.
+            shortcut_norm: Give a projected shortcut its own norm, instead of the first norm of the branch.
             history_proj: Project the history where the shape changes, so that the rule holds there too.
             step_kwargs: Arguments of ``TwoStep``.
             drop_path_rate: Probability of dropping the branch.
@@ -275,7 +275,7 @@ class Stage(nn.Module):
             ))
 
     def forward(self, x: torch.Tensor, x_prev: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Map (state, history) through the blocks, each recomputed in backward if gradient checkpointing is on."""
+        """Map (state, history) through the blocks, recomputing each in backward if gradient checkpointing is on."""
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x, x_prev = checkpoint(block, x, x_prev)
@@ -299,9 +299,9 @@ def _create_stem(in_chans: int, out_chs: int, stem_type: str, **dd: Any) -> nn.S
 class LMResNet(nn.Module):
     """LM-ResNet, LM-ResNeXt and the plain pre-activation networks, for small images and for ImageNet.
 
-    Parameter names follow timm's ResNetV2, at its widths; here a stage that changes no shape has no projection. Between
-    blocks goes a pair (state, history); a plain network ignores the second. What a hook on a block or a stage is given
-    is therefore such a pair; for the state alone hook the ``step`` of a block.
+    Parameter names follow timm's ResNetV2, at its widths, but a stage that keeps the shape has no projection. Blocks
+    pass on a pair (state, history), of which a plain network ignores the second. Hooks on a block or a stage therefore
+    get such a pair; for the state alone, hook the ``step`` of a block.
     """
 
     def __init__(
@@ -346,26 +346,26 @@ class LMResNet(nn.Module):
             basic: Basic blocks instead of bottleneck blocks.
             cardinality: Groups of the 3x3 convolutions of bottleneck blocks.
             base_width: Width of a group where a ResNet has 64 (ResNeXt's notation: cardinality x base_width d).
-            shortcut_norm: A projected shortcut has a norm and activation of its own (the authors' CIFAR networks);
-                otherwise it shares the first norm of its block (timm's ResNetV2).
+            shortcut_norm: Give a projected shortcut its own norm and activation (as in the authors' CIFAR networks);
+                otherwise it shares the first norm of its block (as in timm's ResNetV2).
             two_step: Two-step updates; False makes the plain network (forward Euler).
             history_proj: Project the history where the shape changes, so that the two-step rule holds there too
                 (LM-ResNeXt); otherwise those blocks take Euler steps (LM-ResNet).
-            k_init: Range of the uniform distribution that each ``k`` starts from, or one fixed number.
-            k_per_channel: One ``k`` a channel instead of one a block.
-            k_trainable: Learn ``k``; if False it stays at its start.
+            k_init: Range of the uniform distribution that each ``k`` is drawn from, or one fixed number.
+            k_per_channel: One ``k`` per channel instead of one per block.
+            k_trainable: Learn ``k``; if False it keeps its initial value.
             state_noise: Level of the noise added to the state after each block in training, none if 0.
             state_noise_type: 'gaussian' (standard deviation = level) or 'uniform' (one-sided, U(0, level)).
             act_layer: Activation layer.
             norm_layer: Normalization layer.
             drop_rate: Dropout rate before the classifier.
             drop_path_rate: Stochastic depth rate of the last block, growing linearly from 0 at the first. It drops the
-                branch ``f`` of each sample; state and history go on.
+                branch ``f`` per sample; state and history are kept.
             zero_init_last: Start the last convolution of each branch from zero.
 
         Raises:
-            ValueError: If the settings do not fit together, or a stem, a kind of noise or a range of ``k`` is none.
-                Names of layers and pooling that timm does not know raise what timm raises.
+            ValueError: If the settings do not fit together, or the stem type, the noise type or the range of ``k`` is
+                invalid. Layer and pooling names that timm does not know raise timm's errors.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -424,10 +424,10 @@ class LMResNet(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: Optional[bool] = None) -> None:
-        """Draw all weights anew, and reset the statistics of the norms.
+        """Reinitialise all weights, and reset the statistics of the norms.
 
         Args:
-            zero_init_last: Start the last convolution of each branch from zero, as constructed if None.
+            zero_init_last: Start the last convolution of each branch from zero; as set in the constructor if None.
         """
         if zero_init_last is None:
             zero_init_last = self.zero_init_last
@@ -440,7 +440,7 @@ class LMResNet(nn.Module):
 
     @torch.jit.ignore
     def k_values(self) -> Dict[str, torch.Tensor]:
-        """The coefficient ``k`` of each two-step block, by the block's name, in the order of the network.
+        """The coefficient ``k`` of each two-step block, by block name, in network order.
 
         Returns:
             Detached copies on the CPU, of shape (1,), or (C,) if per channel; empty for a plain network.
@@ -488,9 +488,9 @@ class LMResNet(nn.Module):
         head = ClassifierHead(
             self.num_features, num_classes, pool_type=pool_type, use_conv=True, device=like.device, dtype=like.dtype)
         head.train(self.training)
-        if isinstance(self.head, ClassifierHead):  # its hooks and dropout stay
+        if isinstance(self.head, ClassifierHead):  # keep its hooks and dropout
             names = ['in_features', 'num_features', 'fc']
-            if pool_type != getattr(self.head.global_pool, 'pool_type', None):  # there may be one of the user's own
+            if pool_type != getattr(self.head.global_pool, 'pool_type', None):  # it may be the user's own
                 names += ['global_pool', 'flatten']
             for name in names:
                 setattr(self.head, name, getattr(head, name, None))
@@ -515,7 +515,7 @@ class LMResNet(nn.Module):
             norm: Apply the final norm to the last stage's state.
             stop_early: Stop after the last wanted intermediate.
             output_fmt: Only 'NCHW'.
-            intermediates_only: Return the intermediates alone.
+            intermediates_only: Return only the intermediates.
 
         Returns:
             The intermediates, or (final features, intermediates).
@@ -602,7 +602,7 @@ def _init_weights(module: nn.Module, name: str = '', zero_init_last: bool = Fals
             nn.init.zeros_(module.bias)
     elif hasattr(module, 'reset_parameters'):  # norms with their statistics, and the two-step coefficients
         module.reset_parameters()
-        for statistic, value in (('running_mean', 0.), ('running_var', 1.)):  # which some norms leave
+        for statistic, value in (('running_mean', 0.), ('running_var', 1.)):  # some norms do not reset them
             if isinstance(getattr(module, statistic, None), torch.Tensor):
                 getattr(module, statistic).fill_(value)
     elif zero_init_last and isinstance(module, (BasicBlock, BottleneckBlock)):
@@ -612,18 +612,18 @@ def _init_weights(module: nn.Module, name: str = '', zero_init_last: bool = Fals
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LMResNet, strict: bool = True) -> Dict[str, Any]:
     """Prepare pretrained weights for the network.
 
-    The tags ``resnetv2_*`` hold weights of timm's plain ResNetV2, a start for fine-tuning: there, and only there, the
-    missing coefficients are filled with ``k = 0``, with which the network computes what timm's does. A network with
-    ``k_per_channel`` starts each channel from the block's one ``k``, which computes the same too.
+    The tags ``resnetv2_*`` hold weights of timm's plain ResNetV2, a starting point for fine-tuning. For these tags
+    only, missing coefficients are filled with ``k = 0``, so that the network computes what timm's does. With
+    ``k_per_channel``, each channel starts from the block's single ``k``, which computes the same too.
 
     Args:
         state_dict: The weights, by name.
         model: The network.
-        strict: What ``timm.create_model`` was given as ``pretrained_strict``.
+        strict: The ``pretrained_strict`` given to ``timm.create_model``.
 
     Raises:
-        RuntimeError: If two-step weights are for a plain network or the other way round and ``strict``, also where timm
-            lets missing and unexpected weights pass, as it does with another number of classes.
+        RuntimeError: If ``strict`` and the weights do not have the ``k`` of the network's steps, even where timm
+            accepts missing and unexpected weights, as it does for another number of classes.
     """
     state_dict = dict(state_dict)
     wanted = {f'{name}.step.k': step.k.shape for name, step in model._steps()}
@@ -637,7 +637,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LMResNet, strict: bo
             'the networks differ in depth, or in history_proj' if found and wanted else
             'those with k belong to a two-step network, those without to a plain one (two_step=False)')
         raise RuntimeError(
-            f'The weights are not of these steps (missing keys: {missing}, unexpected keys: {unexpected}); {reason}.')
+            f'The weights do not fit the steps (missing keys: {missing}, unexpected keys: {unexpected}); {reason}.')
     for key in wanted.keys() & found:
         if state_dict[key].shape == (1,):
             state_dict[key] = state_dict[key].expand(wanted[key])
@@ -645,7 +645,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LMResNet, strict: bo
 
 
 class _FeatureGetter(FeatureGetterNet):
-    """timm's getter of features, with the switch that timm's other wrappers have."""
+    """timm's feature getter, with the checkpointing switch of timm's other wrappers."""
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -655,9 +655,9 @@ class _FeatureGetter(FeatureGetterNet):
 def _create_lm_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> LMResNet:
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     if 'file' not in overlay and any(overlay.get(source) for source in ('hf_hub_id', 'url', 'state_dict')):
-        kwargs['pretrained_cfg_overlay'] = dict(overlay, file=None)  # which timm would prefer, where it ships
+        kwargs['pretrained_cfg_overlay'] = dict(overlay, file=None)  # timm would prefer a shipped file
     if not pretrained and not isinstance(kwargs.get('pretrained_cfg'), (dict, PretrainedCfg)):
-        # new weights know no classes: a network that is trained on others would be saved with the names of these
+        # new weights have no class names: a network trained on other classes would be saved with these names
         kwargs['pretrained_cfg_overlay'] = dict(label_names=None) | (kwargs.get('pretrained_cfg_overlay') or {})
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
@@ -709,11 +709,11 @@ _C100 = _cifar_cfg(_labels.CIFAR100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673,
 
 
 def _cifar_tags(*further: str) -> Dict[str, Dict[str, Any]]:
-    """Tags of a network of small images, which are the names of its recipes, in timm's order.
+    """Tags of a network for small images, named after its recipes, in timm's order.
 
-    The first one fixes the number of classes; the first one of as many classes that has weights is the default.
+    The first one sets the number of classes; the first one with weights for that number of classes is the default.
     """
-    best_first = 'distill_c10', 'grow_c10'  # by their errors
+    best_first = 'distill_c10', 'grow_c10'  # lowest error first
     tags = sorted(
         (*(tag for tag in best_first if tag in further), 'best_c10', *further, 'best_c100', 'paper_c100'),
         key=lambda tag: tag.endswith('_c100'))
@@ -809,21 +809,21 @@ def lm_resnet110(pretrained: bool = False, **kwargs: Any) -> LMResNet:
 
 @register_model
 def lm_resnet164(pretrained: bool = False, **kwargs: Any) -> LMResNet:
-    """LM-ResNet-164 for 32x32 images, of bottleneck blocks."""
+    """LM-ResNet-164 for 32x32 images, with bottleneck blocks."""
     model_args = dict(layers=(18, 18, 18), **_CIFAR_BOTTLENECK)
     return _create_lm_resnet('lm_resnet164', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def lm_resnext29_8x64d(pretrained: bool = False, **kwargs: Any) -> LMResNet:
-    """LM-ResNeXt-29 8x64d for 32x32 images, its history projected where the shape changes."""
+    """LM-ResNeXt-29 8x64d for 32x32 images, with the history projected where the shape changes."""
     model_args = dict(cardinality=8, history_proj=True, **_CIFAR_RESNEXT)
     return _create_lm_resnet('lm_resnext29_8x64d', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def lm_resnext29_16x64d(pretrained: bool = False, **kwargs: Any) -> LMResNet:
-    """LM-ResNeXt-29 16x64d for 32x32 images, its history projected where the shape changes."""
+    """LM-ResNeXt-29 16x64d for 32x32 images, with the history projected where the shape changes."""
     model_args = dict(cardinality=16, history_proj=True, **_CIFAR_RESNEXT)
     return _create_lm_resnet('lm_resnext29_16x64d', pretrained=pretrained, **dict(model_args, **kwargs))
 
@@ -921,14 +921,14 @@ def lm_resnet152(pretrained: bool = False, **kwargs: Any) -> LMResNet:
 
 @register_model
 def lm_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> LMResNet:
-    """LM-ResNeXt-50 32x4d, its history projected where the shape changes."""
+    """LM-ResNeXt-50 32x4d, with the history projected where the shape changes."""
     model_args = dict(layers=(3, 4, 6, 3), cardinality=32, base_width=4, history_proj=True)
     return _create_lm_resnet('lm_resnext50_32x4d', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def lm_resnext101_32x8d(pretrained: bool = False, **kwargs: Any) -> LMResNet:
-    """LM-ResNeXt-101 32x8d, its history projected where the shape changes."""
+    """LM-ResNeXt-101 32x8d, with the history projected where the shape changes."""
     model_args = dict(layers=(3, 4, 23, 3), cardinality=32, base_width=8, history_proj=True)
     return _create_lm_resnet('lm_resnext101_32x8d', pretrained=pretrained, **dict(model_args, **kwargs))
 

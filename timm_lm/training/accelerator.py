@@ -1,4 +1,4 @@
-"""What a training runs on: device, precision and processes, which Accelerate owns."""
+"""The device, precision and processes of a training, managed by Accelerate."""
 import argparse
 import importlib.util
 from datetime import timedelta
@@ -21,18 +21,18 @@ from timm_lm.precision import no_bfloat16
 
 from .options import turn_off
 
-# Processes wait for the first one while it decodes the data and while it counts the errors of the final weights.
+# The other processes wait for the first one while it decodes the data and counts the errors of the final weights.
 LONGEST_WAIT = timedelta(hours=4)
 
 
 def settle_precision(args: argparse.Namespace) -> str:
-    """Turn ``--amp`` in bfloat16 off on a device that has no instructions for it, as every recipe asks for it.
+    """Turn off ``--amp`` in bfloat16, which every recipe asks for, on a device that has no instructions for it.
 
     Returns:
-        What the user should know of it, '' if nothing was changed.
+        A note for the user, '' if nothing was changed.
 
     Raises:
-        UserError: If the CPU is to train in float16.
+        UserError: If float16 is requested on the CPU.
     """
     if not args.amp:
         return ''
@@ -45,34 +45,34 @@ def settle_precision(args: argparse.Namespace) -> str:
     if not reason:
         return ''
     turn_off(args, 'amp')
-    return f'{reason}; trained in float32, as by --no-amp.'
+    return f'{reason}; training in float32, as with --no-amp.'
 
 
 def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
-    """Device, precision, processes, compilation and trackers.
+    """Set up device, precision, processes, compilation and trackers.
 
     Args:
         args: Options.
         folder: The run folder, where trackers write.
 
     Raises:
-        UserError: If compilation is asked for and there is no compiler, or a tracker is not installed.
+        UserError: If compilation is requested but there is no compiler, or a tracker is not installed.
     """
     on_cpu = _on_cpu(args)
     for name in ('deepspeed', 'megatron_lm', 'parallelism_config'):
         if parse_flag_from_env(f'ACCELERATE_USE_{name.upper()}'):
-            raise UserError(f"Accelerate's settings ask for {name}, which this engine does not know; take DDP or FSDP.")
-    plugin = TorchDynamoPlugin(backend='no')  # else one of Accelerate's own settings is taken
+            raise UserError(f"Accelerate's settings ask for {name}, which this engine lacks; use DDP or FSDP.")
+    plugin = TorchDynamoPlugin(backend='no')  # otherwise Accelerate's own setting applies
     if args.torchcompile:
         check_compiler(args.torchcompile, args.torchcompile_mode, on_cpu)
         plugin = TorchDynamoPlugin(backend=args.torchcompile, mode=args.torchcompile_mode or 'default', dynamic=False)
-    # of an earlier training in this process, maybe in another precision or on another device
+    # left by an earlier training in this process, perhaps with another precision or device
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else 'no'
     try:
         accelerator = Accelerator(
             mixed_precision=precision,
-            cpu=on_cpu,  # else it does not join processes on the CPU
+            cpu=on_cpu,  # otherwise it does not connect processes on the CPU
             dynamo_plugin=plugin,
             log_with=_trackers(args) or None,
             project_dir=folder,
@@ -81,29 +81,29 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
                 InitProcessGroupKwargs(timeout=LONGEST_WAIT),
             ],
         )
-    except ValueError as e:  # of a precision that the device does not have
+    except ValueError as e:  # for a precision that the device does not support
         raise UserError(f'Accelerate cannot be set up ({e}); give --no-amp, or change its settings.') from e
     if accelerator.device.type in ('cuda', 'xpu') and accelerator.device.index is not None:
-        # Accelerate does not for that of ACCELERATE_TORCH_DEVICE; random states are those of the current one
+        # Accelerate does not do so for ACCELERATE_TORCH_DEVICE; random states are those of the current device
         getattr(torch, accelerator.device.type).set_device(accelerator.device)
     if args.torchcompile and accelerator.num_processes > 1:
-        # Small networks gain nothing from graphs that are cut where gradients are sent, and older PyTorch loses sight
-        # of the weights in them: CUDA graphs are recorded anew at each step, and gradients may be wrong.
+        # Small networks gain nothing from graphs that are split where gradients are sent, and older PyTorch loses
+        # track of the weights in them: CUDA graphs are recorded again at each step, and gradients may be wrong.
         torch._dynamo.config.optimize_ddp = False
     fsdp = getattr(accelerator.state, 'fsdp_plugin', None)
-    if fsdp is not None:  # each process makes the whole network; Accelerate would fail to send running statistics
+    if fsdp is not None:  # each process creates the whole network; Accelerate would fail to send running statistics
         fsdp.cpu_ram_efficient_loading = False
-        fsdp.mixed_precision_policy = None  # lower precision is that of autocast, as without FSDP
+        fsdp.mixed_precision_policy = None  # autocast sets the lower precision, as without FSDP
         if getattr(fsdp, 'fsdp_version', 1) == 1 and not fsdp.use_orig_params:
-            raise UserError('FSDP of version 1 hides the parameters from the optimizer; add '
-                            '--fsdp_use_orig_params true, or in newer Accelerate --fsdp_version 2.')
+            raise UserError('FSDP version 1 hides the parameters from the optimizer; add '
+                            '--fsdp_use_orig_params true, or with newer Accelerate --fsdp_version 2.')
         if getattr(fsdp.cpu_offload, 'offload_params', hasattr(fsdp.cpu_offload, 'pin_memory')):
-            raise UserError('FSDP that keeps parameters on the CPU cannot go on from a checkpoint, as running '
+            raise UserError('FSDP that keeps parameters on the CPU cannot resume from a checkpoint, as running '
                             'statistics are on the device; leave --fsdp_offload_params out.')
     if args.device is not None and not _is_named(accelerator.device, args.device):
         raise UserError(f'--device {args.device} is not what Accelerate chose ({accelerator.device}); leave it out, or '
-                        'choose devices by `accelerate launch`.')
-    if accelerator.device.type == 'cuda':  # as timm's script
+                        'choose devices with `accelerate launch`.')
+    if accelerator.device.type == 'cuda':  # as in timm's script
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
@@ -113,7 +113,7 @@ def _is_named(device: torch.device, name: str) -> bool:
     try:
         named = torch.device(name)
     except RuntimeError as e:
-        raise UserError(f'--device {name} is no device of PyTorch ({one_line(e)}).') from e
+        raise UserError(f'--device {name} is not a PyTorch device ({one_line(e)}).') from e
     return named.type == device.type and named.index in (None, device.index or 0)
 
 
@@ -121,7 +121,7 @@ def _trackers(args: argparse.Namespace) -> List[str]:
     names = [name for name in ('tensorboard', 'wandb') if getattr(args, f'log_{name}')]
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--log-{name} needs the package {name}; install `pip install 'timm-lm[trackers]'`.")
+            raise UserError(f"--log-{name} needs the package {name}; run `pip install 'timm-lm[trackers]'`.")
     return names
 
 

@@ -12,13 +12,13 @@ from timm_lm.model_config import TimmModel
 
 
 class AveragedWeights(ModelEmaV3):
-    """timm's average of a network whose tensors stay where they are: both state dicts are made once.
+    """timm's average of a network whose tensors stay in place: both state dicts are built once.
 
-    Made at each update, as timm does, they take longer than the update of a small network.
+    Building them at each update, as timm does, takes longer than the update of a small network.
     """
 
     _averaged: Any = None  # tensors of the average, and of the network
-    _counts: Any = ()  # whole numbers of both, such as of batches
+    _counts: Any = ()  # integer tensors of both, such as batch counts
 
     def apply_update_(self, model: torch.nn.Module, decay: float) -> None:
         if self._averaged is None:
@@ -35,7 +35,7 @@ def create_average(args: argparse.Namespace, model: TimmModel, accelerator: Acce
     """The moving average of the weights on their device, if the options ask for one.
 
     Raises:
-        UserError: With sharded weights.
+        UserError: If the weights are sharded.
     """
     if not args.model_ema:
         return None

@@ -1,4 +1,4 @@
-"""The data of a training: splits in memory or read by workers, and the batches that are made of them."""
+"""The training data: splits in memory or read by workers, and the batches made from them."""
 import argparse
 from typing import Any, Dict, Optional, Sequence, Union
 
@@ -19,11 +19,11 @@ from timm_lm.timm_data import check_split_folder
 from .arguments import data_source
 from .option_rules import mixes, not_in_memory
 
-MAX_CROP_PCT = 2.  # images are padded beyond 1, as some networks of timm have it
+MAX_CROP_PCT = 2.  # above 1, images are padded, as some networks of timm need
 
 
 def resolve_input_config(args: argparse.Namespace, model: TimmModel) -> Dict[str, Any]:
-    """Size, mean, standard deviation and resizing of the images: the options, then the network's own.
+    """Size, mean, standard deviation and resizing of the images: from the options, then from the network.
 
     Raises:
         UserError: If they do not fit the channels of the network.
@@ -41,17 +41,17 @@ def resolve_input_config(args: argparse.Namespace, model: TimmModel) -> Dict[str
 
 @torch.no_grad()
 def check_input(model: TimmModel, data_config: Dict[str, Any], name: str) -> None:
-    """Give a network an image of the size that it is going to get, as some are made for one size.
+    """Run a network on an image of the size that it will get, as some accept only one size.
 
     Raises:
-        UserError: If it does not take it.
+        UserError: If it does not accept it.
     """
     size = data_config['input_size']
     try:
         model.eval()(torch.zeros(1, *size))
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as e:
         raise UserError(f"{name} does not take images of {'x'.join(map(str, size))} ({one_line(e)}); give another "
-                        '--input-size, or what it needs for this one by --model-kwargs.') from e
+                        '--input-size, or what it needs for this one with --model-kwargs.') from e
 
 
 def load_split(
@@ -70,19 +70,19 @@ def load_split(
         split: Name of the split.
         data_config: ``input_size``, ``crop_pct`` and ``interpolation`` of the images.
         show: Show a progress bar while decoding.
-        is_training: The split is trained on.
-        device: Where it is to be kept if it is held in memory.
-        kind: How it is read, as ``--loader`` names it; None for what the options say.
+        is_training: Whether the split is trained on.
+        device: Where to keep it if it is held in memory.
+        kind: How it is read, as ``--loader`` names it; None to follow the options.
 
     Raises:
-        UserError: If there is no such split, or the images to train on would be those to validate on.
+        UserError: If there is no such split, or training and validation images would be the same.
     """
     kind = kind or args.loader
-    if is_class_folder(args.data_dir, args.dataset):  # with a validation, each split has a folder of its own
+    if is_class_folder(args.data_dir, args.dataset):  # with validation, each split has its own folder
         check_split_folder(args.data_dir, split, required=bool(args.val_split), is_training=is_training)
     if args.val_split and is_archive(args.data_dir, args.dataset):
-        raise UserError(f"{args.data_dir} is one archive without splits, so the images to train on would be those to "
-                        "validate on; unpack it into folders train and validation, or give --val-split ''.")
+        raise UserError(f"{args.data_dir} is one archive without splits, so training and validation images would be "
+                        "the same; unpack it into folders train and validation, or give --val-split ''.")
     source = data_source(vars(args))
     _, height, width = data_config['input_size']
     one_by_one = is_training and (not_in_memory(args) or height != width and not args.no_aug)  # timm's crops are square
@@ -114,7 +114,8 @@ def create_loader(args: argparse.Namespace, data: Union[ImageSet, EncodedImages]
     batch_size = args.batch_size if is_training else args.validation_batch_size or args.batch_size
     in_memory = isinstance(data, ImageSet)
     if is_training and args.aug_repeats and accelerator.num_processes == 1:
-        raise UserError('--aug-repeats repeats images over processes and there is one; leave it out, or use several.')
+        raise UserError('--aug-repeats repeats images over processes, but there is only one; leave it out, or use '
+                        'several.')
     common: Dict[str, Any] = dict(
         is_training=is_training,
         seed=args.seed,
@@ -135,13 +136,13 @@ def create_loader(args: argparse.Namespace, data: Union[ImageSet, EncodedImages]
 
 
 def _augmentation(args: argparse.Namespace, num_classes: int, input_size: Sequence[int], flips: bool) -> Augmentation:
-    """What is done to batches; flips only where timm's transforms have not done them."""
+    """The augmentation of batches; flips only if timm's transforms have not done them."""
     mixup = None
     if args.cutmix_minmax is not None:
         low, high = args.cutmix_minmax
         for side in input_size[1:]:
             if int(side * low) >= int(side * high):  # timm draws whole pixels
-                raise UserError(f'--cutmix-minmax {low} {high} is less than a pixel of {side} apart; choose others.')
+                raise UserError(f'--cutmix-minmax {low} {high} spans less than a pixel of {side}; choose others.')
     if mixes(args):
         mixup = BatchMixup(
             args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
@@ -156,7 +157,7 @@ def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
 
 
 def _take_no_bits(transform: Any) -> Any:
-    """Have timm's RandAugment and its kind go on making a black image of 0 bits, which Pillow 13 refuses to make."""
+    """Let timm's RandAugment and the like still posterize to 0 bits, a black image, which Pillow 13 refuses."""
     for part in getattr(transform, 'transforms', ()):
         for ops in getattr(part, 'policy', None) or [getattr(part, 'ops', ())]:
             for op in ops:
@@ -193,4 +194,4 @@ def _transform(args: argparse.Namespace, data_config: Dict[str, Any], is_trainin
         return _take_no_bits(transform)
     except (AssertionError, KeyError, TypeError, ValueError) as e:
         raise UserError(f'The augmentation cannot be made with these options ({type(e).__name__}: {e}); see --aa, '
-                        '--train-interpolation and the others of their group.') from e
+                        '--train-interpolation and the others in their group.') from e

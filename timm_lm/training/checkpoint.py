@@ -1,7 +1,7 @@
-"""Checkpoints of a training: complete, written whole or not at all, found again and checked.
+"""Checkpoints of a training: complete, written whole or not at all, found again and verified.
 
-A checkpoint is a folder ``step-<updates>``: ``state.safetensors`` holds every tensor that moves (network, optimizer,
-averaged weights, sums of the running epoch, random states), ``state.json`` the rest with the digest of both.
+A checkpoint is a folder ``step-<updates>``: ``state.safetensors`` holds every tensor that changes (network, optimizer,
+averaged weights, sums of the current epoch, random states), ``state.json`` the rest with the digests of both.
 """
 import hashlib
 import json
@@ -23,12 +23,12 @@ from timm_lm.files import atomic_folder, own_memory, replaced, sha256
 
 TENSORS, STATE = 'state.safetensors', 'state.json'
 PREFIX = 'step-'
-_GROUP = 'param_groups/'  # of the names of tensors that belong to a group of parameters
+_GROUP = 'param_groups/'  # prefix of tensors that belong to a parameter group
 
 
 @dataclass
 class Progress:
-    """Where a training stands: an epoch, and the batches of it that are done."""
+    """How far a training has come: the epoch, and the batches of it that are done."""
 
     epoch: int = 0
     batch: int = 0
@@ -47,7 +47,7 @@ class Checkpoint:
         return Progress(**self.state['progress'])
 
     def group(self, name: str) -> Dict[str, torch.Tensor]:
-        """The tensors of one kind, by their names without it."""
+        """The tensors of one group, by name without its prefix."""
         prefix = f'{name}/'
         return {key[len(prefix):]: tensor for key, tensor in self.tensors.items() if key.startswith(prefix)}
 
@@ -58,7 +58,7 @@ class Checkpoint:
 
 
 def _split_optimizer(state: Dict[str, Any]) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
-    """Tensors and the rest of an optimizer's state, which is known by the number or the name of a parameter."""
+    """Tensors and the rest of an optimizer's state, which is keyed by the number or the name of a parameter."""
     tensors: Dict[str, torch.Tensor] = {}
     rest: Dict[str, Any] = {}
     for index, values in state['state'].items():
@@ -91,14 +91,14 @@ def _join_optimizer(tensors: Dict[str, torch.Tensor], rest: Dict[str, Any]) -> D
 
 
 def state_digest(state: Dict[str, Any]) -> str:
-    """SHA-256 of the rest of a checkpoint, without its own."""
+    """SHA-256 of the ``state.json`` of a checkpoint, without this digest."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def random_states() -> Dict[str, torch.Tensor]:
     """Random states of this process, by device."""
     states = {'cpu': torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # by a training on a GPU; others do not need one
+    if torch.cuda.is_initialized():  # by training on a GPU; otherwise it is not needed
         states['cuda'] = torch.cuda.get_rng_state()
     for name in ('mps', 'xpu'):
         if _has_device(name):
@@ -111,36 +111,36 @@ def _has_device(name: str) -> bool:
 
 
 class Damaged(UserError):
-    """A checkpoint that is not whole."""
+    """A damaged or incomplete checkpoint."""
 
 
 def name_with_step(folder: Path) -> Optional[str]:
-    """The name of a checkpoint without what it has from being set aside, None if a folder is not named like one."""
+    """The name of a checkpoint without its set-aside prefix, None if a folder is not named like one."""
     found = re.search(rf'(?:^|-)({PREFIX}\d+)$', folder.name)
     return found and found[1]
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in a folder of their own."""
+    """The checkpoints of one run, in their own folder."""
 
     def __init__(self, folder: Path, keep: int = 10):
         """
         Args:
-            folder: Where they lie.
-            keep: How many of the newest stay.
+            folder: Where they are.
+            keep: How many of the newest to keep.
         """
         self.folder = folder
         self.keep = keep
 
     @staticmethod
     def name(updates: int) -> str:
-        """Name of the checkpoint after so many updates."""
+        """Name of the checkpoint after this many updates."""
         return f'{PREFIX}{updates:09d}'
 
     def newest_first(self) -> List[Path]:
-        """Folders of the checkpoints, whole or not, and of those that a killed process was replacing."""
+        """Folders of the checkpoints, intact or not, and of those that a killed process was replacing."""
         found = [path for path in (*self.folder.glob(f'{PREFIX}*'), *replaced(self.folder, PREFIX))
-                 if re.fullmatch(rf'{PREFIX}\d+', path.name) and path.is_dir()]  # and no copy or archive of one
+                 if re.fullmatch(rf'{PREFIX}\d+', path.name) and path.is_dir()]  # not a copy or archive of one
         return sorted(found, key=lambda path: path.name, reverse=True)
 
     def save(
@@ -153,19 +153,19 @@ class CheckpointStore:
             rest: Dict[str, Any],
             also_keep: Optional[str] = None,
     ) -> Path:
-        """Write a checkpoint, and remove those that are too many.
+        """Write a checkpoint, and remove the oldest beyond ``keep``.
 
         Args:
             updates: Optimizer updates so far.
-            progress: Where the training stands.
+            progress: How far the training has come.
             tensors: Groups of tensors by name, such as the state dict of the network.
             optimizer: State dict of the optimizer.
             random_states: ``random_states()`` of each process.
-            rest: States that JSON can hold.
-            also_keep: Name of an older checkpoint that stays.
+            rest: JSON-serialisable states.
+            also_keep: Name of an older checkpoint to keep.
 
         Raises:
-            UserError: If it cannot be written, as on a full disk; earlier ones stay whole.
+            UserError: If it cannot be written, as on a full disk; earlier ones stay intact.
         """
         optimizer_tensors, optimizer_rest = _split_optimizer(optimizer)
         groups = dict(tensors, optimizer=optimizer_tensors)
@@ -175,7 +175,7 @@ class CheckpointStore:
             for group, named in groups.items() for key, tensor in named.items()
         }
         own_memory(flat)
-        state = json.loads(json.dumps(dict(rest, progress=asdict(progress), optimizer=optimizer_rest)))  # as read
+        state = json.loads(json.dumps(dict(rest, progress=asdict(progress), optimizer=optimizer_rest)))  # as read back
         folder = self.folder / self.name(updates)
         try:
             with atomic_folder(folder) as temporary:
@@ -184,34 +184,34 @@ class CheckpointStore:
                 (temporary / STATE).write_text(json.dumps(dict(state, state_sha256=state_digest(state))))
         except (OSError, SafetensorError) as e:
             earlier = next((path for path in self.newest_first() if path != folder), None)
-            hint = f'the last whole one is {earlier}' if earlier else 'there is no earlier one'
-            raise UserError(f'The checkpoint {folder} could not be written ({e}); {hint}. Make room, then go on '
+            hint = f'the last intact one is {earlier}' if earlier else 'there is no earlier one'
+            raise UserError(f'The checkpoint {folder} could not be written ({e}); {hint}. Make room, then resume '
                             f'{RESUME}.') from e
         for old in self.newest_first()[self.keep:]:
             if old.name != also_keep:
                 try:
                     shutil.rmtree(old)
                 except OSError as e:
-                    print(f'note: The old checkpoint {old} could not be removed ({e}); it is tried again later.')
+                    print(f'note: The old checkpoint {old} could not be removed ({e}); this is retried later.')
         return folder
 
     def remove_unfinished(self) -> None:
-        """Remove what a killed process left of checkpoints that it was writing; one that it was replacing stays."""
+        """Remove checkpoints that a killed process left half-written; one that it was replacing is kept."""
         for folder in replaced(self.folder, PREFIX):
-            if not (self.folder / folder.name).exists():  # of two that were being replaced
+            if not (self.folder / folder.name).exists():  # there may be two copies
                 os.replace(folder, self.folder / folder.name)
         for folder in self.folder.glob(f'.{PREFIX}*'):
             shutil.rmtree(folder, ignore_errors=True)
 
     def set_aside_after(self, checkpoint: Optional[Checkpoint]) -> List[Path]:
-        """Rename the checkpoints after the one that a run goes on from, damaged ones or those of another way, so that
-        they do not count as its newest. If it goes on from one that was set aside before, that gets its name back.
+        """Rename the checkpoints after the one that a run resumes from, damaged or superseded, so that they do not
+        count as its newest. If it resumes from one that was set aside before, that one gets its name back.
 
         Args:
-            checkpoint: The one it goes on from, None if it starts anew.
+            checkpoint: The one it resumes from, None if it starts from scratch.
 
         Returns:
-            Where they lie now.
+            Where they are now.
         """
         aside = []
         now = f'{datetime.now():%Y%m%d-%H%M%S-%f}'
@@ -229,8 +229,8 @@ class CheckpointStore:
         """Read one checkpoint.
 
         Raises:
-            UserError: If it is not there or cannot be read.
-            Damaged: If it is not whole.
+            UserError: If it does not exist or cannot be read.
+            Damaged: If it is damaged or incomplete.
         """
         if not folder.is_dir():
             raise UserError(f'There is no checkpoint {folder}; give RUN/checkpoints/step-..., or --resume auto.')
@@ -241,9 +241,9 @@ class CheckpointStore:
                 raise ValueError('its digest differs')
             return Checkpoint(folder, load_file(folder / TENSORS), state)
         except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as e:
-            raise Damaged(f'The checkpoint {folder} is not whole ({e}).') from e
+            raise Damaged(f'The checkpoint {folder} is damaged ({e}).') from e
         except OSError as e:
-            raise UserError(f'The checkpoint {folder} cannot be read ({e}); see to the disk, or the rights to it, and '
+            raise UserError(f'The checkpoint {folder} cannot be read ({e}); check the disk and its permissions, and '
                             'try again.') from e
 
     def newest_state(self) -> Dict[str, Any]:
@@ -254,7 +254,7 @@ class CheckpointStore:
         return {}
 
     def newest(self, tell: Any = print) -> Optional[Checkpoint]:
-        """The newest whole checkpoint, None if there are no checkpoints; each one that is passed over is told.
+        """The newest intact checkpoint, None if there are no checkpoints; each skipped one is reported.
 
         Raises:
             UserError: If one cannot be read, or all of them are damaged.
@@ -264,14 +264,14 @@ class CheckpointStore:
             try:
                 return self.read(folder)
             except Damaged as e:
-                tell(f'{e} It is passed over for the one before.')
+                tell(f'{e} It is skipped for the one before.')
         if folders:
-            raise UserError(f'No checkpoint in {self.folder} is whole; restore one, or remove them to begin anew.')
+            raise UserError(f'No checkpoint in {self.folder} is intact; restore one, or remove them to start anew.')
         return None
 
 
 def restore_random_states(checkpoint: Checkpoint, rank: int) -> None:
-    """Put the random states of a process back."""
+    """Restore the random states of a process."""
     states = checkpoint.group(f'random{rank}')
     torch.set_rng_state(states['cpu'])
     if 'cuda' in states and torch.cuda.is_available():

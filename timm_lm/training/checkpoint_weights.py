@@ -1,4 +1,4 @@
-"""A weights folder of a checkpoint: of the best epoch, or of a run that was stopped for good."""
+"""The weights folder of a checkpoint, such as the best epoch or the last one of an abandoned run."""
 import argparse
 from pathlib import Path
 from typing import Any, Dict
@@ -15,21 +15,21 @@ from .run_folder import ARGS_NAME, read_args
 
 
 def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:
-    """Write the weights folder of a checkpoint: its averaged weights if there are, else the network's.
+    """Write the weights folder of a checkpoint: its averaged weights if it has them, otherwise the network's.
 
-    The card tells how far the training had come, and no error: an epoch that was chosen by its error on a split has no
-    honest figure on that split.
+    The card says how far the training had come, but gives no error: an epoch that was chosen by its error on a split
+    has no honest figure on that split.
 
     Args:
         checkpoint: ``RUN/checkpoints/step-...``.
-        output: The folder, which is not there yet.
+        output: The folder, which must not exist yet.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: If there is no whole checkpoint, its network cannot be made again, or the folder cannot be written
-            or is there already.
+        UserError: If there is no intact checkpoint, its network cannot be recreated, or the folder cannot be written
+            or already exists.
     """
     checkpoint = checkpoint.absolute()
     run = checkpoint.parent.parent
@@ -37,7 +37,7 @@ def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:
         raise UserError(f'{checkpoint} is not a checkpoint of a run; give RUN/checkpoints/step-....')
     args = argparse.Namespace(**read_args(run))
     if output.exists():
-        raise UserError(f'{output} is there already; name another folder with --output.')
+        raise UserError(f'{output} already exists; name another folder with --output.')
     found = CheckpointStore(checkpoint.parent).read(checkpoint)
     facts = found.state['facts']
     import_modules(args)  # they may register the network
@@ -50,12 +50,12 @@ def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:
 
 
 def _network(facts: Dict[str, Any], checkpoint: Checkpoint, folder: Path) -> TimmModel:
-    """The network of a run with the weights of a checkpoint, whatever became of the weights that the run began with."""
+    """The network of a run with the weights of a checkpoint; the run's initial weights are not needed."""
     try:
         model = create_again(facts)
         model.load_state_dict(checkpoint.group('average') or checkpoint.group('model'))
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
         name = facts['pretrained_cfg']['architecture']
-        raise UserError(f'The network {name} of {folder} cannot be made again by its name and arguments '
-                        f'({one_line(e)}); see to the versions of timm and timm-lm.') from e
+        raise UserError(f'The network {name} of {folder} cannot be recreated from its name and arguments '
+                        f'({one_line(e)}); check the versions of timm and timm-lm.') from e
     return model

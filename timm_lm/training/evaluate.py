@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from timm_lm.loader import IGNORE_LABEL
 
-COUNT_BATCH_SIZE = 50  # of counts in float32 on the CPU: fast, and small beside the memory of a training
+COUNT_BATCH_SIZE = 50  # for counts in float32 on the CPU: fast, and small next to the memory of training
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -27,7 +27,7 @@ def evaluate(
 
     Args:
         model: Network in evaluation mode, images (N, C, H, W) to logits (N, classes).
-        batches: Images and labels of the split, at least one batch; rows of label ``IGNORE_LABEL`` do not count.
+        batches: Images and labels of the split, at least one batch; rows with label ``IGNORE_LABEL`` do not count.
         reduce: Sums a tensor over processes, if there are several.
 
     Returns:

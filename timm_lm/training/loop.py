@@ -1,4 +1,4 @@
-"""The steps of a training, and the state that they move."""
+"""The steps of a training, and the state that they update."""
 import argparse
 import math
 import time
@@ -35,11 +35,11 @@ from .signals import Interrupted, StopSignals
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SOME = StateDictOptions(full_state_dict=True, strict=False)
-AGREE_SECONDS = 5.  # that processes train at most without asking each other whether to stop
+AGREE_SECONDS = 5.  # at most, between checks among processes whether to stop
 
 
 class Training:
-    """The parts of a training that move, and the steps that move them."""
+    """The state of a training, and the steps that update it."""
 
     def __init__(
             self,
@@ -54,15 +54,15 @@ class Training:
         """
         Args:
             args: Options.
-            accelerator: Owns device, precision and processes.
+            accelerator: Manages device, precision and processes.
             model: The network.
             loader: Training batches of this process.
             data_config: ``mean`` and ``std`` of these batches.
             store: Where checkpoints go.
-            signals: What may stop it.
+            signals: Signals that may stop it.
 
         Raises:
-            UserError: If optimizer, schedule or loss cannot be made with these options.
+            UserError: If optimizer, schedule or loss cannot be created with these options.
         """
         self.args = args
         self.accelerator = accelerator
@@ -74,13 +74,13 @@ class Training:
         self.two_steps = {name: m for name, m in model.named_modules() if isinstance(m, TwoStep)}
         if args.two_step_epoch and not self.two_steps:
             raise UserError(f'--two-step-epoch switches two-step blocks on and {args.model} has none; leave it out.')
-        self.k_sizes = {name: step.k.numel() for name, step in self.two_steps.items()}  # sharded: a part
+        self.k_sizes = {name: step.k.numel() for name, step in self.two_steps.items()}  # a shard has fewer
         self.average = create_average(args, model, accelerator)
         self.updates_per_epoch = -(-len(loader) // args.grad_accum_steps)
         if self.sharded and args.clip_grad is not None and args.clip_mode == 'agc':
             raise UserError('--clip-mode agc cannot clip sharded weights; use norm or value, or train without FSDP.')
-        if self.sharded and args.opt.lower().startswith('lookahead_'):  # saving would make a step of it
-            raise UserError(f'--opt {args.opt} cannot look ahead with sharded weights; take the optimizer without it.')
+        if self.sharded and args.opt.lower().startswith('lookahead_'):  # saving would count as one of its steps
+            raise UserError(f'--opt {args.opt} cannot look ahead with sharded weights; use the optimizer without it.')
         try:
             self.plain_optimizer = create_optimizer(args, model, self.sharded)
         except (AssertionError, ImportError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
@@ -92,43 +92,43 @@ class Training:
         for name, value, last in (('mixup-off', args.mixup_off_epoch, self.num_epochs),
                                   ('two-step', args.two_step_epoch, self.num_epochs - 1)):
             if value > last:
-                raise UserError(f'--{name}-epoch {value} comes after the end, the run has {self.num_epochs} epochs; '
+                raise UserError(f'--{name}-epoch {value} is after the end of the run ({self.num_epochs} epochs); '
                                 'change one of them.')
         self.sum_dtype = sum_dtype(accelerator.device)
-        # Not compiled with the network: on a GPU the backward pass would take logits rounded to bfloat16, and with them
-        # the maximum and the logarithm that were made of unrounded ones, so that probabilities would not add up to 1.
+        # Not compiled with the network: on a GPU the backward pass would use logits rounded to bfloat16, but the
+        # maximum and the logarithm of unrounded ones, so that probabilities would not add up to 1.
         self.loss = create_loss(args, model, data_config, accelerator)
         self.network, prepared = accelerator.prepare(model, self.plain_optimizer)
-        # Accelerate's wrapper takes longer than a fused step of a small network, and is for the scaler
+        # Accelerate's wrapper takes longer than a fused step of a small network, and only the scaler needs it
         self.optimizer = self.plain_optimizer if accelerator.scaler is None else prepared
         self.uses_cuda_graphs = bool(args.torchcompile) and accelerator.device.type == 'cuda'
-        # loss and correct images of each batch of the running epoch, on the device, and what was read of them: their
-        # sums, the batches that were read, and those of them before a loss that was not finite
+        # loss and correct images of each batch of the current epoch, on the device, and what was read of them: their
+        # sums, the number of batches read, and how many of these came before a loss that was not finite
         self.batch_results = torch.zeros(len(loader), 2, dtype=self.sum_dtype, device=accelerator.device)
         self.loss_sum, self.correct, self.read_batches, self.finite_batches = 0., 0., 0, 0
-        self.rates: List[float] = []  # of learning, of the batches of this epoch so far
-        # what the gradients of a batch are of: the loss over the batches of its update
+        self.rates: List[float] = []  # learning rate of each batch of this epoch so far
+        # factor on the gradients of a batch: 1 / batches of its update
         self.shares = {share: torch.full((), 1 / share, device=accelerator.device)
                        for share in range(1, args.grad_accum_steps + 1)}
-        # Accelerate puts it into the network, but not with FSDP 2
+        # Accelerate adds it to the network, but not with FSDP 2
         self.autocast = accelerator.autocast if getattr(accelerator, 'is_fsdp2', False) else nullcontext
         self.best: Optional[Dict[str, Any]] = None
-        self.facts: Dict[str, Any] = {}  # what the weights of a checkpoint are told by, beside the options
+        self.facts: Dict[str, Any] = {}  # what describes the weights of a checkpoint, besides the options
         self.eval_seconds = 0.
-        self.agree_interval = 1  # updates, or batches of a validation, until processes ask each other again
+        self.agree_interval = 1  # updates, or validation batches, until processes check with each other again
         self.start = time.perf_counter()
-        self.earlier_seconds = 0.  # of the processes that this one goes on from
+        self.earlier_seconds = 0.  # of the processes that this one resumes from
         self.live = LiveLine(self.num_epochs, len(loader), accelerator.is_main_process)
 
     @property
     def learning_rate(self) -> float:
-        """The mean over the groups of parameters, as timm tells it."""
+        """The mean over the parameter groups, as timm reports it."""
         rates = [group['lr'] for group in self.plain_optimizer.param_groups]
         return sum(rates) / len(rates)
 
     @property
     def seconds(self) -> float:
-        """Time that the run took so far, with that before it was gone on with."""
+        """Duration of the run so far, including the time before it was resumed."""
         return self.earlier_seconds + time.perf_counter() - self.start
 
     # State
@@ -140,7 +140,7 @@ class Training:
         return self.model.state_dict(), self.plain_optimizer.state_dict()
 
     def final_weights(self) -> Dict[str, torch.Tensor]:
-        """What the run ends with: the averaged weights if there are, else the network's."""
+        """What the run ends with: the averaged weights if there are any, otherwise the network's."""
         return self.average.module.state_dict() if self.average else self._whole_states()[0]
 
     def k_values(self) -> Dict[str, List[float]]:
@@ -153,7 +153,7 @@ class Training:
         return {name[:-len(suffix)]: tensor.tolist() for name, tensor in whole.items() if name.endswith(suffix)}
 
     def save(self, progress: Progress) -> Path:
-        """Write a checkpoint from the main process; the others give their parts."""
+        """Write a checkpoint from the main process; the others contribute their parts."""
         self.agree(progress.epoch if progress.batch else progress.epoch - 1)
         # on the CPU, as each process unpacks what all of them sent
         own = [random_states() | {name: buffer.cpu() for name, buffer in self._own_buffers().items()}]
@@ -182,20 +182,20 @@ class Training:
         return self.store.folder / self.store.name(updates)
 
     def resume(self, checkpoint: Checkpoint) -> Progress:
-        """Go back to a checkpoint.
+        """Restore the state of a checkpoint.
 
         Raises:
-            UserError: If it is of another number of processes or images, whose batches were others.
+            UserError: If it is of another number of processes or images, which had other batches.
         """
         images = checkpoint.state['images']
         if images != len(self.loader.data):
-            raise UserError(f'The run was started with {images:,} images to train on, the data has '
-                            f'{len(self.loader.data):,} now; give the same data, or start another run with another '
+            raise UserError(f'The run was started with {images:,} training images, the data now has '
+                            f'{len(self.loader.data):,}; give the same data, or start another run with another '
                             '--experiment.')
         processes = checkpoint.state['processes']
         if processes != self.accelerator.num_processes:
-            raise UserError(f'The run was started with {processes} process(es) and cannot go on with '
-                            f'{self.accelerator.num_processes}; start as many again.')
+            raise UserError(f'The run was started with {processes} process(es) and cannot resume with '
+                            f'{self.accelerator.num_processes}; start the same number.')
         if self.sharded:
             set_state_dict(
                 self.network, self.plain_optimizer, model_state_dict=dict(checkpoint.group('model')),
@@ -224,7 +224,7 @@ class Training:
         return checkpoint.progress
 
     def _own_buffers(self) -> Dict[str, torch.Tensor]:
-        """Running statistics of one process of several, which are shared at the end of an epoch only."""
+        """Running statistics of one of several processes, which are shared only at the end of an epoch."""
         if self.accelerator.num_processes == 1:
             return {}
         modules = {'model': self.model} | ({'average': self.average.module} if self.average else {})
@@ -234,14 +234,14 @@ class Training:
     # Agreement of the processes
 
     def agree(self, epoch: int, seconds: float = 0.) -> int:
-        """Read from the device whether every loss of the epoch was finite, and whether a process was sent a signal.
+        """Check whether every loss of the epoch was finite, and whether a process received a signal.
 
-        Processes ask each other, so that they stop at the same step, and often enough for their launcher, which waits
+        Processes exchange this so that they stop at the same step, and often enough for their launcher, which waits
         for half a minute.
 
         Args:
-            epoch: The running one.
-            seconds: That an update, or a batch of a validation, took in this process, if known.
+            epoch: The current one.
+            seconds: Duration of an update, or of a validation batch, in this process, if known.
 
         Returns:
             Number of the signal, 0 for none.
@@ -252,7 +252,7 @@ class Training:
         self._read_results()
         done, finite = len(self.rates), self.finite_batches
         found = [[*((finite + 1, self.rates[finite]) if finite < done else (0, 0.)), self.signals.number, seconds]]
-        if self.accelerator.num_processes > 1:  # one alone need not send its numbers to the device and back
+        if self.accelerator.num_processes > 1:  # a single one need not send its numbers to the device and back
             ours = torch.tensor(found, dtype=self.sum_dtype, device=self.accelerator.device)
             found = self.accelerator.gather(ours).tolist()
         slowest = max(taken for *_, taken in found)
@@ -262,7 +262,7 @@ class Training:
         if bad:
             first_bad, lr = min(bad)
             updates, within = divmod(first_bad - 1, self.args.grad_accum_steps)
-            # what was saved between the last finite batch and the first bad one has the weights that made it so
+            # a checkpoint between the last finite batch and the first bad one has the weights that caused it
             ruined = None if within else self.store.name(epoch * self.updates_per_epoch + updates)
             good = next((path for path in self.store.newest_first() if path.name != ruined), None)
             rest = f'the last good checkpoint is {good}' if good else 'there is no good checkpoint yet'
@@ -271,7 +271,7 @@ class Training:
         return int(max(number for _, _, number, _ in found))
 
     def _read_results(self) -> None:
-        """Read what the batches since the last reading gave; for this the host waits for the device."""
+        """Read the results of the batches since the last reading, for which the host waits for the device."""
         done = len(self.rates)
         for loss, correct in self.batch_results[self.read_batches:done].tolist():
             self.loss_sum += loss
@@ -287,7 +287,7 @@ class Training:
     # Steps
 
     def start_epoch(self, epoch: int) -> None:
-        """Hold every ``k`` at 0 before the two-step is switched on; at its epoch, start them as in a new network."""
+        """Hold every ``k`` at 0 before the two-step is switched on; at that epoch, start them as in a new network."""
         switch = self.args.two_step_epoch
         if switch and epoch <= switch:
             with torch.random.fork_rng(devices=[]):
@@ -303,19 +303,19 @@ class Training:
                 self.model.load_state_dict(fresh, strict=False)
 
     def train_epoch(self, epoch: int, first_batch: int = 0) -> Dict[str, float]:
-        """One pass over the data, or the rest of one. Sums are read from the device at the log interval only.
+        """One pass over the data, or the rest of one. Sums are read from the device only at the log interval.
 
         Returns:
-            Mean ``loss``, accuracy ``top1`` in %, and ``images_per_second`` of the pass, if any batch was left of it.
+            Mean ``loss``, accuracy ``top1`` in %, and ``images_per_second`` of the pass, if it had batches left.
 
         Raises:
-            Interrupted: After a signal, with the state saved, but for one that ended the compiler of the first step.
+            Interrupted: After a signal, with the state saved unless the signal ended the compiler in the first step.
             UserError: If the loss is not finite.
         """
         args, accelerator = self.args, self.accelerator
         self.loader.set_epoch(epoch)
         self.agree_interval = 1  # until an update's time is known
-        self.rates = [math.nan] * first_batch  # those of another process were finite, or nothing would go on from it
+        self.rates = [math.nan] * first_batch  # not read: those of an earlier process were finite
         if first_batch == 0:
             self.loss_sum, self.correct, self.read_batches, self.finite_batches = 0., 0., 0, 0
             self.start_epoch(epoch)
@@ -355,7 +355,7 @@ class Training:
         self.agree(epoch)
         seconds = time.perf_counter() - start
         sums = self._reduced_sums()
-        # after a stop during the validation they were sent before it, and a mean of equal numbers may round
+        # after a stop during validation they were already shared, and a mean of equal numbers may round
         if first_batch < steps and accelerator.num_processes > 1 and args.dist_bn and not args.sync_bn:
             averages = [self.average.module] if self.average else []
             for model in (self.model, *averages):
@@ -369,12 +369,12 @@ class Training:
         return metrics
 
     def step(self, images: torch.Tensor, targets: torch.Tensor, epoch: int, step: int, is_update: bool) -> None:
-        """Forward and backward of one batch, and the update when its batches are complete."""
+        """Forward and backward pass of one batch, and the update when its batches are complete."""
         args = self.args
         steps, accumulate = len(self.loader), args.grad_accum_steps
-        share = min(accumulate, steps - step // accumulate * accumulate)  # the last update may be of fewer batches
+        share = min(accumulate, steps - step // accumulate * accumulate)  # the last update may have fewer batches
         self.rates.append(self.learning_rate)
-        if step % accumulate == 0:  # in between, gradients still lie where the graphs put them
+        if step % accumulate == 0:  # in between, gradients are still where the graphs put them
             self._free_graph_outputs()
         scaler = self.accelerator.scaler
         with nullcontext() if is_update else self.accelerator.no_sync(self.network):
@@ -382,7 +382,7 @@ class Training:
                 logits = self.network(images)
             logits = logits.float()
             loss = self.loss(images, logits, targets)
-            # Accelerate's backward would divide by a number of its own, three operations more
+            # Accelerate's backward would divide by its own number of batches, three more operations
             (loss if scaler is None else scaler.scale(loss)).backward(self.shares[share])
         if is_update:
             self._update(epoch, step)
@@ -392,7 +392,7 @@ class Training:
         result[1].copy_((logits.detach().argmax(1) == labels).sum())
 
     def _free_graph_outputs(self) -> None:
-        """Tell CUDA graphs that what they computed so far is no longer read."""
+        """Tell CUDA graphs that their outputs so far are no longer read."""
         if self.uses_cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
 
@@ -424,7 +424,7 @@ class Training:
     # Between steps
 
     def _save_or_stop(self, progress: Progress, signal_number: int) -> None:
-        """In the middle of an epoch, after an update: save at the interval, save and stop after a signal."""
+        """Within an epoch, after an update: save at the interval, save and stop after a signal."""
         interval, updates = self.args.recovery_interval, progress.batch // self.args.grad_accum_steps
         if signal_number:
             self._save_and_stop(progress, signal_number)
@@ -432,8 +432,8 @@ class Training:
             self.save(progress)
 
     def _signal_that_ended_the_compiler(self, error: RuntimeError) -> int:
-        """Number of the signal that a terminal sent to its programs too, 0 if it was none. With several processes the
-        launcher ends the others."""
+        """Number of the signal that a terminal sent to the compiler too, 0 if there was none. With several processes
+        the launcher ends the others."""
         is_of_compiler = type(error).__module__.startswith(('torch._dynamo', 'torch._inductor'))
         return self.signals.number if is_of_compiler and self.accelerator.num_processes == 1 else 0
 
@@ -447,7 +447,7 @@ class Training:
         """Count the errors of the weights that the run would end with now, after an epoch.
 
         Raises:
-            Interrupted: After a signal, with the state saved; what goes on from it validates first.
+            Interrupted: After a signal, with the state saved; a resumed run validates first.
         """
         start = time.perf_counter()
         signal_number, self.agree_interval = 0, 1
@@ -455,7 +455,7 @@ class Training:
         several = self.accelerator.num_processes > 1
 
         def forward(images: torch.Tensor) -> torch.Tensor:
-            self._free_graph_outputs()  # else each batch would be recorded as a graph of its own
+            self._free_graph_outputs()  # otherwise each batch would be recorded as its own graph
             with self.autocast():
                 return self.network(images)
 
@@ -484,7 +484,7 @@ class Training:
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
-        """The averaged weights in the network, in place, so that what was compiled stays."""
+        """The averaged weights in the network, in place, so that compiled code stays valid."""
         if self.average is None:
             yield
             return
@@ -496,13 +496,13 @@ class Training:
             self.model.load_state_dict(own)
 
     def end_epoch(self, epoch: int, evaluation: Optional[Dict[str, float]]) -> None:
-        """Step the schedule, and note the best epoch.
+        """Step the schedule, and record the best epoch.
 
         Raises:
             UserError: If the run ends with a loss that is not finite.
         """
         if evaluation and epoch + 1 == self.num_epochs and not math.isfinite(evaluation['loss']):
-            raise UserError(f'The loss on {self.args.val_split} is not finite after the last epoch, so that the run '
+            raise UserError(f'The loss on {self.args.val_split} is not finite after the last epoch, so the run '
                             'ends without weights. Use a smaller rate.')
         metric = self.args.eval_metric
         value = evaluation[metric] if evaluation else None
@@ -515,15 +515,15 @@ class Training:
             self.best = dict(metric=metric, value=value, epoch=epoch, checkpoint=self.store.name(updates))
 
     def stop_after_epoch(self, progress: Progress, folder: Path) -> None:
-        """Stop between two epochs after a signal; the checkpoint of the epoch is written by then."""
+        """Stop between two epochs after a signal; the checkpoint of the epoch is already written."""
         number = self.agree(progress.epoch - 1)
         if number and progress.epoch < self.num_epochs:
             raise Interrupted(number, folder)
 
 
 def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """Give loaded states the strides of their parameters, as fused kernels read memory in one order for both, and
-    memory of their own, as the file that they were read from cannot be removed on all disks before."""
+    """Give loaded states the strides of their parameters, as fused kernels read both in the same memory order, and
+    their own memory, as on some disks the file that they were read from cannot be removed otherwise."""
     for parameter, state in getattr(optimizer, '_base_optimizer', optimizer).state.items():
         for name, value in state.items():
             if isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Losses of a training: on labels or mixed targets, and beside a teacher."""
+"""Training losses: on labels or mixed targets, and with a teacher."""
 import argparse
 from contextlib import nullcontext
 from typing import Any, Callable, ContextManager, Dict, Optional, Sequence, Tuple
@@ -19,7 +19,7 @@ from .option_rules import mixes
 
 
 def create_criterion(args: argparse.Namespace) -> nn.Module:
-    """Logits (N, classes) and labels (N,) or targets (N, classes) to a loss; mixed targets are smoothed already."""
+    """Logits (N, classes) and labels (N,) or targets (N, classes) to a loss; mixed targets are already smoothed."""
     smoothing = 0. if mixes(args) else args.smoothing
     if args.bce_loss:
         return BinaryCrossEntropy(
@@ -29,7 +29,7 @@ def create_criterion(args: argparse.Namespace) -> nn.Module:
 
 
 def load_teacher(args: argparse.Namespace, student: TimmModel, is_main: bool = True) -> TimmModel:
-    """The network that is distilled, by any name of ``load_model``.
+    """The teacher network, by any name that ``load_model`` takes.
 
     Raises:
         UserError: If there is none, or it does not fit the student.
@@ -69,12 +69,12 @@ class Distillation(nn.Module):
         Args:
             criterion: Loss on logits and targets.
             teacher: Images (N, C, H, W), normalised its way, to logits (N, classes).
-            student_norm: ``mean`` and ``std`` of the images that come.
-            teacher_norm: ``mean`` and ``std`` of those that the teacher wants.
+            student_norm: ``mean`` and ``std`` of the input images.
+            teacher_norm: ``mean`` and ``std`` that the teacher expects.
             temperature: T.
-            task_weight: Of the loss on targets, 1 if None.
-            distill_weight: Of the divergence; if None, 1 less the task weight, or 1 if that is None too.
-            autocast: Gives the context that the teacher computes in.
+            task_weight: Weight of the loss on targets, 1 if None.
+            distill_weight: Weight of the divergence; if None, 1 - task weight, or 1 if that is None too.
+            autocast: Returns the context in which the teacher runs.
         """
         super().__init__()
         self.criterion = criterion
@@ -105,7 +105,7 @@ class Distillation(nn.Module):
 
 def _renormalization(student: Dict[str, Sequence[float]],
                      teacher: Dict[str, Sequence[float]]) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Factor and term, shape (C, 1, 1), from the student's to the teacher's normalised images."""
+    """Scale and shift, shape (C, 1, 1), from the student's to the teacher's normalised images."""
     mean, std, teacher_mean, teacher_std = (
         torch.tensor(norm[key], dtype=torch.float64).view(-1, 1, 1)
         for norm in (student, teacher) for key in ('mean', 'std'))
@@ -114,7 +114,7 @@ def _renormalization(student: Dict[str, Sequence[float]],
 
 def create_loss(args: argparse.Namespace, model: TimmModel, data_config: Dict[str, Any],
                 accelerator: Accelerator) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The loss of (images, logits, targets) on its device, with a teacher if there is to be one."""
+    """The loss of (images, logits, targets) on its device, with a teacher if the options name one."""
     criterion = create_criterion(args).to(accelerator.device)
     if not args.kd_model_name:
         return lambda images, logits, targets: criterion(logits, targets)

@@ -1,4 +1,4 @@
-"""The network of a training, with its first weights."""
+"""The network of a training, with its initial weights."""
 import argparse
 import importlib
 from pathlib import Path
@@ -19,10 +19,10 @@ from timm_lm.names import load_model, timm_source
 
 from .option_rules import option_name
 
-# What loading a file of weights fails with.
+# Errors of loading a file of weights.
 _UNREADABLE = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, PickleError,
                SafetensorError)
-# Keywords of a network that have an option of another name.
+# Keywords of a network whose option has another name.
 _OPTIONS = dict(drop_rate='drop', drop_path_rate='drop_path', drop_block_rate='drop_block', global_pool='gp')
 
 
@@ -30,28 +30,28 @@ def import_modules(args: argparse.Namespace) -> None:
     """Import the modules that the options name, as some register networks.
 
     Raises:
-        UserError: If there is none of this name, or it cannot be imported.
+        UserError: If one does not exist or cannot be imported.
     """
     for module in args.device_modules or ():
         try:
             importlib.import_module(module)
-        except (ImportError, SyntaxError, TypeError, ValueError) as e:  # the latter two of a name that none can have
+        except (ImportError, SyntaxError, TypeError, ValueError) as e:  # the last two for an impossible name
             raise UserError(f"--device-modules '{module}' cannot be imported ({one_line(e)}).") from e
 
 
 def _by_options(reason: str) -> str:
-    """Why a network cannot be made, with the names of options in the place of its keywords'."""
+    """Why a network cannot be made, with the names of options instead of its keywords."""
     for name, option in _OPTIONS.items():
         reason = reason.replace(f"keyword argument '{name}'", f'option {option_name(option)}')
     return reason
 
 
 def create_again(facts: Mapping[str, Any], **kwargs: Any) -> TimmModel:
-    """The network of a run, with new weights, whatever became of those that it began with.
+    """The network of a run, with new weights; its initial weights are not needed.
 
     Args:
-        facts: What ``run_facts`` told of it.
-        **kwargs: Keywords beside those that are told.
+        facts: What ``run_facts`` recorded of it.
+        **kwargs: Keywords in addition to the recorded ones.
     """
     sizes = {name: facts[name] for name in ('num_classes', 'in_chans') if facts[name] is not None}
     cfg = dict(facts['pretrained_cfg'])
@@ -61,14 +61,14 @@ def create_again(facts: Mapping[str, Any], **kwargs: Any) -> TimmModel:
 
 
 def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]] = None) -> TimmModel:
-    """The network, with its first weights.
+    """The network, with its initial weights.
 
     Args:
         args: Options.
-        recorded: What the run told of its network, if it goes on: the first weights are not loaded again then.
+        recorded: What a resumed run recorded of its network, whose initial weights are then not loaded again.
 
     Raises:
-        UserError: If there is no such network, it does not take the options, or the weights cannot be loaded.
+        UserError: If there is no such network, it does not accept the options, or the weights cannot be loaded.
     """
     in_chans = args.in_chans
     if in_chans is None and args.input_size is not None:
@@ -82,13 +82,13 @@ def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]]
         global_pool=args.gp,
     )
     for name in sorted(kwargs.keys() & args.model_kwargs.keys()):
-        raise UserError(f'--model-kwargs has {name}; give it by {option_name(_OPTIONS.get(name, name))}.')
+        raise UserError(f'--model-kwargs has {name}; use {option_name(_OPTIONS.get(name, name))} instead.')
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    if recorded:  # with its own --model-kwargs; others are told when the options are compared
+    if recorded:  # with its own --model-kwargs; others are reported when the options are compared
         try:
             return create_again(recorded, **kwargs)
         except (*_UNREADABLE, AssertionError) as e:
-            raise UserError(f'The network of the run cannot be made again ({one_line(e, 300)}).') from e
+            raise UserError(f'The network of the run cannot be recreated ({one_line(e, 300)}).') from e
     kwargs |= args.model_kwargs
     for name in ('pretrained_path', 'initial_checkpoint'):
         path = getattr(args, name)
@@ -96,7 +96,7 @@ def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]]
             what = 'is a folder; --model takes weights folders' if Path(path).is_dir() else 'does not exist'
             raise UserError(f"--{name.replace('_', '-')} {path} {what}. Give a file of weights.")
     if args.pretrained_path:
-        overlay = dict(file=args.pretrained_path, num_classes=-1)  # -1: the head is made anew
+        overlay = dict(file=args.pretrained_path, num_classes=-1)  # -1: a new head
         kwargs.update(pretrained=True, pretrained_cfg_overlay=overlay)
     try:
         if args.pretrained and not args.pretrained_path:
@@ -130,8 +130,8 @@ def _init_head(args: argparse.Namespace, model: TimmModel) -> None:
         return
     head = model.get_classifier()
     if any(getattr(head, name, None) is None for name in ('weight', 'bias')):
-        raise UserError(f'The head of {args.model} is no layer with a weight and a bias; leave --head-init-scale and '
-                        '--head-init-bias out.')
+        raise UserError(f'The head of {args.model} is not a layer with a weight and a bias; leave --head-init-scale '
+                        'and --head-init-bias out.')
     if args.head_init_scale is not None:
         head.weight.mul_(args.head_init_scale)
         head.bias.mul_(args.head_init_scale)
@@ -140,10 +140,10 @@ def _init_head(args: argparse.Namespace, model: TimmModel) -> None:
 
 
 def share_batch_statistics(args: argparse.Namespace, model: TimmModel, accelerator: Accelerator) -> TimmModel:
-    """Batch norms whose statistics are those of all processes, if the options ask for them.
+    """The network with batch norms that share statistics across processes, if the options ask for them.
 
     Raises:
-        UserError: On the CPU, where PyTorch has none.
+        UserError: On the CPU, where PyTorch does not have them.
     """
     if not args.sync_bn or accelerator.num_processes == 1:
         return model

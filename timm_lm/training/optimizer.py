@@ -1,4 +1,4 @@
-"""The optimizer of a training and its first learning rate."""
+"""The optimizer of a training and its learning rate."""
 import argparse
 import inspect
 import math
@@ -10,12 +10,12 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwarg
 from timm_lm.errors import UserError
 from timm_lm.model_config import TimmModel
 
-# Whether timm spares what a network names from weight decay with filter_bias_and_bn=False too.
+# Whether timm exempts what a network names from weight decay even with filter_bias_and_bn=False.
 _TIMM_SPARES = 'weight_decay_exclude_1d' in inspect.signature(param_groups_weight_decay).parameters
 
 
 def set_learning_rate(args: argparse.Namespace, num_processes: int) -> None:
-    """timm's rule: without --lr, the base rate scaled by the size of an update, by its root for adaptive optimizers."""
+    """timm's rule: without --lr, scale the base rate by the images of an update, or their root if adaptive."""
     if args.lr is not None:
         return
     ratio = args.batch_size * num_processes * args.grad_accum_steps / args.lr_base_size
@@ -24,10 +24,10 @@ def set_learning_rate(args: argparse.Namespace, num_processes: int) -> None:
 
 
 def can_fuse(name: str, device_type: str = 'cpu') -> bool:
-    """Whether an optimizer of timm's factory is one of PyTorch's that updates all weights of a device by one kernel."""
+    """Whether an optimizer of timm's factory is one of PyTorch's that updates all weights of a device in one kernel."""
     if device_type == 'mps':
         return False
-    if name == 'adagrad' and device_type != 'cpu':  # older PyTorch has its kernel for the CPU alone
+    if name == 'adagrad' and device_type != 'cpu':  # older PyTorch has its kernel only for the CPU
         return False
     return 'fused' in inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
 
@@ -39,39 +39,38 @@ def _check_optimizer(name: str) -> None:
 
 
 def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give fused SGD its momentum of zero before the first step.
+    """Initialise the momentum of fused SGD to zero before the first step.
 
-    If float16 overflows in that step, as it often does, the fused kernel leaves the momentum that it was to begin as
-    the memory was. From zero the first step is the same.
+    If float16 overflows in that step, as it often does, the fused kernel leaves the momentum uninitialised. From zero
+    the first step is the same.
     """
     optimizer = getattr(optimizer, '_base_optimizer', optimizer)  # within timm's Lookahead
     if type(optimizer) is not torch.optim.SGD:
         return
     for group in optimizer.param_groups:
-        if group['momentum'] and group['fused']:  # others leave the step out
+        if group['momentum'] and group['fused']:  # others skip the step
             for p in group['params']:
                 optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
 
 
 def create_optimizer(args: argparse.Namespace, model: TimmModel, sharded: bool = False) -> torch.optim.Optimizer:
-    """The optimizer of timm's factory, fused where PyTorch can (and ``sharded`` weights allow it).
+    """The optimizer of timm's factory, fused where PyTorch supports it (not with ``sharded`` weights).
 
-    Weight decay spares ``model.no_weight_decay()`` whatever else it is put on. With ``filter_bias_and_bn: false`` older
-    versions of timm decay that too, so the groups are made here for them.
+    Weight decay always exempts ``model.no_weight_decay()``. With ``filter_bias_and_bn: false`` older versions of timm
+    decay that too, so the groups are made here for them.
 
     Raises:
-        UserError: If it is one that this engine cannot train with or not go on with, or ``opt_kwargs`` has what an
-            option of its own is for.
+        UserError: If this engine cannot train with it or resume it, or ``opt_kwargs`` sets what has its own option.
     """
     name = args.opt.lower().removeprefix('lookahead_')
     _check_optimizer(name)
     kwargs = optimizer_kwargs(cfg=args)
     twice = sorted(kwargs.keys() & args.opt_kwargs.keys())
     if twice:
-        raise UserError(f"--opt-kwargs cannot give {', '.join(twice)}, for which there are options of their own.")
+        raise UserError(f"--opt-kwargs cannot set {', '.join(twice)}; use the options for them.")
     kwargs |= args.opt_kwargs
     device = next(model.parameters()).device
-    in_float16 = args.amp and args.amp_dtype == 'float16'  # where fused SGD begins by zero, see begin_momentum
+    in_float16 = args.amp and args.amp_dtype == 'float16'  # where fused SGD starts from zero, see begin_momentum
     can_begin = not (in_float16 and kwargs.get('dampening'))
     if not kwargs.keys() & {'fused', 'foreach'} and not sharded and can_begin and can_fuse(name, device.type):
         kwargs['fused'] = True

@@ -1,4 +1,4 @@
-"""Which values the options of a training can have, alone and beside each other."""
+"""Which values the options of a training can have, alone and in combination."""
 import argparse
 import math
 from functools import cache
@@ -22,7 +22,7 @@ _SHARES = (
     'hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'smoothing', 'drop', 'model_ema_decay',
     'grayscale_prob', 'gaussian_blur_prob', 'color_jitter_prob', 'lr_noise', 'drop_block')
 
-# Options that mean something only beside one of others.
+# Options that have an effect only together with one of others.
 ONLY_WITH: Dict[Tuple[str, ...], Tuple[str, ...]] = {
     ('bce_loss',): ('bce_sum', 'bce_target_thresh', 'bce_pos_weight'),
     ('model_ema',): ('model_ema_decay', 'model_ema_warmup'),
@@ -54,7 +54,7 @@ _OF_SCHEDULES: Dict[Tuple[str, ...], Tuple[str, ...]] = {
     ('cooldown_epochs',): ('cosine', 'tanh', 'poly', 'wsd', 'rsqrt'),
 }
 
-# Options that another one takes the place of.
+# Options that another one replaces.
 _INSTEAD = {'lr': ('lr_base', 'lr_base_size', 'lr_base_scale'), 'input_size': ('img_size',)}
 
 
@@ -64,7 +64,7 @@ def option_name(name: str) -> str:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Find impossible values before anything is done.
+    """Find impossible values before anything else is done.
 
     Raises:
         UserError: At the first one.
@@ -105,8 +105,8 @@ def _check_ranges(args: argparse.Namespace) -> None:
 def _check_schedule(args: argparse.Namespace) -> None:
     for name in ('layer_decay', 'lr_noise'):
         if args.sched == 'none' and getattr(args, name):
-            raise UserError(f'{option_name(name)} is done by the schedule; take another one than --sched none, in '
-                            'newer timm constant.')
+            raise UserError(f'{option_name(name)} is done by the schedule; use one other than --sched none, such as '
+                            'constant in newer timm.')
     if args.sched == 'multistep' and args.decay_milestones:
         milestones = args.decay_milestones
         if sorted(set(milestones)) != list(milestones):
@@ -122,17 +122,17 @@ def _check_schedule(args: argparse.Namespace) -> None:
         raise UserError(f'The schedule is longer than the run: --decay-epochs {interval:g} with --epochs '
                         f'{args.epochs}; change one of them.')
     if not args.val_split and args.sched == 'plateau':
-        raise UserError('--sched plateau lowers the rate by the validation; give --val-split, or another schedule.')
+        raise UserError('--sched plateau lowers the rate based on validation; give --val-split, or another schedule.')
     if args.warmup_epochs >= args.epochs and args.sched != 'none' and not args.warmup_prefix:
         raise UserError(f'--warmup-epochs {args.warmup_epochs} leave nothing of --epochs {args.epochs}.')
     epochs = args.epochs + (args.warmup_epochs if args.warmup_prefix else 0)
     after_warmup = -(-epochs // args.val_interval) - args.warmup_epochs // args.val_interval
-    if args.sched == 'plateau' and args.patience_epochs + 2 >= after_warmup:  # the first sets what has to be gained on
+    if args.sched == 'plateau' and args.patience_epochs + 2 >= after_warmup:  # the first sets the value to beat
         raise UserError(f'The schedule is longer than the run: --patience-epochs {args.patience_epochs} with --epochs '
                         f'{args.epochs} and {after_warmup} validations after the warm-up; change one of them.')
     if args.sched in ('cosine', 'tanh', 'poly') and args.lr_cycle_mul < 1:
         cycles = sum(args.epochs * args.lr_cycle_mul ** i for i in range(args.lr_cycle_limit))
-        most = args.epochs / (1 - args.lr_cycle_mul)  # of all that there could be
+        most = args.epochs / (1 - args.lr_cycle_mul)  # if there were infinitely many
         if int(cycles) + args.cooldown_epochs >= most:
             raise UserError(f'--lr-cycle-mul {args.lr_cycle_mul:g} makes cycles so short that they come to an end '
                             f'before --cooldown-epochs {args.cooldown_epochs} do; change one of them.')
@@ -140,32 +140,32 @@ def _check_schedule(args: argparse.Namespace) -> None:
 
 def _check_pairs(args: argparse.Namespace) -> None:
     if not args.val_split and args.eval_metric != 'top1':
-        raise UserError(f'--eval-metric {args.eval_metric} is that of the validation; give --val-split, or leave it '
+        raise UserError(f'--eval-metric {args.eval_metric} needs validation; give --val-split, or leave it '
                         'out.')
     if args.in_chans is not None and args.input_size is not None and args.in_chans != args.input_size[0]:
         raise UserError(f'--in-chans {args.in_chans} and the {args.input_size[0]} channels of --input-size differ; '
                         'leave one out.')
     if args.kd_distill_type != 'logit':
-        raise UserError(f'--kd-distill-type {args.kd_distill_type} is refused: distillation is by logits here.')
+        raise UserError(f'--kd-distill-type {args.kd_distill_type} is refused: only logits are distilled here.')
     if args.wandb_resume_id and not args.resume:
-        raise UserError('--wandb-resume-id goes on with the log of a run; give --resume too.')
+        raise UserError('--wandb-resume-id continues the log of a run; give --resume too.')
     if args.two_step_epoch and any(name in args.opt.lower() for name in ('lookahead', 'madgrad')):
         raise UserError(f'--opt {args.opt} keeps a copy of the weights, which would draw every k back to 0 after '
-                        '--two-step-epoch; take another one of them.')
+                        '--two-step-epoch; change one of them.')
     if args.bce_loss and args.smoothing == 1:
         raise UserError('--smoothing must be less than 1 with --bce-loss.')
     if mixes(args) and args.batch_size % 2:
         raise UserError(f'Mixup and cutmix mix pairs: --batch-size must be even, not {args.batch_size}.')
     starts = [name for name in ('pretrained', 'initial_checkpoint', 'grow_from') if getattr(args, name)]
     if args.grow_from and len(starts) > 1:
-        raise UserError(f"{' and '.join(map(option_name, starts))} both give the first weights; leave one out.")
+        raise UserError(f"{' and '.join(map(option_name, starts))} both set the initial weights; leave one out.")
     if args.loader == 'memory' and not_in_memory(args):
-        raise UserError(f"--loader memory cannot do {', '.join(not_in_memory(args))}; use --loader timm, or set them "
-                        'to off.')
+        raise UserError(f"--loader memory cannot do {', '.join(not_in_memory(args))}; use --loader timm, or turn them "
+                        'off.')
 
 
 def usual_decay_epochs(sched: str) -> float:
-    """``--decay-epochs`` if nothing is said, as timm has it for its schedules."""
+    """The default of ``--decay-epochs``, as in timm's schedules."""
     return 0.2 if sched in ('rsqrt', 'wsd') else 90.
 
 
@@ -175,7 +175,7 @@ def mixes(args: argparse.Namespace) -> bool:
 
 
 def not_in_memory(args: argparse.Namespace) -> List[str]:
-    """The augmentation asked for that can be done image by image only, not on batches in memory."""
+    """The requested augmentation that can be done only image by image, not on batches in memory."""
     if args.no_aug:
         return []
     off = dict(
@@ -193,7 +193,7 @@ def not_in_memory(args: argparse.Namespace) -> List[str]:
 
 
 def unread(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
-    """Options that nothing reads beside the others, and why."""
+    """Options that have no effect given the others, and why."""
     for leaders, followers in ONLY_WITH.items():
         if not any(values[leader] for leader in leaders):
             yield followers, f"without {' or '.join(map(option_name, leaders))}; give both"
@@ -212,9 +212,9 @@ def unread(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
 
 @cache
 def _optimizer_info(opt: str) -> Any:
-    """What timm's registry tells of an optimizer, None if it does not know it, which is told when it is made."""
+    """timm's registry entry of an optimizer, None for an unknown one, which is reported when it is created."""
     try:
-        return get_optimizer_info(opt.lower().split('_')[-1])  # lookahead_... is the optimizer that it looks ahead of
+        return get_optimizer_info(opt.lower().split('_')[-1])  # lookahead_NAME wraps the optimizer NAME
     except ValueError:
         return None
 
@@ -228,16 +228,16 @@ def _unread_by_optimizer(opt: str) -> Tuple[str, ...]:
 
 
 def check_unread(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:
-    """Options that were changed to mean something, where nothing reads them."""
+    """Refuse options that were changed but have no effect."""
     for names, why in unread(values):
         for name in _changed(names, values, before, defaults):
             raise UserError(f'{option_name(name)} does nothing {why}, or leave it out.')
 
 
 def check_taken(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:
-    """Options of the command line that others, maybe of the recipe, take the place of.
+    """Refuse options of the command line that others, perhaps of the recipe, replace.
 
-    Of a recipe both may come, as a run records what it computed.
+    A recipe may have both, as a run records what it computed.
 
     Raises:
         UserError: At the first one.
@@ -245,7 +245,7 @@ def check_taken(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[s
     for taken, left_out in _INSTEAD.items():
         for name in _changed(left_out, values, before, defaults):
             if values[taken] is not None:
-                raise UserError(f'{option_name(name)} does nothing beside {option_name(taken)}, which may be that of '
+                raise UserError(f'{option_name(name)} does nothing with {option_name(taken)}, which may come from '
                                 'the recipe; give the latter.')
 
 

@@ -1,4 +1,4 @@
-"""The options of a training as they come together: timm's defaults, a recipe, the command line."""
+"""The options of a training, merged from timm's defaults, a recipe and the command line."""
 import argparse
 import copy
 import difflib
@@ -59,7 +59,7 @@ def parse_options(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     check_taken(vars(args), given, defaults)
     for names, _ in unread(vars(args)):
         _reset(args, *names)
-    for leaders in ONLY_WITH:  # of all ways to spell off that of timm's defaults, where these are off
+    for leaders in ONLY_WITH:  # of all spellings of off, the one of timm's defaults, if these are off
         _reset(args, *(leader for leader in leaders if not getattr(args, leader) and not defaults[leader]))
     if args.decay_epochs is None:
         args.decay_epochs = usual_decay_epochs(args.sched)
@@ -67,10 +67,10 @@ def parse_options(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def turn_off(args: argparse.Namespace, leader: str) -> None:
-    """Put an option back to timm's default, and those with it that mean nothing without it.
+    """Reset an option, and those that have no effect without it, to timm's defaults.
 
-    What a recipe gives them may stand beside an option that the command line takes back; recorded like that it would be
-    refused as a recipe.
+    Otherwise what a recipe sets for the latter would be recorded next to an option that is off, which would be refused
+    as a recipe.
     """
     _reset(args, leader, *ONLY_WITH[leader,])
 

@@ -1,16 +1,16 @@
-"""Places of a machine, as records tell them: paths by their last names, and the command without them."""
+"""Paths of a machine as records show them: by their last names, and the command without them."""
 import re
 import shlex
 from pathlib import Path
 from typing import List
 
-# An absolute path, alone or after options, quotes, and what names of networks and data sets begin with.
+# An absolute path, alone or after options, quotes, and the prefixes of network and data set names.
 _PLACE = re.compile(
     r'((?:-\w=?|--[\w-]+=|\w+=|local-dir:|hfds/|file://|[\[({\'"])*)([/~].*|[A-Za-z]:[\\/].*)', re.DOTALL)
 
 
 def last_name(source: str) -> str:
-    """The last name of a path, that of the run for its weights folder; a repo of the Hub as it is."""
+    """The last name of a path, or that of the run for its weights folder; a repo of the Hub is left as it is."""
     if source.startswith('hf-hub:'):
         return source
     path = Path(source)
@@ -19,21 +19,21 @@ def last_name(source: str) -> str:
 
 
 def start_word(model: str, grow_from: str) -> str:
-    """What a network does from the weights of another: it is grown where the names tell another depth, else starts."""
+    """How a network uses the weights of another: 'grown from' if the names give another depth, else 'starting from'."""
     depths = [re.findall(r'res\w*?t(\d+)', last_name(name)) for name in (model, grow_from)]
     return 'grown from' if all(depths) and depths[0] != depths[1] else 'starting from'
 
 
 def folder_name(path: str) -> str:
-    """The last name of a path, also of ``.`` and ``..`` as long as one is where they were given."""
+    """The last name of a path, with ``.`` and ``..`` resolved against the current directory."""
     name = Path(path).name
     return Path(path).resolve().name if name in ('', '..') else name
 
 
 def command_line(argv: List[str]) -> str:
-    """The command as a user would type it again, without what it says of this machine.
+    """The command as a user would type it again, without what it reveals of this machine.
 
-    DIR stands for the data's folder; the run's folder is left out, and of other absolute paths the last name is left.
+    DIR stands for the data folder; the run folder is left out, and other absolute paths are cut to their last name.
     """
     shown: List[str] = []
     words = iter(argv)
@@ -49,7 +49,7 @@ def command_line(argv: List[str]) -> str:
 
 
 def without_place(word: str) -> str:
-    """The last name of an absolute path, after the option that it may stand with; other words as they are."""
+    """Cut an absolute path to its last name, keeping an option before it; other words stay as they are."""
     place = _PLACE.fullmatch(word)
     if place is None:
         return word

@@ -1,4 +1,4 @@
-"""What a training is going to do, in words and a picture, before it does it."""
+"""What a training is going to do, in words and a picture, before it starts."""
 import argparse
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Union
@@ -20,7 +20,7 @@ _BARS = ' ▁▂▃▄▅▆▇█'
 
 
 def rates(args: argparse.Namespace, updates_per_epoch: int) -> List[float]:
-    """The learning rate at the start of each epoch, or with ``sched_on_updates`` of up to 1,000 points in time."""
+    """The learning rate at the start of each epoch, or with ``sched_on_updates`` at up to 1,000 points in time."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
     scheduler, epochs = create_schedule(args, optimizer, updates_per_epoch)
     if scheduler is None:
@@ -40,7 +40,7 @@ def rates(args: argparse.Namespace, updates_per_epoch: int) -> List[float]:
 
 
 def draw(values: List[float], epochs: int) -> str:
-    """A picture of values over the epochs of a run, in lines of text."""
+    """A plot of values over the epochs of a run, in lines of text."""
     columns = [values[i * len(values) // WIDTH] for i in range(WIDTH)]
     top = max(columns) or 1.
     heights = [round(value / top * HEIGHT * 8) for value in columns]
@@ -55,11 +55,11 @@ def draw(values: List[float], epochs: int) -> str:
 
 
 def describe_data(model: TimmModel, splits: Sequence[Union[ImageSet, EncodedImages]]) -> List[str]:
-    """What a person should know of the data before it is trained on."""
+    """What the user should know about the data before training."""
     remarks = [data.remark for data in splits if data.remark]
     count = len(splits[0].class_names or ())
     if 0 < count < model.num_classes:
-        remarks.append(f'The data has {count} classes, the network {model.num_classes}, so that their names are not '
+        remarks.append(f'The data has {count} classes, the network {model.num_classes}, so their names are not '
                        f'recorded; --num-classes {count} makes a head for them.')
     return remarks
 
@@ -72,7 +72,7 @@ def describe_run(
         accelerator: Any,
         folder: Path,
 ) -> str:
-    """Network, data, batches and place of a run, a line each."""
+    """Network, data, batches, device and folder of a run, a line each."""
     parameters = sum(p.numel() for p in model.parameters())
     size = 'x'.join(map(str, model.pretrained_cfg['input_size']))
     lines: Dict[str, str] = {
@@ -106,5 +106,5 @@ def describe_schedule(args: argparse.Namespace, updates_per_epoch: int, epochs: 
     head = (f'{args.opt}, weight decay {args.weight_decay:g}; {args.sched}, rate {args.lr:g}{warmup}; {epochs} epochs, '
             f'{epochs * updates_per_epoch:,} updates')
     if args.sched == 'plateau':
-        head += '; drawn as if nothing were gained after the first epoch'
+        head += '; drawn as if nothing improved after the first epoch'
     return f"{'schedule':<11}{head}\n{draw(rates(args, updates_per_epoch), epochs)}"

@@ -1,4 +1,4 @@
-"""What the processes of a training do for each other, beside the steps."""
+"""What the processes of a training do for each other, apart from the steps."""
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, Optional, TypeVar
 
@@ -10,15 +10,15 @@ Result = TypeVar('Result')
 
 
 def on_main(accelerator: Any, work: Callable[[], Result]) -> Optional[Result]:
-    """Do something in the main process alone; if it fails there, all processes fail alike.
+    """Do something only in the main process; if it fails there, all processes fail the same way.
 
-    Else the others would wait for the main process where they next meet.
+    Otherwise the others would wait for the main process where they next meet.
 
     Returns:
         What it returns, None in the other processes.
 
     Raises:
-        UserError: That of the main process, also of an OSError there.
+        UserError: That of the main process, also for an OSError there.
     """
     result, error = None, None
     if accelerator.is_main_process:
@@ -41,7 +41,7 @@ def differs(value: Any) -> bool:
 
 @contextmanager
 def first_of_machine_first(accelerator: Any) -> Iterator[None]:
-    """As ``local_main_process_first``, but the others are let go too if the first one fails, to fail likewise."""
+    """Like ``local_main_process_first``, but if the first one fails, the others are released too, to fail likewise."""
     if not accelerator.is_local_main_process:
         accelerator.wait_for_everyone()
     try:

@@ -1,4 +1,4 @@
-"""Recipes, YAML files of options: the shipped ones by name, and what any of them says."""
+"""Recipes, which are YAML files of options: the shipped ones by name, and reading any of them."""
 import argparse
 import difflib
 import re
@@ -13,22 +13,22 @@ from timm_lm.parser import KeyValues
 from .refused import REFUSED, asks
 
 RECIPES = Path(__file__).resolve().parents[1] / 'recipes'
-# Those that were chosen with errors on the test split in view.
+# Those that were chosen by looking at errors on the test split.
 CHOSEN_ON_TEST = (
     'best_c10', 'best_c100', 'demo_c10', 'distill_c10', 'distill_c100', 'grow_c10', 'grow_c100', 'regrow_c100')
 
 
 def list_recipes() -> List[str]:
-    """Names of the shipped recipes, each the tag of the weights that it makes."""
+    """Names of the shipped recipes, each the tag of the weights that it produces."""
     return sorted(path.stem for path in RECIPES.glob('*.yaml'))
 
 
 def find_recipe(name: str) -> Tuple[Path, Optional[str]]:
-    """The file of a recipe, and the network if the name tells one.
+    """The file of a recipe, and the network if the name has one.
 
     Args:
-        name: A shipped recipe (``paper_c10``), one for another of its networks (``lm_resnet56.paper_c10``), where
-            fine-tuning is for any, or a file.
+        name: A shipped recipe (``paper_c10``), one with another of its networks (``lm_resnet56.paper_c10``; fine-tuning
+            is for any), or a file.
 
     Raises:
         UserError: If there is no such recipe.
@@ -41,7 +41,7 @@ def find_recipe(name: str) -> Tuple[Path, Optional[str]]:
             for_any = re.search('(?m)^pretrained: true', text)
             told = ' '.join(re.findall('(?m)^(?:#|model:).*', text))  # not those that it starts or learns from
             if network and not for_any and network not in re.findall(r'\w+', told):
-                raise UserError(f"The recipe {stem} is not for {network}; `timm-lm recipe {stem}` tells what it is "
+                raise UserError(f"The recipe {stem} is not for {network}; `timm-lm recipe {stem}` shows what it is "
                                 'for, and --model takes any network.')
             return path, network
     if Path(name).is_file():
@@ -61,7 +61,7 @@ def read_recipe(path: Path, actions: Dict[str, argparse.Action]) -> Dict[str, An
     """The options of a recipe, as the actions of the parser take them.
 
     Raises:
-        UserError: If it is no YAML of options, or one is unknown, refused or has an impossible value.
+        UserError: If it is not YAML of options, or one is unknown, refused or has an impossible value.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
@@ -71,7 +71,7 @@ def read_recipe(path: Path, actions: Dict[str, argparse.Action]) -> Dict[str, An
         raise UserError(f'The recipe {path} must hold "option: value" lines.')
     asked = {str(name): value for name, value in values.items()
              if name not in REFUSED or asks(str(name), value)}
-    if asked.get('data', '') is None:  # timm's older name of data_dir, which it writes beside that
+    if asked.get('data', '') is None:  # timm's older name of data_dir, which it also writes
         del asked['data']
     return {name: _recipe_value(path, name, value, actions) for name, value in asked.items()}
 
@@ -80,7 +80,7 @@ def _recipe_value(path: Path, name: str, value: Any, actions: Dict[str, argparse
     if name in REFUSED:
         raise UserError(f"The option '{name}' in {path} is refused: {REFUSED[name]}.")
     if name == 'data':
-        raise UserError(f"The option 'data' in {path} is timm's older name of data_dir; name it so.")
+        raise UserError(f"The option 'data' in {path} is timm's older name of data_dir; rename it.")
     if name not in actions:
         near = difflib.get_close_matches(name, actions, n=1)
         hint = f'did you mean {near[0]}?' if near else 'see `timm-lm train --help`.'

@@ -1,6 +1,6 @@
-"""Options of timm's train script that this engine does not take, each with the reason.
+"""Options of timm's train script that this engine does not support, each with the reason.
 
-One that is set to off, or to timm's default, asks for nothing and passes.
+One that is set to off, or to timm's default, asks for nothing and is accepted.
 """
 import argparse
 from typing import Any, Dict, Type
@@ -12,16 +12,16 @@ from .option_rules import option_name
 
 _SPLITS = 'batches are not split by augmentation here'
 _STATIC = 'the shapes of batches are static here'
-_RESUME = '--resume goes on exactly where a run stopped; to start another run from its weights use --initial-checkpoint'
+_RESUME = '--resume continues exactly where a run stopped; to start a new run from its weights use --initial-checkpoint'
 REFUSED: Dict[str, str] = {
     **dict.fromkeys(['aug_splits', 'jsd_loss', 'resplit', 'split_bn'], _SPLITS),
-    **dict.fromkeys(['epoch_repeats', 'train_num_samples', 'val_num_samples'], 'data sets are of known size here'),
+    **dict.fromkeys(['epoch_repeats', 'train_num_samples', 'val_num_samples'], 'data sets have a known size here'),
     **dict.fromkeys(['start_epoch', 'no_resume_opt'], _RESUME),
     **dict.fromkeys(['torchscript', 'fuser'], 'training is compiled by torch.compile; use --torchcompile'),
-    'local_rank': 'Accelerate owns the processes; use `accelerate launch`',
-    **dict.fromkeys(['bn_momentum', 'bn_eps'], 'timm itself gives them to EfficientNets only; use --model-kwargs'),
+    'local_rank': 'Accelerate manages the processes; use `accelerate launch`',
+    **dict.fromkeys(['bn_momentum', 'bn_eps'], 'timm itself passes them to EfficientNets only; use --model-kwargs'),
     **dict.fromkeys(['kd_student_feature_dim', 'kd_teacher_feature_dim', 'kd_token_distill_type'],
-                    'distillation is by logits here'),
+                    'only logits are distilled here'),
     **dict.fromkeys(['train_img_sizes', 'train_batch_sizes', 'train_size_probs', 'train_size_schedule',
                      'train_size_schedule_spread', 'train_size_random_mix', 'train_batches_per_epoch',
                      'variable_batch_loss_scale', 'naflex_loader', 'naflex_train_seq_lens', 'naflex_max_seq_len',
@@ -30,30 +30,30 @@ REFUSED: Dict[str, str] = {
     'dataset_trust_remote_code': 'code of a data set is never run',
     'drop_connect': 'timm calls it --drop-path now',
     'amp_impl': "mixed precision is PyTorch's own",
-    'fast_norm': 'norms are computed in the precision that autocast has for them',
+    'fast_norm': 'norms are computed in the precision that autocast chooses',
     'input_img_mode': 'the channels of the images follow --in-chans and --input-size',
     'model_dtype': 'weights are float32; lower precision is --amp',
-    'model_ema_force_cpu': 'the average stays on the device of the training, where it is validated',
+    'model_ema_force_cpu': 'the average stays on the training device, where it is validated',
     'no_prefetcher': 'batches are always normalised on the device',
-    'save_images': 'nothing is drawn in the loop',
+    'save_images': 'training saves no images',
     'synchronize_step': 'the host never waits for the device inside a step',
     'tta': 'each image is validated once',
-    'use_multi_epochs_loader': 'worker processes stay from epoch to epoch anyway',
-    'worker_seeding': 'each image has a seed of its own, whatever worker reads it',
+    'use_multi_epochs_loader': 'worker processes persist across epochs anyway',
+    'worker_seeding': 'each image has its own seed, whichever worker reads it',
     # of timm 1.0.30 and later
     **dict.fromkeys(['loss', 'loss_class_weight', 'loss_pos_weight', 'loss_weight_power', 'class_stats'],
                     'losses are cross entropy and --bce-loss here'),
     **dict.fromkeys(['multilabel_threshold', 'target_format', 'task'], 'each image has one label here'),
     **dict.fromkeys(['lr_decay_fn', 'lr_stable_timescale'], 'schedules have the options of timm 1.0.26 here'),
-    'save_epochs': 'the newest checkpoints stay, by --checkpoint-hist',
+    'save_epochs': 'the newest checkpoints are kept; use --checkpoint-hist',
     'stop_epoch': 'a run ends with its schedule; change --epochs',
     'pretrained_cfg_overlay': 'give --pretrained-path, --mean and the like instead',
 }
 
-# Other names that timm's script has for them.
+# Other names for them in timm's script.
 _OTHER_NAMES = {'local_rank': '--local_rank', 'train_batches_per_epoch': '--train-steps-per-epoch'}
 
-# What timm's script writes for some of them if nothing was asked for.
+# What timm's script writes for some of them if they were not set.
 _TIMM_DEFAULTS: Dict[str, Any] = {
     'amp_impl': 'native', 'kd_token_distill_type': 'soft', 'naflex_loss_scale': 'linear', 'naflex_max_seq_len': 576,
     'naflex_train_seq_lens': [128, 256, 576, 784, 1024], 'train_size_random_mix': 0.1,
@@ -63,7 +63,7 @@ _TIMM_DEFAULTS: Dict[str, Any] = {
 
 
 def add_refused_options(parser: argparse.ArgumentParser) -> None:
-    """Options that end the command with their reason, without a line in its help."""
+    """Add options that end the command with the reason, and that its help does not list."""
     for name, reason in REFUSED.items():
         names = filter(None, (option_name(name), _OTHER_NAMES.get(name)))
         parser.add_argument(*names, nargs='*', dest=name, action=_refuse(name, reason), default=argparse.SUPPRESS,

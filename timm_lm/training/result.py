@@ -1,4 +1,4 @@
-"""What a training ends with: a weights folder whose card tells the result and how it was made."""
+"""What a training ends with: a weights folder whose card gives the result and how it was obtained."""
 import argparse
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ from .places import folder_name, last_name, start_word
 from .recipes import CHOSEN_ON_TEST
 from .run_folder import RESULT_NAME
 
-# What of a network's config tells where its weights come from.
+# Entries of a network's config that say where its weights come from.
 _SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'origin_url')
 DATASET_NAMES = {'uoft-cs/cifar10': 'CIFAR-10', 'uoft-cs/cifar100': 'CIFAR-100'}
 
@@ -51,33 +51,33 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
 
 def describe_trained(args: argparse.Namespace, model: TimmModel, data_config: Dict[str, Any],
                      class_names: Optional[Sequence[str]]) -> None:
-    """Write into a network's config what it is trained on."""
+    """Record in a network's config what it is trained on."""
     if args.initial_checkpoint or args.pretrained_path:
         licence: Optional[str] = 'unknown'
-    else:  # that of what it starts from stays
+    else:  # that of its initial weights stays
         licence = None if args.pretrained or args.grow_from else 'apache-2.0'
-    # validation crops the middle, as in timm's script, also where the network came with another way
+    # validation crops the centre, as in timm's script, even if the network came with another crop mode
     record_data(
         model, tag=args.tag or None, class_names=class_names, crop_mode='center', license=licence, **data_config)
 
 
 def run_facts(args: argparse.Namespace, model: TimmModel, command: str, device: torch.device, processes: int,
               recorded: Mapping[str, Any]) -> Dict[str, Any]:
-    """What is known of a run when it starts, in what JSON can hold: its network, its data, and what computes it.
+    """JSON-serialisable facts about a run when it starts: its network, its data, and what it runs on.
 
     Args:
         args: Options.
         model: The network.
         command: The command line.
-        device: What computes it.
+        device: What it runs on.
         processes: How many there are.
-        recorded: What was told when the run began, if it goes on; nothing else need know what its network was made of.
+        recorded: What a resumed run recorded when it started; it has the arguments that its network was made with.
     """
     if recorded:
         model_args = dict(recorded['model_args'])
     else:
         model_args = saved_model_args(args.model) | (dict(global_pool=args.gp) if args.gp else {}) | args.model_kwargs
-    for name in ('in_chans', 'num_classes'):  # those of the network now
+    for name in ('in_chans', 'num_classes'):  # recorded from the network itself
         model_args.pop(name, None)
     cfg = {name: value for name, value in model.pretrained_cfg.items() if name not in _SOURCES}
     facts = dict(
@@ -120,8 +120,8 @@ def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel,
     """The card of the weights of a run.
 
     Args:
-        told: What ``result.json`` tells; without a count of errors the card has none. ``of_epochs``: the epochs that
-            the run was to have, if it had fewer.
+        told: What ``result.json`` holds; without a count of errors the card has none. ``of_epochs``: the planned
+            epochs of the run, if it had fewer.
         args: Options of the run.
         model: The network.
         saved_in: Precision of the saved weights.
@@ -152,7 +152,7 @@ def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel,
 
 
 def _start(args: Mapping[str, Any]) -> str:
-    """What weights a run began with and learned from, '' for new ones; of a place on disk the last name alone."""
+    """What weights a run started from and learned from, '' for new ones; of a path only the last name."""
     source = args['initial_checkpoint'] or args['pretrained'] and (args['pretrained_path'] or args['model'])
     grown = args['grow_from']
     said = ((start_word(args['model'], grown), grown), ('starting from', source),
@@ -165,7 +165,7 @@ def _k_values(model: TimmModel) -> Dict[str, torch.Tensor]:
 
 
 def mean_k(model: TimmModel) -> List[float]:
-    """``k`` of each block, the mean over channels if it is one a channel."""
+    """``k`` of each block, the mean over channels if there is one per channel."""
     return [k.mean().item() for k in _k_values(model).values()]
 
 
@@ -175,7 +175,7 @@ def _k_summary(model: TimmModel) -> str:
 
 
 def _dataset(args: Mapping[str, Any], folder: str) -> Tuple[str, str]:
-    """Id on the Hub ('' if it has none) and name of the data set; a folder is told by its last name alone."""
+    """Id on the Hub ('' if it has none) and name of the data set; a folder is named by its last name only."""
     source = args['dataset'].removeprefix('hfds/')
     if args['dataset'].startswith('hfds/') and not Path(source).is_dir():
         return source, DATASET_NAMES.get(source, source)

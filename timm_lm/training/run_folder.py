@@ -1,4 +1,4 @@
-"""The folder of a run: its place, its options and result, and the checkpoint that a run goes on from."""
+"""The folder of a run: its place, its options and result, and the checkpoint that a run resumes from."""
 import argparse
 import errno
 import json
@@ -23,7 +23,7 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 ARGS_NAME = 'args.yaml'
-RESULT_NAME = 'result.json'  # of a run that ended
+RESULT_NAME = 'result.json'  # of a finished run
 # Options that may differ between a run and its resumption.
 FREE_OPTIONS = (
     'config', 'resume', 'output', 'experiment', 'data_dir', 'dataset_download', 'log_interval', 'recovery_interval',
@@ -32,15 +32,15 @@ FREE_OPTIONS = (
 )
 _NETWORKS = ('model', 'grow_from', 'kd_model_name')  # which may be weights folders
 _PLACES = (*_NETWORKS, 'initial_checkpoint', 'pretrained_path', 'class_map')
-_OTHER_RUN = ('The run folder {} holds another run; give another --experiment, go on with --resume auto, or remove '
-              'it.')
+_OTHER_RUN = ('The run folder {} holds another run; give another --experiment, resume it with --resume auto, or '
+              'remove it.')
 
 
 def run_folder(args: argparse.Namespace) -> Path:
-    """Where the run is to be, not made yet.
+    """The path of the run folder, which is not created yet.
 
     Raises:
-        UserError: If a run is to be gone on with and none is named, or two are.
+        UserError: If a run is to be resumed and none is named, or two are.
     """
     if args.resume not in ('', 'auto'):
         if Path(args.resume).parent.name != 'checkpoints' or name_with_step(Path(args.resume)) is None:
@@ -49,21 +49,21 @@ def run_folder(args: argparse.Namespace) -> Path:
         folder = Path(args.resume).parent.parent
         named = (args.output or str(folder.parent), args.experiment or folder.name)
         if Path(*named).resolve() != folder.resolve():
-            raise UserError(f'--resume goes on in the folder of the checkpoint, {folder}, not in {Path(*named)}; leave '
-                            'out --output and --experiment.')
+            raise UserError(f'--resume continues in the folder of the checkpoint, {folder}, not in {Path(*named)}; '
+                            'leave out --output and --experiment.')
         return folder
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto looks in the folder of a run; name it with --experiment.')
     name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S-%f}-{_safe_name(args.model)}'
     folder = Path(args.output or 'output/train') / name
     if {*'#?'} & {*str(folder)} and parse_model_name(f'local-dir:{folder}')[1] != str(folder):
-        raise UserError(f'This timm cannot load weights from {folder}, as it cuts paths at # and ?; choose another '
-                        '--output and --experiment.')
+        raise UserError(f'This version of timm cannot load weights from {folder}, as it cuts paths at # and ?; choose '
+                        'another --output and --experiment.')
     return folder
 
 
 def _safe_name(model: str) -> str:
-    """The name of a network as a part of a file's name: that of a repo, of a run or folder, or of timm's registry."""
+    """The name of a network as part of a file name: that of a repo, of a run or folder, or of timm's registry."""
     if model.startswith('hf-hub:'):
         return safe_model_name(model)
     return safe_model_name(last_name(model.removeprefix('local-dir:')), remove_source=False)
@@ -71,13 +71,13 @@ def _safe_name(model: str) -> str:
 
 def find_checkpoint(args: argparse.Namespace, folder: Path, store: CheckpointStore,
                     tell: Callable[[str], None]) -> Optional[Checkpoint]:
-    """The checkpoint to go on from, None to start anew.
+    """The checkpoint to resume from, None to start from scratch.
 
     Raises:
-        UserError: If the folder holds another run, or one of other options.
+        UserError: If the folder holds another run, or one with other options.
     """
     if any(path.is_file() for path in (folder, *folder.parents)):
-        raise UserError(f'The run folder {folder} cannot be made, a file is in its way; choose another --output.')
+        raise UserError(f'The run folder {folder} cannot be created, a file is in its way; choose another --output.')
     if not args.resume:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(_OTHER_RUN.format(folder))
@@ -90,7 +90,7 @@ def find_checkpoint(args: argparse.Namespace, folder: Path, store: CheckpointSto
 
 
 def read_result(folder: Path) -> Dict[str, Any]:
-    """What a run that ended tells in ``result.json``, nothing for one that did not."""
+    """What a finished run has in ``result.json``, nothing for an unfinished one."""
     path = folder / RESULT_NAME
     return dict(json.loads(path.read_text(encoding='utf-8'))) if path.is_file() else {}
 
@@ -112,7 +112,7 @@ def read_args(folder: Path) -> Dict[str, Any]:
 
 
 def _without_folder(name: str, value: Any) -> Any:
-    """An option's value; of a place, the last name: what lies there may have moved with the run."""
+    """An option's value; of a path, the last name, as what is there may have moved with the run."""
     if not value or name not in _PLACES:
         return value
     return last_name(value.removeprefix('local-dir:')) if name in _NETWORKS else Path(value).name
@@ -134,16 +134,16 @@ def _compare_options(args: argparse.Namespace, folder: Path) -> None:
 @contextmanager
 def own_run_folder(folder: Path, args: argparse.Namespace, resumed: bool,
                    check: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Make the folder, keep other processes out of it, and write the options of a new run.
+    """Create the folder, keep other processes out of it, and write the options of a new run.
 
     Args:
         folder: The run folder.
         args: Options.
-        resumed: The run goes on from a checkpoint.
-        check: Called when others are kept out, before anything is written; what it raises is passed on.
+        resumed: Whether the run resumes from a checkpoint.
+        check: Called when others are kept out, before anything is written; what it raises is propagated.
 
-    The lock is one of POSIX: the system takes it back however the process ends, and workers do not inherit it. Windows
-    and disks without locks go without.
+    The lock is a POSIX one: the system releases it however the process ends, and workers do not inherit it. On Windows
+    and disks without locks there is none.
 
     Raises:
         UserError: If the folder cannot be written, another run was started there in the meantime, or another process
@@ -152,7 +152,7 @@ def own_run_folder(folder: Path, args: argparse.Namespace, resumed: bool,
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / 'checkpoints').mkdir(exist_ok=bool(args.resume))  # by the first of several that start at once
+            (folder / 'checkpoints').mkdir(exist_ok=bool(args.resume))  # fails for all but the first of several at once
             _lock(stack.enter_context(open(folder / '.lock', 'a')), folder)
             check()
             if not resumed:
@@ -173,4 +173,4 @@ def _lock(file: IO[str], folder: Path) -> None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         if e.errno in (errno.EACCES, errno.EAGAIN):
-            raise UserError(f'The run in {folder} goes on in another process; wait for its end, or stop it.') from e
+            raise UserError(f'The run in {folder} is active in another process; wait for it to end, or stop it.') from e

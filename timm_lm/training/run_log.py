@@ -1,4 +1,4 @@
-"""What a run shows and leaves for people: a live line, tables, metrics in JSON lines, pictures of curves and ``k``."""
+"""What a run shows and records: a live line, tables, metrics in JSON lines, plots of curves and ``k``."""
 import json
 import math
 import sys
@@ -12,19 +12,19 @@ from tqdm import tqdm
 from timm_lm.errors import RESUME
 from timm_lm.files import save_figure, sync, write_text, writing
 
-MAKE_ROOM = f'Make room, then go on {RESUME}.'
+MAKE_ROOM = f'Make room, then resume {RESUME}.'
 # What evaluate() returns, in its order.
 EVALUATION = ('top1', 'top5', 'loss', 'errors', 'images', 'images_per_second')
-TRAINING = ('loss', 'top1', 'images_per_second')  # of an epoch, the last one if any of it was trained here
+TRAINING = ('loss', 'top1', 'images_per_second')  # of an epoch, the last one only if any of it was trained here
 
 
 class LiveLine:
-    """One line on a terminal that tells where the training stands; elsewhere plain lines at the log interval."""
+    """One line on a terminal that shows the progress of training; elsewhere plain lines at the log interval."""
 
     def __init__(self, epochs: int, steps: int, enabled: bool):
         """
         Args:
-            epochs: Of the run.
+            epochs: Epochs of the run.
             steps: Batches of an epoch.
             enabled: Show anything; only the main process does.
         """
@@ -35,7 +35,7 @@ class LiveLine:
         self.bar: Optional[tqdm] = None
 
     def advance(self, epoch: int, step: int) -> None:
-        """Batches of the epoch that are done."""
+        """Show how many batches of the epoch are done."""
         if not (self.enabled and self.is_terminal):
             return
         if self.bar is None:
@@ -44,7 +44,7 @@ class LiveLine:
         self.bar.update(step - self.bar.n)
 
     def show(self, epoch: int, step: int, loss: float, error: float, lr: float, rate: float, left: float) -> None:
-        """Loss, error in %, rate of learning, images/s and seconds left of the run."""
+        """Show loss, error in %, learning rate, images/s and seconds left of the run."""
         if not self.enabled:
             return
         # what matters most comes first: a terminal of 80 columns cuts the rest
@@ -56,7 +56,7 @@ class LiveLine:
             print(f'epoch {epoch + 1}/{self.epochs} step {step}/{self.steps}: {text}', flush=True)
 
     def close(self) -> None:
-        """End of the epoch."""
+        """End the line of an epoch."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -76,14 +76,14 @@ def epoch_table(epoch: int, epochs: int, train: Dict[str, float], evaluation: Op
 
 
 def _add_to_summary(path: Path, row: Mapping[str, Any]) -> None:
-    """Add an epoch in timm's columns, blank ones where there is nothing to tell, so that all rows have the same."""
+    """Add an epoch in timm's columns, blank where there is no value, so that all rows have the same."""
     columns: Mapping[str, Any] = row['eval'] or dict.fromkeys(EVALUATION)
     update_summary(row['epoch'], dict.fromkeys(TRAINING) | row['train'], columns, filename=str(path), lr=row['lr'],
                    write_header=not path.exists())
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    """A row in JSON, which has no word for metrics that are not finite but null."""
+    """A row in JSON, with null for metrics that are not finite."""
     return json.dumps(_with_metrics(row, lambda value: value if math.isfinite(value) else None)) + '\n'
 
 
@@ -98,7 +98,7 @@ def _with_metrics(row: Mapping[str, Any], change: Callable[[Any], Any]) -> Dict[
 
 
 class RunLog:
-    """Metrics of a run, one row an epoch, in ``metrics.jsonl`` and ``summary.csv``."""
+    """Metrics of a run, one row per epoch, in ``metrics.jsonl`` and ``summary.csv``."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -122,17 +122,17 @@ class RunLog:
         with self._writing():
             with open(self.path, 'a') as f:
                 f.write(_line(row))
-            sync(self.path)  # as the checkpoint that follows it
+            sync(self.path)  # like the checkpoint that follows it
             _add_to_summary(self.summary, row)
 
     def _writing(self) -> ContextManager[None]:
         return writing(f'The metrics in {self.folder}', MAKE_ROOM)
 
     def truncate(self, epochs: int) -> None:
-        """Forget all after the first epochs, which a resumed run repeats, and what was cut short by a crash.
+        """Drop what follows the first epochs, which a resumed run repeats, and what was cut short by a crash.
 
         Raises:
-            UserError: If they cannot be written; the files are as before then.
+            UserError: If they cannot be written; the files are then unchanged.
         """
         if not self.path.exists():
             return
@@ -148,7 +148,7 @@ class RunLog:
                 self.summary.unlink(missing_ok=True)
 
     def rows(self) -> List[Dict[str, Any]]:
-        """All epochs so far, but for a last one that was cut short."""
+        """All epochs so far, except a last one that was cut short."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         rows = []
         for line in lines:

@@ -8,7 +8,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_lm.errors import UserError
 
-_PLATEAU: Any = getattr(timm_scheduler, 'PlateauLRScheduler', ())  # newer timm means to leave it out
+_PLATEAU: Any = getattr(timm_scheduler, 'PlateauLRScheduler', ())  # newer timm plans to remove it
 
 
 def create_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer,
@@ -17,11 +17,11 @@ def create_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer,
 
     Args:
         args: Options.
-        optimizer: Whose rates it moves.
-        updates_per_epoch: Updates of an epoch, of which schedules on updates have as many steps.
+        optimizer: The one whose rates it sets.
+        updates_per_epoch: Updates per epoch, for schedules that step on updates.
 
     Returns:
-        The schedule, None for ``--sched none``, and the epochs that it has.
+        The schedule, None for ``--sched none``, and its number of epochs.
 
     Raises:
         UserError: If timm has no such schedule, or it cannot be made with these options.
@@ -33,13 +33,13 @@ def create_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer,
             raise ValueError(f"Unknown scheduler '{args.sched}'")
     except (AssertionError, TypeError, ValueError) as e:
         raise UserError(f'The schedule {args.sched} cannot be made with these options ({e or type(e).__name__}); '
-                        'there are cosine, multistep, step, poly, tanh, plateau and none, in newer timm also '
-                        'constant, rsqrt and wsd.') from e
+                        'use cosine, multistep, step, poly, tanh, plateau or none, or in newer timm constant, '
+                        'rsqrt or wsd.') from e
     return scheduler, epochs
 
 
 def schedule_state(scheduler: Any) -> Optional[Dict[str, Any]]:
-    """State of a schedule for JSON; that of timm's plateau is not whole, so the inner one is taken."""
+    """State of a schedule for JSON; that of timm's plateau is incomplete, so the inner one is used."""
     if scheduler is None:
         return None
     if isinstance(scheduler, _PLATEAU):
@@ -49,7 +49,7 @@ def schedule_state(scheduler: Any) -> Optional[Dict[str, Any]]:
 
 
 def load_schedule(scheduler: Any, state: Dict[str, Any]) -> None:
-    """Put a state of ``schedule_state`` back."""
+    """Restore a state of ``schedule_state``."""
     if isinstance(scheduler, _PLATEAU):
         scheduler.lr_scheduler.load_state_dict(state['plateau'])
         scheduler.restore_lr = state['restore_lr']

@@ -5,27 +5,27 @@ import threading
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-_STOPS = ('SIGTERM', 'SIGINT', 'SIGHUP')  # the last one of a terminal that closes; Windows has none
+_STOPS = ('SIGTERM', 'SIGINT', 'SIGHUP')  # the last from a terminal that closes; not on Windows
 
 
 class Interrupted(Exception):
-    """A signal stopped the training; its state was saved, if it came to any.
+    """A signal stopped the training; its state was saved, if there was any.
 
     Attributes:
         exit_code: 128 + number of the signal: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP.
     """
 
     def __init__(self, number: int, checkpoint: Optional[Path]):
-        how = ('go on by the same command with --resume ' + shlex.quote(str(checkpoint)) if checkpoint else
-               'there is no checkpoint yet, begin again (with --resume auto in a folder named by --experiment)')
+        how = ('run the same command with --resume ' + shlex.quote(str(checkpoint)) if checkpoint else
+               'there is no checkpoint yet, start again (with --resume auto in a folder named by --experiment)')
         super().__init__(f'Stopped by {signal.Signals(number).name}; {how}')
         self.exit_code = 128 + number
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGINT and SIGHUP, so that the running step can end; the second one acts as ever, but SIGHUP.
+    """Records SIGTERM, SIGINT and SIGHUP, so that the current step can end; a second one acts as usual, except SIGHUP.
 
-    Of several processes each may be sent the same signal twice, by its launcher too; there the second one is nothing.
+    With several processes, each may get the same signal twice, as its launcher also sends it; the second is ignored.
     """
 
     def __init__(self, several: bool = False):
@@ -59,6 +59,6 @@ class StopSignals:
 
     def _give_back(self) -> None:
         for number, handler in self.before.items():
-            if handler is not None:  # one that was not set from Python cannot be given back
+            if handler is not None:  # one that was not set from Python cannot be restored
                 signal.signal(number, handler)
         self.before = {}

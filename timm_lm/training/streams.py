@@ -1,4 +1,4 @@
-"""Standard output and error that outlast their reader, so that a training does too."""
+"""Standard output and error that outlast their reader, so that training does too."""
 import errno
 import os
 import sys
@@ -9,7 +9,7 @@ _GONE = (errno.EPIPE, errno.EIO, errno.ENOSPC, getattr(errno, 'EDQUOT', errno.EN
 
 
 class _Outlasting:
-    """A text stream that goes on in silence when its reader is gone, as `head` and `tee` go, or a terminal, or when the
+    """A text stream that silently drops its output when its reader (`head`, `tee`, a terminal) is gone, or when the
     disk of its file is full."""
 
     def __init__(self, stream: Any):
@@ -35,12 +35,12 @@ class _Outlasting:
         if error.errno not in _GONE:
             raise error
         with open(os.devnull, 'w') as nowhere:
-            os.dup2(nowhere.fileno(), self.stream.fileno())  # where what is still in its buffer goes, too
+            os.dup2(nowhere.fileno(), self.stream.fileno())  # what is still in its buffer goes there, too
 
 
 @contextmanager
 def outlasting_output() -> Iterator[None]:
-    """Standard output and error that do not end what prints to them, while it lasts."""
+    """A context in which a lost reader of standard output and error does not end what prints to them."""
     with ExitStack() as stack:
         for redirect, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
             if stream is None:  # closed from the start

@@ -1,6 +1,6 @@
-"""A training from options to a run folder: data, network, optimizer, loop, checkpoints, weights.
+"""A training, from options to a run folder: data, network, optimizer, loop, checkpoints, weights.
 
-The loop is an ordinary one on Accelerate, which owns device, precision and processes.
+The loop is an ordinary one on Accelerate, which manages device, precision and processes.
 """
 import argparse
 import copy
@@ -38,7 +38,7 @@ from .signals import StopSignals
 
 
 def train(args: argparse.Namespace, command: str = '') -> Path:
-    """Train by options.
+    """Train with the given options.
 
     Args:
         args: Options of ``parse_options``.
@@ -46,18 +46,18 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
 
     Returns:
         The run folder. It holds ``args.yaml``, ``summary.csv``, ``metrics.jsonl``, ``curves.png``, ``k.png``,
-        ``checkpoints/`` and the weights folder ``weights/``; with ``dry_run`` it is not made.
+        ``checkpoints/`` and the weights folder ``weights/``; with ``dry_run`` it is not created.
 
     Raises:
         UserError: If options and data do not fit together, or the loss is no longer finite.
-        Interrupted: After SIGTERM, SIGINT or SIGHUP, with the state saved once there is one.
+        Interrupted: After SIGTERM, SIGINT or SIGHUP, with the state saved if there was any.
     """
-    args = copy.deepcopy(args)  # what is filled in is of this training
+    args = copy.deepcopy(args)  # what is filled in is for this training
     import_modules(args)
 
     # Device, precision and processes
     folder = run_folder(args)
-    remark = settle_precision(args)  # before the options are compared with those of the run, and so the rate
+    remark = settle_precision(args)  # like the rate, before the options are compared with those of the run
     accelerator = create_accelerator(args, folder)
     if not (args.experiment or args.resume):
         (folder,) = broadcast_object_list([folder])  # which has the time in its name
@@ -66,12 +66,12 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
         print(f'note: {remark}', flush=True)
     set_learning_rate(args, accelerator.num_processes)
 
-    # The checkpoint to go on from
+    # The checkpoint to resume from
     store = CheckpointStore(folder / 'checkpoints', keep=args.checkpoint_hist)
     found = store.newest_first()
     checkpoint = find_checkpoint(args, folder, store, tell=tqdm.write if is_main else lambda line: None)
     if differs(checkpoint and checkpoint.state['sha256']):
-        raise UserError(f'The processes do not find the same checkpoint in {folder}; the folder of a run must lie on a '
+        raise UserError(f'The processes do not find the same checkpoint in {folder}; the run folder must be on a '
                         'disk that all machines see.')
 
     # Network
@@ -84,17 +84,17 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     check_input(model, data_config, args.model)
     with first_of_machine_first(accelerator):
         load = partial(load_split, args, data_config=data_config, show=is_main, device=accelerator.device)
-        # images are read as before where a run goes on, whatever fits on this machine
+        # a resumed run reads images as before, whatever fits on this machine
         kind = checkpoint.state['loader'] if checkpoint else None
         try:
             train_set = load(args.train_split, is_training=True, kind=kind)
         except TooLarge as e:
             if kind is None:
                 raise
-            raise UserError(f'{str(e).partition(";")[0]}; the run began with its images in memory and can only go on '
-                            'where they fit. Start another run with another --experiment.') from e
+            raise UserError(f'{str(e).partition(";")[0]}; the run started with its images in memory and can only '
+                            'resume where they fit. Start another run with another --experiment.') from e
         eval_set = load(args.val_split) if args.val_split else None
-    if differs(isinstance(train_set, ImageSet)):  # whose images are augmented by other seeds
+    if differs(isinstance(train_set, ImageSet)):  # the two kinds are augmented with different seeds
         raise UserError('The training images fit into the memory of some processes and not of others; give --loader '
                         'timm to all of them.')
     for data in (train_set, eval_set):
@@ -109,9 +109,9 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
 
     # Optimizer, schedule, loss
     describe_trained(args, model, data_config, train_set.class_names)
-    # what the weights end in: free of all that training wraps around the network
+    # gets the final weights: without all that training wraps around the network
     finished = copy.deepcopy(model) if is_main else None
-    # FSDP shards contiguous weights only; the images are in the chosen layout all the same
+    # FSDP shards only contiguous weights; the images still have the chosen layout
     channels_last = args.channels_last and accelerator.distributed_type != DistributedType.FSDP
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     if args.grad_checkpointing:
@@ -121,7 +121,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
             raise UserError(f'{args.model} cannot recompute in its backward pass; leave --grad-checkpointing '
                             'out.') from e
     model = share_batch_statistics(args, model, accelerator)
-    set_seed((args.seed + accelerator.process_index) % 2 ** 32)  # each process drops other paths
+    set_seed((args.seed + accelerator.process_index) % 2 ** 32)  # each process drops different paths
     signals = StopSignals(several=accelerator.num_processes > 1)
     training = Training(args, accelerator, model, train_loader, data_config, store, signals)
     training.facts = run_facts(args, model, command, accelerator.device, accelerator.num_processes, recorded)
@@ -129,7 +129,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
         print(describe_run(args, model, train_loader, eval_loader, accelerator, folder), flush=True)
         for remark in describe_data(model, [data for data in (train_set, eval_set) if data is not None]):
             print(f'note: {remark}', flush=True)
-    del train_set, eval_set, data  # on a GPU the loaders have copies of their own
+    del train_set, eval_set, data  # on a GPU the loaders have their own copies
     if args.dry_run:
         if is_main:
             print(describe_schedule(args, training.updates_per_epoch, training.num_epochs))
@@ -156,7 +156,7 @@ def _run(
         progress: Progress,
         finished: Optional[TimmModel],
 ) -> None:
-    """From the checkpoint, or the start, to the weights."""
+    """Train from the checkpoint, or the start, to the weights."""
     log = RunLog(folder)
     on_main(accelerator, lambda: _clear_way(args, training, log, checkpoint, progress))
     _start_trackers(args, accelerator, folder)
@@ -205,30 +205,30 @@ def _run(
 
 def _clear_way(args: argparse.Namespace, training: Training, log: RunLog, checkpoint: Optional[Checkpoint],
                progress: Progress) -> None:
-    """Take what a run left after the checkpoint that it goes on from out of the way, and tell where it goes on."""
+    """Move what a run left after the checkpoint to resume from out of the way, and print where it resumes."""
     if args.resume:
         training.store.remove_unfinished()
-        for unfinished in log.folder.glob('.weights.*'):  # by a process that was killed; they are written again
+        for unfinished in log.folder.glob('.weights.*'):  # by a killed process; they are written again
             shutil.rmtree(unfinished, ignore_errors=True)
     if checkpoint is not None:
         place = f'batch {progress.batch + 1}' if progress.batch < len(training.loader) else 'validation'
         where = (f'epoch {progress.epoch + 1}, {place}' if progress.epoch < training.num_epochs else
                  'all epochs are done, the weights are written again')
-        print(f'Going on from {training.store.folder / checkpoint.folder.name}: {where}', flush=True)
+        print(f'Resuming from {training.store.folder / checkpoint.folder.name}: {where}', flush=True)
     if args.resume:
         for aside in training.store.set_aside_after(checkpoint):
             print(f'A later checkpoint is now {aside}', flush=True)
-    log.truncate(progress.epoch)  # last: rows without checkpoints are cut again, checkpoints without rows would stay
+    log.truncate(progress.epoch)  # last: rows without checkpoints are cut next time, checkpoints without rows stay
     if progress.epoch < training.num_epochs:
-        (log.folder / RESULT_NAME).unlink(missing_ok=True)  # of a later end
+        (log.folder / RESULT_NAME).unlink(missing_ok=True)  # from the earlier end of the run
 
 
 def _tell_best(training: Training) -> None:
     best = training.best
     if best is None:
         return
-    path = training.store.folder / best['checkpoint']  # it is gone if a run went back and found no better one
-    where = f' (`timm-lm weights {shlex.quote(str(path))}` makes weights of it)' if path.is_dir() else ''
+    path = training.store.folder / best['checkpoint']  # gone if the run was resumed before it and found no better one
+    where = f' (`timm-lm weights {shlex.quote(str(path))}` writes its weights)' if path.is_dir() else ''
     tqdm.write(f"best {best['metric']} {best['value']:.4g} after epoch {best['epoch'] + 1}{where}; the weights saved "
                'are those of the last epoch')
 
@@ -236,7 +236,7 @@ def _tell_best(training: Training) -> None:
 def _check_unchanged(store: CheckpointStore, found: List[Path]) -> None:
     """Another process may have run there until now, while this one read the checkpoint and the data."""
     if store.newest_first() != found:
-        raise UserError(f'Another process went on with the run in {store.folder.parent} in the meantime; start again.')
+        raise UserError(f'Another process resumed the run in {store.folder.parent} in the meantime; start again.')
 
 
 def _start_trackers(args: argparse.Namespace, accelerator: Any, folder: Path) -> None:
@@ -254,8 +254,8 @@ def _start_trackers(args: argparse.Namespace, accelerator: Any, folder: Path) ->
         except Exception as e:
             if not type(e).__module__.startswith('wandb.'):
                 raise
-            raise UserError(f'Weights & Biases could not begin ({one_line(e)}); log in, keep its log on disk by '
-                            f'WANDB_MODE=offline, or leave --log-wandb out, and go on {RESUME}.') from e
+            raise UserError(f'Weights & Biases could not start ({one_line(e)}); log in, keep its log on disk with '
+                            f'WANDB_MODE=offline, or leave --log-wandb out, and resume {RESUME}.') from e
 
     on_main(accelerator, start)
 
