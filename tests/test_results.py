@@ -258,6 +258,16 @@ def test_rows_that_are_added_at_once_are_all_there(tmp_path):
     assert len(read_rows(tmp_path / 'cifar10.csv')) == 40
 
 
+def test_record_of_other_columns_is_left_alone(tmp_path):
+    add_rows([row('lm_resnet20', '9.00')], tmp_path)
+    path = tmp_path / 'cifar10.csv'
+    header, line = path.read_text().splitlines()
+    path.write_text(f'{header},note\n{line},mine\n')
+    with pytest.raises(UserError, match=r'cifar10.csv are not those .* one of them only: note\); fix the file'):
+        add_rows([row('lm_resnet20', '8.00', seed=2)], tmp_path)
+    assert path.read_text().endswith(',mine\n')
+
+
 def test_report_command_and_its_errors(results, run_folder, tmp_path, command, fails):
     page = tmp_path / 'page.md'
     code, out, err = command('report', '--results', results, '--page', page, '--add', run_folder)

@@ -24,6 +24,8 @@ from timm_lm.files import atomic_folder, sha256, sync, write_text
 from timm_lm.model_config import record_data
 from timm_lm.models import _weights
 from timm_lm.names import load_model, names_folder
+from timm_lm.training.result import run_card
+from timm_lm.training.run_folder import read_args, read_result
 from timm_lm.weights_folder import CHECK_NAME, save_folder, verify_folder
 
 
@@ -99,6 +101,15 @@ def test_card_records_the_error_and_comes_back(weights, run_folder):
     assert f"{result['errors']} of {result['images']} images" in card.text
     assert 'timm-lm train -c demo_digits' in card.text
     assert '{{' not in str(card) and '{%' not in str(card)
+
+
+@pytest.mark.parametrize('options, said', [
+    ({}, True), (dict(tag='paper_c10'), False), (dict(val_split='train[90%:]'), False), (dict(dataset=''), False)])
+def test_card_says_that_a_recipe_was_chosen_on_the_split(weights, run_folder, options, said):
+    """Where it was: for our own recipes, on the test split of CIFAR."""
+    args = read_args(run_folder) | dict(tag='best_c10', dataset='hfds/uoft-cs/cifar10', val_split='test') | options
+    card = run_card(read_result(run_folder), args, load_model(str(weights)))
+    assert ('was chosen with errors on this split in view' in card) == said
 
 
 def write_half(folder):

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -335,23 +335,25 @@ COMMANDS: Dict[str, Callable[[List[str]], Optional[int]]] = {
 }
 
 
-# Errors of PyTorch and the system that a user can do something about: words in them, and the message.
-_FAILURES = (
-    (('MemoryError', 'not enough memory', "can't allocate memory", 'out of memory'),
+# Errors of PyTorch and the system that a user can do something about: their types, words in them, and the message.
+_FAILURES: Tuple[Tuple[Tuple[str, ...], Tuple[str, ...], str], ...] = (
+    (('MemoryError', 'OutOfMemoryError'), ('not enough memory', "can't allocate memory", 'out of memory'),
      'There is too little memory ({}); use a smaller --batch-size or a smaller network.'),
-    (('DataLoader worker (pid', 'unable to allocate shared memory'),  # killed, or a full /dev/shm
+    ((), ('DataLoader worker (pid', 'unable to allocate shared memory'),  # killed, or a full /dev/shm
      'The processes that read images failed ({}), perhaps for lack of memory or of space in /dev/shm; use fewer '
      f'--workers. Resume training {RESUME}.'),
     # where it is raised says little, as the host runs ahead
-    (('AcceleratorError', 'CUDA error', 'CUDA driver error', 'cuDNN error', 'Triton Error [CUDA]'),
+    (('AcceleratorError',), ('CUDA error', 'CUDA driver error', 'cuDNN error', 'Triton Error [CUDA]'),
      f'The device failed ({{}}), perhaps because of another process on it; start again. Resume training {RESUME}.'),
 )
 
 
 def _failure(error: BaseException) -> str:
     """The message for an error that the user can do something about, '' for others."""
-    text = f'{type(error).__name__}: {error}'
-    return next((said.replace('{}', one_line(error)) for words, said in _FAILURES if any(w in text for w in words)), '')
+    for types, words, message in _FAILURES:
+        if type(error).__name__ in types or any(word in str(error) for word in words):
+            return message.format(one_line(error))
+    return ''
 
 
 def _device(name: str) -> Any:

@@ -27,13 +27,17 @@ LOG_IN = 'log in with `hf auth login` (`huggingface-cli login` before huggingfac
 AGAIN = 'run the same command again, what is already there is left alone'
 
 
-def set_up_client() -> None:
-    """Make huggingface_hub give up on a server that does not respond, and show progress on a terminal only.
-
-    By default it waits forever. A client that the user set up, such as one for a proxy, is kept.
-    """
+def draw_no_bars_into_files() -> None:
+    """Make huggingface_hub show its progress on a terminal only."""
     if not sys.stderr.isatty():
         disable_progress_bars()
+
+
+def set_up_client() -> None:
+    """Make huggingface_hub give up on a server that does not respond; by default it waits forever.
+
+    A client that the user set up, such as one for a proxy, is kept.
+    """
     modern = hasattr(huggingface_hub, 'set_client_factory')
     try:
         http = importlib.import_module('huggingface_hub.utils._http')

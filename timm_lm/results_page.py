@@ -150,7 +150,7 @@ def _verdict(lm: str, plain_runs: List[Row], lm_runs: List[Row]) -> str:
     variance = (plain * (100 - plain) + own * (100 - own)) / int(lm_runs[0]['images'])  # all seeds see the same images
     points, error = own - plain, variance ** 0.5
     verdict = 'beats' if points < -2 * error else 'cannot be told apart from' if points < 0 else 'does not beat'
-    size = f'{abs(points) / error:.1f} standard errors' if error else 'without a standard error'
+    size = f'{abs(points) / error:.1f} standard errors' if error else '0.00 points'
     return (f'`{lm}` {verdict} its plain twin: {own:.2f} against {plain:.2f} %, a difference of {size}. (The standard '
             f'error of at most {error:.2f} points is due to the number of test images; seeds add to it.)')
 

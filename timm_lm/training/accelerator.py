@@ -1,6 +1,7 @@
 """The device, precision and processes of a training, managed by Accelerate."""
 import argparse
 import importlib.util
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import List
@@ -60,7 +61,7 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
     """
     on_cpu = _on_cpu(args)
     for name in ('deepspeed', 'megatron_lm', 'parallelism_config'):
-        if parse_flag_from_env(f'ACCELERATE_USE_{name.upper()}'):
+        if os.environ.get(f'ACCELERATE_USE_{name.upper()}', 'false').lower() == 'true':  # as Accelerate reads it
             raise UserError(f"Accelerate's settings ask for {name}, which this engine lacks; use DDP or FSDP.")
     plugin = TorchDynamoPlugin(backend='no')  # otherwise Accelerate's own setting applies
     if args.torchcompile:

@@ -143,7 +143,7 @@ def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel,
         precision=asked_precision(args),
         license=model.pretrained_cfg.get('license') or 'unknown',
         start=_start(args),
-        chosen_on_test=args['tag'] in CHOSEN_ON_TEST,
+        chosen_on_test=dataset in DATASET_NAMES and args['val_split'] == 'test' and args['tag'] in CHOSEN_ON_TEST,
         of_epochs=told.get('of_epochs'),
         k=_k_summary(model),
         **{name: told[name] for name in (
