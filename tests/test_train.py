@@ -268,7 +268,7 @@ def test_bad_data_is_named_and_nothing_is_written(few_digits, tmp_path, fails):
         line = fails('train', '-c', 'demo_digits', '--data-dir', folder, '--output', output)
         assert message in line and str(folder) in line
     for option, message in (
-            (['--num-classes', '5'], 'labels up to 9, the network has 5 classes'),
+            (['--num-classes', '5'], 'labels up to 9, but the network has 5 classes'),
             (['--opt', 'sdg'], 'The optimizer sdg'),
             (['--sched', 'cosin'], 'cosin'),
             (['--torchcompile', 'nope'], "no backend 'nope'"),
