@@ -1,6 +1,6 @@
 """Entry points of ``torch.hub`` for every network: ``torch.hub.load(<this folder>, 'lm_resnet56', source='local')``.
 
-The networks are those of the package next to this file, or of the same version if Python has already imported it. If
+The networks are those of the package next to this file, or of an already imported package of the same version. If
 another version is imported or installed, loading fails with an error that names both: one process can hold only one of
 them.
 """

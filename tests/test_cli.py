@@ -113,7 +113,7 @@ def test_demonstration_that_is_stopped(tmp_path):
     (['train', '-c'], 'expected one argument'),
     (['info', 'hf_hub:owner/name'], 'hf-hub:owner/name could not be loaded'),
     (['validate', __file__], 'is a file; give the folder of a model.safetensors'),
-    (['recipe', 'lm_resnet56.paper_c10', '--path'], 'use `timm-lm recipe --path paper_c10` together with --model lm_'),
+    (['recipe', 'lm_resnet56.paper_c10', '--path'], '`timm-lm recipe --path paper_c10` prints, and --model lm_'),
     (['recipe', 'lm_resnet32.distill_c100'], 'The recipe distill_c100 is not for lm_resnet32'),
     (['weights', 'no/such/step-1'], 'is not a checkpoint of a run; give RUN/checkpoints/step-'),
     (['verify', 'no/such/folder'], 'no/such/folder does not exist'),

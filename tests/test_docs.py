@@ -210,7 +210,7 @@ def test_publishing_in_the_readme_is_one_commit(readme, hub):
     assert uploaded.keys() - created.keys() == {
         'model.safetensors', 'config.json', 'README.md', 'test/rand_tensors.safetensors'}
     assert uploaded['model.safetensors'] == weights.read_bytes()
-    assert 'hf-hub:OWNER/NAME: whole' in printed(outputs, 'timm-lm push')
+    assert 'hf-hub:OWNER/NAME: intact' in printed(outputs, 'timm-lm push')
 
 
 def test_commands_on_a_clone_are_those_that_ci_runs():

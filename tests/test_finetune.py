@@ -327,7 +327,7 @@ def test_other_names_of_the_splits_are_known(tune, tmp_path):
 def test_folder_of_classes_alone_is_not_validated_on_itself(tune, command, fails, tmp_path):
     data = image_folder(tmp_path / 'data', 16, splits=False)
     line = fails('train', '--pretrained', '--data-dir', data, '--output', tmp_path / 'runs', *QUICK)
-    assert "has no folder 'train' (it has: digit0, digit1" in line and 'would be those to validate on' in line
+    assert "has no folder 'train' (it has: digit0, digit1" in line and 'images would be the same' in line
     weights, _ = tune(data, '--val-split', '')
     assert 'errors' not in json.loads((weights.parent / 'result.json').read_text())
     code, out, err = command('validate', weights, '--data-dir', data)

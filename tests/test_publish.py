@@ -297,8 +297,8 @@ def pickled(path):
 
 @pytest.mark.parametrize('name, damage, message', [
     ('model.safetensors', flip_a_bit, 'damaged or was changed'),
-    ('model.safetensors', pickled, 'not a whole safetensors file'),
-    (CHECK_NAME, pickled, 'not a whole safetensors file'),
+    ('model.safetensors', pickled, 'damaged or no safetensors file'),
+    (CHECK_NAME, pickled, 'damaged or no safetensors file'),
     (CHECK_NAME, Path.unlink, f'has no {CHECK_NAME}'),
     ('config.json', Path.unlink, 'has no config.json'),
     (CARD_NAME, Path.unlink, f'has no {CARD_NAME}'),
@@ -332,7 +332,7 @@ def test_published_weights_are_those_of_the_folder(hub, done, tree, client_env, 
     hub.log.clear()
     assert done('push', tree / NAME, '--repo-id', repo_id) == f'{repo_id}: nothing to do, commit {sha} is identical\n'
     assert commits(hub, repo_id) == [sha] and not any('commit' in request for request in hub.log)
-    assert done('verify', f'hf-hub:{repo_id}').startswith(f'hf-hub:{repo_id}: whole; logits within ')
+    assert done('verify', f'hf-hub:{repo_id}').startswith(f'hf-hub:{repo_id}: intact; logits within ')
     told, local = (done('info', source).splitlines() for source in (f'hf-hub:{repo_id}', tree / NAME))
     assert told[-6:] == local[-6:] and told[-6].startswith('  stages.0.blocks.1 ')
     assert f'weights     hf-hub:{repo_id}' in told and 'error       on its card' in told
@@ -581,7 +581,7 @@ def test_training_on_a_data_set_of_the_hub(hub, done, refused, few_digits, tmp_p
         'timm-lm: error: The data set owner/nothing could not be downloaded from the Hub')
     assert refused(*words, 'hfds/owner/digits', '--val-split', 'validation') == (
         "timm-lm: error: The data set owner/digits of the Hub has no split 'validation' (it has: test, train); name "
-        'one of these with --train-split or --val-split.')
+        'one of these with --val-split (in training also --train-split).')
 
 
 def test_hub_that_says_nothing(hub, refused, few_digits, tmp_path):
@@ -681,7 +681,7 @@ def lost_weights(files):
 
 @pytest.mark.parametrize('damage, message', [
     (tampered_weights, 'hf-hub:owner/tampered/model.safetensors is damaged or was changed'),
-    (tampered_check, f'hf-hub:owner/tampered/{CHECK_NAME} is not a whole safetensors file'),
+    (tampered_check, f'hf-hub:owner/tampered/{CHECK_NAME} is damaged or no safetensors file'),
     (tampered_config, "hf-hub:owner/tampered/model.safetensors holds another network than the 'lm_resnet32'"),
     (lost_weights, 'hf-hub:owner/tampered has no model.safetensors'),
 ])
@@ -693,7 +693,7 @@ def test_tampered_repo_is_named(hub, done, refused, damage, message):
     damage(files)
     repo.commit(files)
     assert message in refused('verify', 'hf-hub:owner/tampered')
-    assert 'whole' in done('verify', f'hf-hub:owner/tampered@{whole}')
+    assert 'intact' in done('verify', f'hf-hub:owner/tampered@{whole}')
 
 
 @pytest.mark.parametrize('name, told', [('head.fc.bias', 'output'), ('norm.bias', 'features')])
@@ -718,4 +718,4 @@ def test_verify_of_repos_that_are_not_there(hub, refused):
 def test_verify_takes_folders_and_repos(hub, done, folder):
     hub.add('owner/both', SHIPPED)
     lines = done('verify', folder, 'hf-hub:owner/both').splitlines()
-    assert [line.split(': whole')[0] for line in lines] == [str(folder), 'hf-hub:owner/both']
+    assert [line.split(': intact')[0] for line in lines] == [str(folder), 'hf-hub:owner/both']

@@ -221,7 +221,7 @@ def test_places_of_a_machine_are_not_recorded(run_folder, few_digits, tmp_path):
 def test_folder_of_other_options_is_no_run(run_folder, tmp_path, text):
     run = shutil.copytree(run_folder, tmp_path / 'run')
     (run / 'args.yaml').write_text(text)
-    with pytest.raises(UserError, match='is not the folder of a run'):
+    with pytest.raises(UserError, match='is not a run folder'):
         read_run(run)
 
 
@@ -258,12 +258,12 @@ def test_rows_that_are_added_at_once_are_all_there(tmp_path):
     assert len(read_rows(tmp_path / 'cifar10.csv')) == 40
 
 
-def test_record_of_other_columns_is_left_alone(tmp_path):
+def test_record_with_a_column_of_its_own_is_left_alone(tmp_path):
     add_rows([row('lm_resnet20', '9.00')], tmp_path)
     path = tmp_path / 'cifar10.csv'
     header, line = path.read_text().splitlines()
     path.write_text(f'{header},note\n{line},mine\n')
-    with pytest.raises(UserError, match=r'cifar10.csv are not those .* one of them only: note\); fix the file'):
+    with pytest.raises(UserError, match=r'cifar10.csv has columns that the record does not have \(note\); remove them'):
         add_rows([row('lm_resnet20', '8.00', seed=2)], tmp_path)
     assert path.read_text().endswith(',mine\n')
 
@@ -275,7 +275,7 @@ def test_report_command_and_its_errors(results, run_folder, tmp_path, command, f
     assert out.split() == [str(results / 'few.csv'), str(page)]
     before = (results / 'few.csv').read_text()
     line = fails('report', '--results', results, '--page', page, '--add', run_folder, tmp_path / 'nowhere')
-    assert 'nowhere is not the folder of a run' in line
+    assert 'nowhere is not a run folder' in line
     (listed,) = [line for line in page.read_text().splitlines() if line.startswith('| run | `lm_resnet20` | few |')]
     assert listed.endswith(f"| done | `{read_run(run_folder)['command']}` |")  # also of a data set without a table
     assert (results / 'few.csv').read_text() == before

@@ -105,13 +105,13 @@ def test_what_can_not_ship_leaves_everything_as_it_was(run, places, monkeypatch)
     refused("lm_resnet20 has no tag 'unheard_of'")
     for model in ('lm_resnet20', 'resnet18.a1_in1k'):
         (run / 'result.json').write_text(json.dumps(json.loads(result) | dict(model=model)))
-        refused(f'is of {model}; only a network of this package with a tag')
+        refused(f'is of {model}; only networks of this package can ship')
     (run / 'result.json').unlink()
     refused('no error count to ship .stopped after epoch 2 of 2')
     (run / 'result.json').write_text(result)
     file = run / 'weights' / 'model.safetensors'
     file.write_bytes(file.read_bytes()[:-1])
-    refused('not a whole safetensors file')
+    refused('damaged or no safetensors file')
 
 
 def test_what_a_killed_process_left_is_not_taken_for_weights(run, places):
@@ -193,7 +193,7 @@ def test_command_on_bad_input_says_one_line_and_writes_nothing(run, tmp_path, ca
 
     before = files()
     for argv, expected in (
-        ([tmp_path / 'nowhere', '--project', checkout], 'nowhere is not the folder of a run'),
+        ([tmp_path / 'nowhere', '--project', checkout], 'nowhere is not a run folder'),
         ([run, '--project', tmp_path], 'is not the checkout that this package runs from'),
     ):
         assert ship_module.main([str(word) for word in argv]) == 2

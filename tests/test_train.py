@@ -276,8 +276,8 @@ def test_bad_data_is_named_and_nothing_is_written(few_digits, tmp_path, fails):
             (['--torchcompile', '--torchcompile-mode', 'nope'], "no mode 'nope' of torch.compile; there are: "),
             (['--model', 'dla46_c', '--input-size', '1', '32', '32', '--grad-checkpointing'],
              'dla46_c cannot recompute in its backward pass'),
-            (['--mixup', '0.2', '--mixup-off-epoch', '13'], '--mixup-off-epoch 13 is after the end of the run (12 '),
-            (['--two-step-epoch', '12'], '--two-step-epoch 12 is after the end of the run (12 '),
+            (['--mixup', '0.2', '--mixup-off-epoch', '13'], '--mixup-off-epoch 13 is never reached: the run has 12 '),
+            (['--two-step-epoch', '12'], '--two-step-epoch 12 is never reached: the run has 12 '),
             (['--interpolation', 'nope', '--train-interpolation', 'nope'], "no interpolation 'nope'"),
             (['--gp', 'nope'], 'cannot be made with these options'),
             (['--seed', '-1'], '--seed must not be negative'),
@@ -448,7 +448,7 @@ def test_device_that_failed_is_told(fails, monkeypatch, kind):
     monkeypatch.setitem(cli.COMMANDS, 'list', work)
     line = fails('list')
     assert 'The device failed (CUDA error: an illegal memory access was encountered' in line
-    assert 'Resume training with --resume auto' in line
+    assert 'A training resumes with --resume auto' in line
 
 
 @pytest.mark.parametrize('engine, value', [

@@ -205,12 +205,12 @@ def broken_config(folder):
     (missing_weights, 'has no model.safetensors'),
     (missing_config, 'has no config.json'),
     (broken_config, 'not a readable timm config'),
-    (cut_weights, 'not a whole safetensors file'),
+    (cut_weights, 'damaged or no safetensors file'),
     (flipped_weights, 'damaged or was changed'),
     (other_network, "another network than the 'lm_resnet32'"),
     (unknown_network, "architecture 'lm_resnet21', which timm does not know"),
-    (pickled_weights, 'not a whole safetensors file'),
-    (torch_weights, 'not a whole safetensors file'),
+    (pickled_weights, 'damaged or no safetensors file'),
+    (torch_weights, 'damaged or no safetensors file'),
 ])
 def test_damage_is_named_by_verify_and_validate(folder, few_digits, fails, damage, message):
     damage(folder)

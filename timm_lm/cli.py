@@ -64,8 +64,8 @@ def _recipe(argv: List[str]) -> None:
     if args.path:
         if model and not re.search(f'(?m)^model: {re.escape(model)}$', path.read_text(encoding='utf-8')):
             recipe = args.name.rpartition('.')[2]
-            raise UserError(f'The file of {recipe} is for its own network; use `timm-lm recipe --path {recipe}` '
-                            f'together with --model {model}.')
+            raise UserError(f'The file of {recipe} is for its own network; give the path that `timm-lm recipe --path '
+                            f'{recipe}` prints, and --model {model}.')
         print(path)
         return
     text = path.read_text(encoding='utf-8')
@@ -175,7 +175,7 @@ def _verify(argv: List[str]) -> None:
     for source in map(with_scheme, args.sources):
         differences = (verify_repo(source) if is_repo_name(source) else
                        verify_folder(source.removeprefix('local-dir:')))
-        print(f"{source}: whole; logits within {differences['output']:.1e} of those recorded")
+        print(f"{source}: intact; logits within {differences['output']:.1e} of those recorded")
 
 
 def _push(argv: List[str]) -> None:
@@ -341,10 +341,10 @@ _FAILURES: Tuple[Tuple[Tuple[str, ...], Tuple[str, ...], str], ...] = (
      'There is too little memory ({}); use a smaller --batch-size or a smaller network.'),
     ((), ('DataLoader worker (pid', 'unable to allocate shared memory'),  # killed, or a full /dev/shm
      'The processes that read images failed ({}), perhaps for lack of memory or of space in /dev/shm; use fewer '
-     f'--workers. Resume training {RESUME}.'),
+     f'--workers. A training resumes {RESUME}.'),
     # where it is raised says little, as the host runs ahead
     (('AcceleratorError',), ('CUDA error', 'CUDA driver error', 'cuDNN error', 'Triton Error [CUDA]'),
-     f'The device failed ({{}}), perhaps because of another process on it; start again. Resume training {RESUME}.'),
+     f'The device failed ({{}}), perhaps because of another process on it; start again. A training resumes {RESUME}.'),
 )
 
 

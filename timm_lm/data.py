@@ -317,5 +317,5 @@ def check_class_names(found: Optional[Sequence[str]], names: Optional[Sequence[s
                 'by number only.')
     shown = some(sorted({*found} ^ {*known}))
     raise UserError(f'The {len(found)} classes of the data are not the {len(known)} of {of}, or in another order, '
-                    f'so class numbers do not agree (only in one of them: {shown or "none"}); make the folders '
-                    'match, or number the classes with --class-map.')
+                    f'so class numbers do not agree (only in one of them: {shown or "none"}); make them '
+                    'match (folders of images also with --class-map).')

@@ -108,7 +108,8 @@ def _explain(error: BaseException, repo_id: str, again: str, writes: bool) -> st
     if isinstance(answered, GatedRepoError):
         return f'{endpoint} gives access to {repo_id} on request only; ask for it on its page, and {again}.'
     if isinstance(answered, RepositoryNotFoundError):
-        return f'There is no {repo_id} on {endpoint}, or it is private and the token has no access; check the name.'
+        return (f'There is no {repo_id} on {endpoint}, or it is private and no token gives access; check the name, or '
+                f'{LOG_IN}.')
     if isinstance(answered, RevisionNotFoundError):
         return f'There is no such revision of {repo_id} on {endpoint}; check its name.'
     if status == 401:

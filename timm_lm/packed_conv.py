@@ -40,7 +40,7 @@ class PackedConv2d(nn.Conv2d):
         """The same convolution, with the same parameters.
 
         Args:
-            conv: A convolution with numeric zero padding.
+            conv: A convolution that pads with zeros, by numbers (not 'same' or 'valid').
         """
         packed = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,  # type: ignore[arg-type]

@@ -67,7 +67,7 @@ def find_parquet(folder: Union[str, Path], split: str) -> List[Path]:
     if not found:
         names = ', '.join(sorted({name for _, name in splits}))
         raise UserError(f"The data folder {folder} has no split '{split}' (it has: {names}); name one of these with "
-                        '--train-split or --val-split, or add the files.')
+                        '--val-split (in training also --train-split), or add the files.')
     if len(found) > 1:
         raise UserError(f"The data folder {folder} has the split '{split}' in several subfolders ({', '.join(found)}); "
                         'give one of them as the data folder.')
@@ -134,7 +134,7 @@ def download_parquet(repo_id: str, split: str) -> Path:
         raise UserError(f'The data set {repo_id} of the Hub has no Parquet files; give a folder of such files, or one '
                         'of images, with --data-dir.')
     raise UserError(f"The data set {repo_id} of the Hub has no split '{split}' (it has: {some(names)}); name one of "
-                    'these with --train-split or --val-split.')
+                    'these with --val-split (in training also --train-split).')
 
 
 def _splits_of_repo(repo_id: str) -> List[str]:

@@ -37,16 +37,16 @@ def check_rows(rows: Sequence[Row], results: Path) -> None:
 
     Raises:
         UserError: If two networks or seeds have the same run name, in the record or among the rows, or if a file has
-            other columns.
+            columns of its own.
     """
     for dataset in {row['dataset'] for row in rows}:
         known: Dict[str, Row] = {}
         path = results / f'{dataset}.csv'
         for row in (*read_rows(path), *(row for row in rows if row['dataset'] == dataset)):
-            if row.keys() != set(COLUMNS):
-                columns = ', '.join(sorted(row.keys() ^ set(COLUMNS)))
-                raise UserError(f'The columns of {path} are not those of the record (in one of them only: {columns}); '
-                                'fix the file.')
+            unknown = sorted(row.keys() - set(COLUMNS))
+            if unknown:  # which would be lost
+                raise UserError(f"{path} has columns that the record does not have ({', '.join(unknown)}); remove "
+                                'them.')
             other = known.setdefault(row['run'], row)
             if any(other[name] != row[name] for name in ('model', 'seed')):
                 raise UserError(f"There would be two runs {row['run']} of {dataset} ({other['model']} of seed "

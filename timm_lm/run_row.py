@@ -31,7 +31,7 @@ def read_run(folder: Union[str, Path]) -> Row:
         return _read_run(Path(folder))
     except (AttributeError, KeyError, OSError, TypeError, UserError, ValueError) as e:
         reason = f'it has no {e}' if isinstance(e, KeyError) else e
-        raise UserError(f'{folder} is not the folder of a run ({reason}).') from e
+        raise UserError(f'{folder} is not a run folder ({reason}).') from e
 
 
 def _read_run(folder: Path) -> Row:

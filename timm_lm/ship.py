@@ -9,7 +9,7 @@ from typing import Any, Dict, Optional, Sequence, Union
 import torch
 from safetensors import SafetensorError
 
-from .errors import UserError
+from .errors import RESUME, UserError
 from .files import atomic_folder, locked, whole_entries, write_text
 from .models._weights import weights_dir, write_digests
 from .names import check_name, is_ours, saved_model_args
@@ -49,15 +49,15 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
     run = Path(run)
     row = read_run(run)
     if row['status'] != 'done':
-        raise UserError(f"The run {run} has no error count to ship ({row['status']}); resume it with --resume "
-                        'auto.')
+        raise UserError(f"The run {run} has no error count to ship ({row['status']}); resume it "
+                        f'{RESUME}.')
     if not row['errors']:
         raise UserError(f'The run {run} has no error count to ship, as it was trained without a --val-split; train '
                         'another with one.')
     check_name(row['model'])
     if not is_ours(row['model']) or '.' not in row['model']:
-        raise UserError(f"The run {run} is of {row['model']}; only a network of this package with a tag, that of "
-                        'the run, can ship.')
+        raise UserError(f"The run {run} is of {row['model']}; only networks of this package can ship, and "
+                        'only with a tag; train it with a recipe or --tag.')
     told, args = read_result(run), read_args(run)
     source = run / 'weights'
     verify_folder(source)

@@ -49,8 +49,8 @@ def check_split_folder(folder: Union[str, Path], split: str, required: bool = Fa
             advice = "add the images, or skip validation with --val-split ''"
         raise UserError(f"The data folder {folder} has no split '{split}' (it has: {', '.join(others)}); {advice}.")
     if required:
-        raise UserError(f"The data folder {folder} has no folder '{split}' (it has: {some(folders)}), so the images "
-                        'to train on would be those to validate on; make train/ and validation/, name others with '
+        raise UserError(f"The data folder {folder} has no folder '{split}' (it has: {some(folders)}), so training "
+                        'and validation images would be the same; make train/ and validation/, name others with '
                         "--train-split and --val-split, or skip validation with --val-split ''.")
 
 

@@ -59,7 +59,7 @@ def validate(
     check_labels(loader.data, model.num_classes)
     if amp and no_bfloat16(device.type):
         amp = False
-        remarks.append(f'{no_bfloat16(device.type)}; validated in float32, as without --amp.')
+        remarks.append(f'{no_bfloat16(device.type)}; validating in float32, as without --amp.')
     for remark in filter(None, remarks):
         tell(remark)
     model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -128,7 +128,7 @@ def read_config(folder: Path) -> Dict[str, Any]:
         if any(len(cfg.get(key) or [0]) not in (1, channels) for key in ('mean', 'std')):
             raise ValueError(f'mean and std must have {channels} values')
     except FileNotFoundError:
-        raise UserError(f'{folder} has no {CONFIG_NAME}; give a weights folder written by `timm-lm train`.') from None
+        raise UserError(f'{folder} has no {CONFIG_NAME}; give a weights folder, such as RUN/weights.') from None
     except (ValueError, KeyError, TypeError, OSError) as e:
         raise UserError(f'{path} is not a readable timm config ({type(e).__name__}: {e}); restore the file.') from e
     if not timm.is_model(architecture):
@@ -142,7 +142,7 @@ def _compare_header(weights: Path, model: TimmModel, architecture: str) -> None:
         with safe_open(weights, 'pt') as f:
             shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
     except SafetensorError as e:
-        raise UserError(f'{weights} is not a whole safetensors file ({e}); copy or download it again.') from e
+        raise UserError(f'{weights} is damaged or no safetensors file ({e}); copy or download it again.') from e
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     differing = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
     if differing:
@@ -197,7 +197,7 @@ def _recorded_digest(folder: Path) -> Optional[str]:
         with safe_open(path, 'pt') as f:
             return (f.metadata() or {}).get('model_sha256')
     except SafetensorError as e:
-        raise UserError(f'{path} is not a whole safetensors file ({e}); copy or download the folder again.') from e
+        raise UserError(f'{path} is damaged or no safetensors file ({e}); copy or download the folder again.') from e
 
 
 def _compare_digest(folder: Path) -> None:

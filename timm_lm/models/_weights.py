@@ -89,8 +89,8 @@ def sources_of_tags(name: str, cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Dic
         cfgs: Pretrained configs by tag. The first one fixes the number of classes of the bare name.
 
     Returns:
-        The configs by name and tag. timm's default is the first one with weights for that number of classes, or the
-        first one if there is none.
+        The configs by name and tag. timm's default is the first one with weights for as many classes as the first
+        tag, or the first tag if there is none.
     """
     found = {tag: weight_source(f'{name}.{tag}', cfg) for tag, cfg in cfgs.items()}
     first = next(iter(found))

@@ -622,7 +622,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LMResNet, strict: bo
         strict: The ``pretrained_strict`` given to ``timm.create_model``.
 
     Raises:
-        RuntimeError: If ``strict`` and the weights do not have the ``k`` of the network's steps, even where timm
+        RuntimeError: If ``strict`` and the weights have a ``k`` for other steps than the network, even where timm
             accepts missing and unexpected weights, as it does for another number of classes.
     """
     state_dict = dict(state_dict)

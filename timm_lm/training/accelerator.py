@@ -27,7 +27,7 @@ LONGEST_WAIT = timedelta(hours=4)
 
 
 def settle_precision(args: argparse.Namespace) -> str:
-    """Turn off ``--amp`` in bfloat16, which every recipe asks for, on a device that has no instructions for it.
+    """Turn off ``--amp`` in bfloat16, which every shipped recipe asks for, on a device that has no instructions for it.
 
     Returns:
         A note for the user, '' if nothing was changed.

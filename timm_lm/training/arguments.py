@@ -161,7 +161,7 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
 def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Augmentation')
     group.add_argument('--no-aug', action='store_true', default=False,
-                       help='no crops, flips, colour changes or erasing; mixing stays on')
+                       help='no crops, flips, colour changes or erasing; mixup and cutmix stay')
     group.add_argument('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'), help='timm\'s kind of random crop')
     group.add_argument('--scale', type=float, nargs=2, default=[0.08, 1.0], metavar='X',
                        help='areas of random resized crops')

@@ -91,7 +91,7 @@ def _join_optimizer(tensors: Dict[str, torch.Tensor], rest: Dict[str, Any]) -> D
 
 
 def state_digest(state: Dict[str, Any]) -> str:
-    """SHA-256 of the ``state.json`` of a checkpoint, without this digest."""
+    """SHA-256 of the values of ``state.json``, without this digest."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
@@ -184,9 +184,9 @@ class CheckpointStore:
                 (temporary / STATE).write_text(json.dumps(dict(state, state_sha256=state_digest(state))))
         except (OSError, SafetensorError) as e:
             earlier = next((path for path in self.newest_first() if path != folder), None)
-            hint = f'the last intact one is {earlier}' if earlier else 'there is no earlier one'
-            raise UserError(f'The checkpoint {folder} could not be written ({e}); {hint}. Make room, then resume '
-                            f'{RESUME}.') from e
+            hint = (f'the one before is {earlier}. Make room, then resume {RESUME}' if earlier else
+                    'there is none before. Make room, then start again (with --experiment also by --resume auto)')
+            raise UserError(f'The checkpoint {folder} could not be written ({e}); {hint}.') from e
         for old in self.newest_first()[self.keep:]:
             if old.name != also_keep:
                 try:
@@ -233,7 +233,7 @@ class CheckpointStore:
             Damaged: If it is damaged or incomplete.
         """
         if not folder.is_dir():
-            raise UserError(f'There is no checkpoint {folder}; give RUN/checkpoints/step-..., or --resume auto.')
+            raise UserError(f'There is no checkpoint {folder}; give RUN/checkpoints/step-... (for --resume also auto).')
         try:
             state = json.loads((folder / STATE).read_text(encoding='utf-8'))
             told = state.pop('state_sha256')
@@ -241,7 +241,7 @@ class CheckpointStore:
                 raise ValueError('its digest differs')
             return Checkpoint(folder, load_file(folder / TENSORS), state)
         except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as e:
-            raise Damaged(f'The checkpoint {folder} is damaged ({e}).') from e
+            raise Damaged(f'The checkpoint {folder} is damaged or incomplete ({e}).') from e
         except OSError as e:
             raise UserError(f'The checkpoint {folder} cannot be read ({e}); check the disk and its permissions, and '
                             'try again.') from e

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from timm_lm.errors import UserError
+from timm_lm.errors import UserError, one_line
 from timm_lm.layers import TwoStep
 from timm_lm.loader import BatchLoader
 from timm_lm.model_config import TimmModel
@@ -84,16 +84,15 @@ class Training:
         try:
             self.plain_optimizer = create_optimizer(args, model, self.sharded)
         except (AssertionError, ImportError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
-            raise UserError(f'The optimizer {args.opt} cannot be made with these options ({e or type(e).__name__}).'
-                            ) from e
+            raise UserError(f'The optimizer {args.opt} cannot be made with these options ({one_line(e)}).') from e
         if accelerator.scaler is not None and not self.sharded:  # PyTorch's sharded SGD is not fused
             begin_momentum(self.plain_optimizer)
         self.scheduler, self.num_epochs = create_schedule(args, self.plain_optimizer, self.updates_per_epoch)
         for name, value, last in (('mixup-off', args.mixup_off_epoch, self.num_epochs),
                                   ('two-step', args.two_step_epoch, self.num_epochs - 1)):
             if value > last:
-                raise UserError(f'--{name}-epoch {value} is after the end of the run ({self.num_epochs} epochs); '
-                                'change one of them.')
+                raise UserError(f'--{name}-epoch {value} is never reached: the run has {self.num_epochs} epochs, '
+                                'counted from 0; change one of them.')
         self.sum_dtype = sum_dtype(accelerator.device)
         # Not compiled with the network: on a GPU the backward pass would use logits rounded to bfloat16, but the
         # maximum and the logarithm of unrounded ones, so that probabilities would not add up to 1.
@@ -267,7 +266,7 @@ class Training:
             good = next((path for path in self.store.newest_first() if path.name != ruined), None)
             rest = f'the last good checkpoint is {good}' if good else 'there is no good checkpoint yet'
             raise UserError(f'The loss is not finite from batch {first_bad} of epoch {epoch + 1} on (learning rate '
-                            f'{lr:g}); {rest}. Use a smaller rate.')
+                            f'{lr:g}); {rest}. Use a smaller learning rate.')
         return int(max(number for _, _, number, _ in found))
 
     def _read_results(self) -> None:
@@ -503,7 +502,7 @@ class Training:
         """
         if evaluation and epoch + 1 == self.num_epochs and not math.isfinite(evaluation['loss']):
             raise UserError(f'The loss on {self.args.val_split} is not finite after the last epoch, so the run '
-                            'ends without weights. Use a smaller rate.')
+                            'ends without weights. Use a smaller learning rate.')
         metric = self.args.eval_metric
         value = evaluation[metric] if evaluation else None
         if self.scheduler is not None:

@@ -76,7 +76,7 @@ def epoch_table(epoch: int, epochs: int, train: Dict[str, float], evaluation: Op
 
 
 def _add_to_summary(path: Path, row: Mapping[str, Any]) -> None:
-    """Add an epoch in timm's columns, blank where there is no value, so that all rows have the same."""
+    """Add an epoch in timm's columns, blank where there is no value, so that all rows have the same columns."""
     columns: Mapping[str, Any] = row['eval'] or dict.fromkeys(EVALUATION)
     update_summary(row['epoch'], dict.fromkeys(TRAINING) | row['train'], columns, filename=str(path), lr=row['lr'],
                    write_header=not path.exists())
@@ -129,7 +129,7 @@ class RunLog:
         return writing(f'The metrics in {self.folder}', MAKE_ROOM)
 
     def truncate(self, epochs: int) -> None:
-        """Drop what follows the first epochs, which a resumed run repeats, and what was cut short by a crash.
+        """Drop the rows after the first ``epochs`` epochs, as a resumed run repeats them, and a line that a crash cut.
 
         Raises:
             UserError: If they cannot be written; the files are then unchanged.

@@ -6,7 +6,7 @@ import torch
 from timm import scheduler as timm_scheduler
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from timm_lm.errors import UserError
+from timm_lm.errors import UserError, one_line
 
 _PLATEAU: Any = getattr(timm_scheduler, 'PlateauLRScheduler', ())  # newer timm plans to remove it
 
@@ -32,7 +32,7 @@ def create_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer,
         if args.sched != 'none' and scheduler is None:  # in older timm
             raise ValueError(f"Unknown scheduler '{args.sched}'")
     except (AssertionError, TypeError, ValueError) as e:
-        raise UserError(f'The schedule {args.sched} cannot be made with these options ({e or type(e).__name__}); '
+        raise UserError(f'The schedule {args.sched} cannot be made with these options ({one_line(e)}); '
                         'use cosine, multistep, step, poly, tanh, plateau or none, or in newer timm constant, '
                         'rsqrt or wsd.') from e
     return scheduler, epochs
