@@ -114,8 +114,8 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
             raise TypeError('it can be read from end to end only; give Parquet, a folder of images, or a data set '
                             'of torch/ or hfds/')
         len(images)
-    except (AssertionError, EOFError, ImportError, KeyError, NotImplementedError, OSError, PickleError, RuntimeError,
-            TarError, TypeError, ValueError) as e:
+    except (AssertionError, EOFError, ImportError, KeyError, OSError, PickleError, RuntimeError, TarError, TypeError,
+            ValueError) as e:
         reason = one_line(e, 1000).replace('download=True', '--dataset-download')
         raise UserError(
             f"timm could not open the split '{split}' of the data set '{dataset or root}' ({reason}).") from e
@@ -186,7 +186,7 @@ class _TimmImages:
     def place(self, index: int) -> str:
         try:
             name = self.images.filename(index, absolute=True)
-        except (AttributeError, KeyError, NotImplementedError, TypeError):
+        except (AttributeError, KeyError, TypeError):
             name = None
         return f'Image {index} of the data' + (f' ({name})' if name else '')
 
