@@ -24,6 +24,9 @@ from hub_server import Hub, running
 from PIL import Image
 from test_data import write_parquet
 
+from timm_lm import readme_table
+from timm_lm.card import recorded_error
+from timm_lm.names import model_tags, our_models
 from timm_lm.network_size import count_macs
 from timm_lm.readme_table import network_table, write_table
 from timm_lm.results import read_rows
@@ -296,6 +299,41 @@ def test_errors_in_the_table_are_on_record():
     assert set(told) <= runs
     shipped = sorted(path.name for path in (ROOT / 'weights').glob('*.*') if path.is_dir())
     assert shipped == sorted(name for name, _ in told)
+
+
+@pytest.mark.parametrize('folder', sorted(path for path in (ROOT / 'weights').glob('*.*') if path.is_dir()),
+                         ids=lambda folder: folder.name)
+def test_shipped_cards_say_what_is_on_record(folder):
+    card = (folder / 'README.md').read_text()
+    rows = [row for path in (ROOT / 'results').glob('cifar*.csv') for row in read_rows(path)
+            if row['model'] == folder.name and row['status'] == 'done']
+    [row] = [row for row in rows if row['command'] in card.splitlines()]
+    assert f"{row['top1_err']} % ({row['errors']} of {row['images']} images)" in card
+    assert (f"seed {row['seed']}, {row['minutes']} minutes on {row['hardware']} in {row['precision']}; "
+            f"{row['versions']}.") in card
+    assert f"it was {row['seen_top1_err']} %." in card
+    assert (f"| {row['k_min']} to {row['k_max']} |" if row['k'] else '| top-1 error') in card
+    model = timm.create_model(folder.name)
+    assert f'| parameters | {sum(p.numel() for p in model.parameters()):,} |' in card
+    k = ' '.join(f'{value.item():.3f}' for value in timm.create_model(folder.name, pretrained=True).k_values().values())
+    assert k == row['k']
+
+
+def test_default_weights_are_those_of_the_lowest_error():
+    for name in our_models():
+        default = timm.get_pretrained_cfg(name)
+        tags = [tag for tag in model_tags(name) if timm.get_pretrained_cfg(f'{name}.{tag}').file
+                and timm.get_pretrained_cfg(f'{name}.{tag}').num_classes == default.num_classes]
+        errors = {tag: recorded_error(ROOT / 'weights' / f'{name}.{tag}') for tag in tags}
+        assert not errors or min(errors, key=errors.get) == default.tag
+
+
+def test_errors_are_in_the_order_of_their_size(monkeypatch):
+    """Whichever was the default when the package was imported, as weights may have been added since."""
+    errors = {'lm_resnet32.paper_c10': 7.5, 'lm_resnet32.best_c10': 7., 'lm_resnet32.grow_c10': 8.}
+    monkeypatch.setattr(readme_table, 'recorded_error', lambda folder: errors.get(folder.name))
+    [line] = [line for line in network_table(ROOT / 'results') if line.startswith('| `lm_resnet32`')]
+    assert line.endswith('| 7.00 (`best_c10`), 7.50 (`paper_c10`), 8.00 (`grow_c10`) |')
 
 
 def test_report_renews_the_table_between_its_marks(tmp_path, command, fails):

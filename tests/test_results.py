@@ -2,6 +2,7 @@
 import csv
 import json
 import re
+import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from timm_lm import results_plots
+from timm_lm import results_plots, run_row
 from timm_lm.errors import UserError
 from timm_lm.names import model_tags
 from timm_lm.results import COLUMNS, add_rows, read_rows
@@ -147,7 +148,20 @@ def test_commands_of_the_tables_are_understood(table):
         assert run | changes == run
 
 
+@pytest.mark.parametrize('recorded', [row for path in sorted(RESULTS.glob('cifar*.csv')) for row in read_rows(path)
+                                      if row['command']], ids=lambda row: row['run'])
+def test_commands_on_record_say_what_was_run(recorded):
+    name, action, *words = shlex.split(recorded['command'])
+    args = yaml.safe_load(yaml.safe_dump(vars(parse_options(words))))
+    assert (name, action, str(args['seed'])) == ('timm-lm', 'train', recorded['seed'])
+    assert args['model'] == recorded['model'].partition('.')[0]
+    assert run_row._recipe(args, 1) == recorded['recipe']
+    if recorded['status'] == 'done':
+        assert str(args['epochs']) == recorded['epochs']
+
+
 def test_a_run_is_added_once_with_what_it_left(run_folder, tmp_path):
+    result = json.loads((run_folder / 'result.json').read_text())
     (path,) = add_runs([run_folder], tmp_path)
     add_runs([run_folder], tmp_path)
     (found,) = read_rows(path)
@@ -156,8 +170,12 @@ def test_a_run_is_added_once_with_what_it_left(run_folder, tmp_path):
     assert (found['model'], found['epochs'], found['images']) == ('lm_resnet20.demo_digits', '2', '64')
     assert found['status'] == 'done' and found['command'] == 'timm-lm train -c demo_digits'
     assert float(found['top1_err']) == pytest.approx(100 * int(found['errors']) / 64, abs=0.01)
-    assert len(found['k'].split()) == 3 and found['img_size'] == '16'
-    assert float(found['top1']) + float(found['top1_err']) == pytest.approx(100, abs=0.01)
+    assert found['k'].split() == [f'{k:.3f}' for k in result['k']] and len(result['k']) == 3
+    assert (float(found['k_min']), float(found['k_max'])) == pytest.approx((min(result['k']), max(result['k'])), abs=1e-3)
+    assert found['img_size'] == '16' and float(found['param_count']) == round(result['parameters'] / 1e6, 3)
+    for name, counted in (('top1', result['top1']), ('top5', result['top5'])):
+        assert (float(found[name]), float(found[f'{name}_err'])) == pytest.approx((counted, 100 - counted), abs=0.01)
+    assert float(found['seen_top1_err']) == pytest.approx(100 - result['seen_in_training']['top1'], abs=0.01)
 
 
 def test_a_run_is_added_from_within_its_folder(run_folder, tmp_path, monkeypatch):
@@ -242,7 +260,7 @@ def test_a_run_that_did_not_end_is_a_row_too(run_folder, tmp_path):
     (found,) = read_rows(path)
     assert found['status'] == 'stopped after epoch 1 of 2' and found['top1_err'] == ''
     ended = read_run(run_folder)
-    told = ('command', 'hardware', 'versions', 'crop_pct')
+    told = ('command', 'hardware', 'versions', 'crop_pct', 'img_size')
     assert [found[name] for name in told] == [ended[name] for name in told] and all(found[name] for name in told)
     assert 0 <= float(found['minutes']) <= float(ended['minutes'])
     assert 'batch_size' not in found['recipe']
@@ -266,6 +284,13 @@ def test_record_with_a_column_of_its_own_is_left_alone(tmp_path):
     with pytest.raises(UserError, match=r'cifar10.csv has columns that the record does not have \(note\); remove them'):
         add_rows([row('lm_resnet20', '8.00', seed=2)], tmp_path)
     assert path.read_text().endswith(',mine\n')
+
+
+def test_runs_do_not_get_the_place_of_published_figures(results):
+    before = (results / 'published.csv').read_text()
+    with pytest.raises(UserError, match="named 'published' have no place in the record; rename the data folder"):
+        add_rows([row('lm_resnet20', '9.00', dataset='published')], results)
+    assert (results / 'published.csv').read_text() == before
 
 
 def test_report_command_and_its_errors(results, run_folder, tmp_path, command, fails):

@@ -152,7 +152,7 @@ def test_failed_writing_leaves_nothing(tmp_path):
 def test_whole_folder_verifies(folder, command):
     assert max(verify_folder(folder).values()) < 1e-5
     code, out, _ = command('verify', folder)
-    assert code == 0 and 'whole' in out
+    assert code == 0 and f'{folder}: intact' in out
 
 
 def missing_folder(folder):

@@ -11,7 +11,7 @@ from .files import write_text
 from .models._weights import weights_dir
 from .names import model_tags, our_models
 from .network_size import network_size
-from .results import Row, read_rows
+from .results import PUBLISHED_NAME, Row, read_rows
 from .results_page import table_line
 
 _START = '<!-- networks: made by `timm-lm report --readme README.md` -->'
@@ -24,7 +24,7 @@ def network_table(results: Path) -> List[str]:
     Args:
         results: Folder of results, for the paper's figures.
     """
-    published = read_rows(results / 'published.csv')
+    published = read_rows(results / PUBLISHED_NAME)
     header = ['network', 'images', 'parameters', 'MACs', 'error in the paper, %', 'error of weights that ship, %']
     lines = [table_line(header), table_line(['---', '---', '---:', '---:', '---', '---'])]
     for name in _in_order(our_models()):
@@ -53,9 +53,10 @@ def _of_paper(published: List[Row], network: str) -> List[Row]:
 
 
 def _shipped(network: str) -> Dict[str, str]:
-    """Recorded errors of the shipped weights of a network, by tag."""
+    """Recorded errors of the shipped weights of a network, by tag, the lowest first."""
     errors = {tag: recorded_error(weights_dir() / f'{network}.{tag}') for tag in model_tags(network)}
-    return {tag: f'{error:.2f}' for tag, error in errors.items() if error is not None}
+    found = sorted((error, tag) for tag, error in errors.items() if error is not None)
+    return {tag: f'{error:.2f}' for error, tag in found}
 
 
 def _errors(by_recipe: Dict[str, str]) -> str:

@@ -13,6 +13,7 @@ COLUMNS = (
     'dataset', 'recipe', 'seed', 'epochs', 'errors', 'images', 'seen_top1_err', 'k_min', 'k_max', 'k', 'minutes',
     'hardware', 'precision', 'versions', 'command', 'run', 'status',
 )
+PUBLISHED_NAME = 'published.csv'  # in the same folder, not a record of runs
 Row = Dict[str, str]
 
 
@@ -36,10 +37,13 @@ def check_rows(rows: Sequence[Row], results: Path) -> None:
     """Check that rows replace only earlier ones of the same run.
 
     Raises:
-        UserError: If two networks or seeds have the same run name, in the record or among the rows, or if a file has
-            columns of its own.
+        UserError: If two networks or seeds have the same run name, in the record or among the rows, if a file has
+            columns of its own, or if a data set has the name of the published figures.
     """
     for dataset in {row['dataset'] for row in rows}:
+        if f'{dataset}.csv' == PUBLISHED_NAME:
+            raise UserError(f"{PUBLISHED_NAME} is for published figures, so runs on a data set named '{dataset}' have "
+                            'no place in the record; rename the data folder and train again.')
         known: Dict[str, Row] = {}
         path = results / f'{dataset}.csv'
         for row in (*read_rows(path), *(row for row in rows if row['dataset'] == dataset)):

@@ -13,7 +13,7 @@ import yaml
 
 from .errors import UserError
 from .files import write_text
-from .results import Row, read_rows
+from .results import PUBLISHED_NAME, Row, read_rows
 from .results_plots import plot_errors, plot_k, with_k
 from .training.options import parse_options
 
@@ -52,8 +52,8 @@ def write_report(results: Path, page: Path) -> None:
         UserError: If a file cannot be read, or there is nothing to report.
     """
     tables, remarks = read_frame(results)
-    published = read_rows(results / 'published.csv')
-    runs = {path.stem: read_rows(path) for path in sorted(results.glob('*.csv')) if path.stem != 'published'}
+    published = read_rows(results / PUBLISHED_NAME)
+    runs = {path.stem: read_rows(path) for path in sorted(results.glob('*.csv')) if path.name != PUBLISHED_NAME}
     if not tables and not any(runs.values()):
         raise UserError(f'{results} has no record of runs; add some with --add, or name a record with --results.')
     lines = ['# Results', '', '<!-- made by `timm-lm report`; change results/ and run it again -->', '']
@@ -214,7 +214,7 @@ def _all_runs(runs: Dict[str, List[Row]]) -> List[str]:
     header = ['run', 'network', 'data', 'recipe', 'epochs', 'seed', 'error, %', 'during training, %', 'minutes',
               'hardware', 'precision', 'status', 'command']
     about = ('All runs on record, including poor and stopped ones. The error is counted with the saved weights, in '
-             'float32 on the CPU; the one during training is that of the last epoch, in the precision of the training.')
+             'float32 on the CPU; the one during training is that of the last validation, in the precision of the training.')
     lines = ['## All runs', '', about, '', *_table_head(header)]
     shown = ('dataset', 'recipe', 'epochs', 'seed', 'top1_err', 'seen_top1_err', 'minutes', 'hardware', 'precision',
              'status', 'command')

@@ -49,7 +49,7 @@ def _read_run(folder: Path) -> Row:
     done = result.get('epochs', len(epochs))
     row: Dict[str, Any] = dict(
         model=result.get('model') or '.'.join(filter(None, (architecture, args['tag']))),
-        img_size=(result.get('input_size') or args['input_size'] or [''])[-1],
+        img_size=(result.get('input_size') or network.get('input_size') or args['input_size'] or [''])[-1],
         param_count=f"{result['parameters'] / 1e6:.3f}" if 'parameters' in result else '',
         crop_pct=told.get('crop_pct') or network.get('crop_pct') or args['crop_pct'] or '',
         interpolation=args['interpolation'],

@@ -713,7 +713,7 @@ def _cifar_tags(*further: str) -> Dict[str, Dict[str, Any]]:
 
     The first one sets the number of classes; the first one with weights for that number of classes is the default.
     """
-    best_first = 'distill_c10', 'grow_c10'  # lowest error first
+    best_first = 'distill_c10', 'grow_c10'  # before the others, the best first
     tags = sorted(
         (*(tag for tag in best_first if tag in further), 'best_c10', *further, 'best_c100', 'paper_c100'),
         key=lambda tag: tag.endswith('_c100'))
