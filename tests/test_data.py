@@ -238,7 +238,7 @@ def test_only_endings_that_are_not_read_are_told(classes, images):
     ('torch/mnist', {}, "torch/mnist has no split 'trian'; there are train and test"),
     ('torch/CIFAR10', {}, "has no split 'trian'"),
     ('torch/image_folder', {}, "has no split 'trian' .it has: train"),
-    ('ImageFolder', {}, "no kind 'ImageFolder' of data sets; --dataset begins with hfds/, .* Leave it out for a"),
+    ('ImageFolder', {}, "no kind 'ImageFolder' of data sets; --dataset begins with hfds/ or torch/. Leave it out"),
     ('torch/image_folder', dict(split='train', class_map='classes.txt'), 'timm takes no --class-map for torch/'),
 ])
 def test_what_timm_would_take_for_something_else_is_refused(classes, dataset, options, message):

@@ -107,7 +107,7 @@ def test_run_of_a_weights_folder_without_a_name(tune, command, tmp_path):
     (28, 'L', [], [3, 32, 32]),
     (64, 'RGB', ['--img-size', 64], [3, 64, 64]),
     (64, 'RGB', ['-c', 'finetune', '--no-torchcompile', '--input-size', 3, 64, 48], [3, 64, 48]),
-    (224, 'RGB', ['--input-size', 3, 48, 48], [3, 48, 48]),
+    (224, 'RGB', ['--input-size', 3, 224, 224], [3, 224, 224]),
     (224, 'RGB', [], [3, 32, 32]),
 ])
 def test_other_sizes_and_channels(tune, command, tmp_path, size, mode, options, input_size):

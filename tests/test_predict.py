@@ -40,7 +40,7 @@ def pictures(few_digits, tmp_path_factory):
 
 
 def test_predictions_are_those_of_the_network(pictures, weights, few_digits, command):
-    code, out, err = command('predict', pictures, '--model', weights, '--json', '--topk', 10)
+    code, out, err = command('predict', pictures, '--model', weights, '--json', '--topk', 10, '--batch-size', 3)
     assert code == 0, err
     found = [json.loads(line) for line in out.splitlines()]
     assert [line['image'] for line in found] == [
@@ -207,7 +207,8 @@ def test_names_from_a_pipe_need_not_be_text(pictures, weights, tmp_path, monkeyp
 def test_bad_input_of_predict(tmp_path, weights, fails):
     (tmp_path / 'empty').mkdir()
     assert 'holds no images' in fails('predict', tmp_path / 'empty', '--model', weights)
-    assert '--topk must be at least 1' in fails('predict', tmp_path, '--topk', 0)
+    for option in ('--topk', '--batch-size'):
+        assert f'{option} must be at least 1' in fails('predict', tmp_path, option, 0)
     assert "no model 'lm_resnet21'" in fails('predict', __file__, '--model', 'lm_resnet21')
 
 

@@ -443,12 +443,16 @@ def test_branches_and_pull_requests(hub, done, refused, folder):
 
 
 def test_pull_requests_are_not_recorded(done, tree):
+    """Neither a new one nor a commit to one."""
     small, record = tree / 'lm_resnet20.small', tree / 'published.json'
     done('push', small, '--repo-id', 'owner/asked')
     before, card = record.read_bytes(), (small / CARD_NAME).read_text()
     (small / CARD_NAME).write_text(card.replace('## Citation', '## To cite'))
     try:
         assert 'recorded' not in done('push', small, '--repo-id', 'owner/asked', '--create-pr')
+        (small / CARD_NAME).write_text(card.replace('## Citation', '## How to cite'))
+        out = done('push', small, '--repo-id', 'owner/asked', '--revision', 'refs/pr/1')
+        assert '1 files in one commit' in out and 'recorded' not in out
     finally:
         (small / CARD_NAME).write_text(card)
     assert record.read_bytes() == before

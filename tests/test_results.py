@@ -171,7 +171,8 @@ def test_a_run_is_added_once_with_what_it_left(run_folder, tmp_path):
     assert found['status'] == 'done' and found['command'] == 'timm-lm train -c demo_digits'
     assert float(found['top1_err']) == pytest.approx(100 * int(found['errors']) / 64, abs=0.01)
     assert found['k'].split() == [f'{k:.3f}' for k in result['k']] and len(result['k']) == 3
-    assert (float(found['k_min']), float(found['k_max'])) == pytest.approx((min(result['k']), max(result['k'])), abs=1e-3)
+    ends = min(result['k']), max(result['k'])
+    assert (float(found['k_min']), float(found['k_max'])) == pytest.approx(ends, abs=1e-3)
     assert found['img_size'] == '16' and float(found['param_count']) == round(result['parameters'] / 1e6, 3)
     for name, counted in (('top1', result['top1']), ('top5', result['top5'])):
         assert (float(found[name]), float(found[f'{name}_err'])) == pytest.approx((counted, 100 - counted), abs=0.01)
@@ -207,7 +208,8 @@ def test_what_a_run_changed_in_its_recipe_is_recorded(run_folder, few_digits, tm
         'demo_digits with epochs 2, model_kwargs {\'layers\': [2, 2, 2]}, warmup_epochs 0')
     run = shutil.copytree(run_folder, tmp_path / 'run')
     options = vars(parse_options(['-c', 'demo_digits', '--data-dir', str(few_digits), '--seed', '7', '--no-amp',
-                                  '--val-interval', '10', '--eval-metric', 'loss', '--dataset-download']))
+                                  '--val-interval', '10', '--eval-metric', 'loss', '--dataset-download',
+                                  '--input-key', 'picture', '--target-key', 'number']))
     (run / 'args.yaml').write_text(yaml.safe_dump(options))
     assert read_run(run)['recipe'] == 'demo_digits'
     (run / 'args.yaml').write_text(yaml.safe_dump(options | dict(sched='plateau')))

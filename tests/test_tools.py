@@ -160,6 +160,22 @@ def test_large_parquet_through_datasets(tmp_path, monkeypatch):
         assert torch.equal(images, expected) and torch.equal(labels, wanted)
 
 
+def test_large_parquet_that_is_damaged_is_named(tmp_path, monkeypatch, fails):
+    needs('datasets')
+    monkeypatch.setattr(data_module, 'MEMORY_LIMIT', 0)
+    image = np.zeros((8, 8, 3), dtype=np.uint8)
+    table = pa.table(dict(image=[dict(bytes=png(image), path=None)] * 4, label=[0] * 4))
+    paths = [tmp_path / 'data' / f'train-0000{shard}-of-00002.parquet' for shard in range(2)]
+    paths[0].parent.mkdir()
+    for damaged, message in zip(paths, ('is not a readable Parquet file', "timm could not open the split 'train'")):
+        for path in paths:
+            pq.write_table(table, path)
+        damaged.write_bytes(damaged.read_bytes()[:-20])
+        line = fails('train', '--data-dir', paths[0].parent, '--loader', 'timm', '--val-split', '', '--num-classes', 1,
+                     '--model', 'lm_resnet20', '--dry-run')
+        assert message in line
+
+
 # segmentation-models-pytorch
 
 

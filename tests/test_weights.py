@@ -104,12 +104,15 @@ def test_card_records_the_error_and_comes_back(weights, run_folder):
 
 
 @pytest.mark.parametrize('options, said', [
-    ({}, True), (dict(tag='paper_c10'), False), (dict(val_split='train[90%:]'), False), (dict(dataset=''), False)])
+    ({}, True), (dict(dataset='torch/cifar10'), True), (dict(dataset='hfds/uoft-cs/cifar100'), True),
+    (dict(tag='paper_c10'), False), (dict(val_split='train[90%:]'), False), (dict(dataset=''), False)])
 def test_card_says_that_a_recipe_was_chosen_on_the_split(weights, run_folder, options, said):
     """Where it was: for our own recipes, on the test split of CIFAR."""
     args = read_args(run_folder) | dict(tag='best_c10', dataset='hfds/uoft-cs/cifar10', val_split='test') | options
     card = run_card(read_result(run_folder), args, load_model(str(weights)))
     assert ('was chosen with errors on this split in view' in card) == said
+    if options.get('dataset') == 'torch/cifar10':  # the same images
+        assert '| trained on | CIFAR-10 (`uoft-cs/cifar10`), split' in card
 
 
 def write_half(folder):
@@ -183,6 +186,12 @@ def other_network(folder):
     (folder / 'config.json').write_text(json.dumps(dict(config, architecture='lm_resnet32')))
 
 
+def no_arguments(folder):
+    """As transformers writes the config of a network without any."""
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(dict(config, model_args=None)))
+
+
 def unknown_network(folder):
     config = json.loads((folder / 'config.json').read_text())
     (folder / 'config.json').write_text(json.dumps(dict(config, architecture='lm_resnet21')))
@@ -208,6 +217,7 @@ def broken_config(folder):
     (cut_weights, 'damaged or no safetensors file'),
     (flipped_weights, 'damaged or was changed'),
     (other_network, "another network than the 'lm_resnet32'"),
+    (no_arguments, 'does not fit the network lm_resnet20'),
     (unknown_network, "architecture 'lm_resnet21', which timm does not know"),
     (pickled_weights, 'damaged or no safetensors file'),
     (torch_weights, 'damaged or no safetensors file'),
@@ -312,6 +322,8 @@ def test_table_of_digests(tmp_path, table, digests):
         return
     with pytest.raises(UserError, match='digests of weights in .* are damaged; install timm-lm again'):
         _weights.read_digests(tmp_path)
+    (tmp_path / 'SHA256SUMS').write_bytes(b'\xff1  a/b\n')  # a flipped bit: no digest is like it
+    assert list(_weights.read_digests(tmp_path)) == ['a/b']
 
 
 @pytest.fixture

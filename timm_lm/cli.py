@@ -234,10 +234,12 @@ def _predict(argv: List[str]) -> int:
     parser.add_argument('--model', metavar='NAME_OR_FOLDER', default='lm_resnet20', help='as in validate')
     parser.add_argument('--topk', type=int, default=3, metavar='N', help='classes per image (default: 3)')
     parser.add_argument('--json', action='store_true', help='print a line of JSON for each image')
+    parser.add_argument('-b', '--batch-size', type=int, default=64, metavar='N', help='images per batch (default: 64)')
     parser.add_argument('--device', metavar='NAME', default='cpu', help='where the network runs (default: cpu)')
     args = parser.parse_args(argv)
-    if args.topk < 1:
-        raise UserError(f'--topk must be at least 1, not {args.topk}.')
+    for option, value in (('--topk', args.topk), ('--batch-size', args.batch_size)):
+        if value < 1:
+            raise UserError(f'{option} must be at least 1, not {value}.')
 
     from .predict import find_images, predict
 
@@ -247,7 +249,7 @@ def _predict(argv: List[str]) -> int:
     model = load_model(args.model).to(_device(args.device))
     width = max(map(len, map(str, paths)), default=0)
     failed = False
-    for found in predict(model, paths, args.topk):
+    for found in predict(model, paths, args.topk, args.batch_size):
         if found.error is not None:
             failed = True
             print(f'timm-lm: {found.path} is not a readable image ({found.error})', file=sys.stderr)

@@ -21,6 +21,7 @@ from .parquet import (
     find_columns,
     find_parquet,
     open_parquet,
+    read_schema,
     release_arrow_memory,
     rows_of_part,
     split_of_part,
@@ -203,8 +204,7 @@ def open_images(
     if sum(path.stat().st_size for path in paths) <= MEMORY_LIMIT:
         data = open_parquet(paths, mode, input_key, target_key)
         return data.part(*rows_of_part(split, len(data)))
-    import pyarrow.parquet as pq
-    schema = pq.read_schema(paths[0])
+    schema = read_schema(paths[0])
     columns = find_columns(schema, input_key, target_key, paths[0])
     data = open_dataset(whole, None, f'hfds/{folder}', mode, class_map, download, *columns)
     data.class_names = stored_class_names(schema, columns[1])  # older timm has only those of a column named label
@@ -244,8 +244,8 @@ def _parquet_folder(data_dir: Optional[Union[str, Path]], dataset: str, split: s
     kind = dataset.partition('/')[0]
     is_bare = '/' not in dataset
     if dataset and (is_bare or kind not in _KINDS) and not is_archive(data_dir, dataset):  # timm would read it
-        raise UserError(f"There is no kind '{kind}' of data sets; --dataset begins with {'/, '.join(_KINDS)}/. Leave "
-                        'it out for a folder of images.')
+        raise UserError(f"There is no kind '{kind}' of data sets; --dataset begins with hfds/ or torch/. Leave it out "
+                        'for a folder of images.')
     if data_dir is None:
         if is_hub_name:
             name = dataset.removeprefix('hfds/')

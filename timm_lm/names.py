@@ -13,7 +13,7 @@ from .hub_client import HUB_ERRORS
 from .model_config import TimmModel
 from .weights_folder import CONFIG_NAME, load_folder, read_config
 
-_NOT_LOADED: Tuple[Type[BaseException], ...] = (*HUB_ERRORS, AssertionError, TypeError, SafetensorError)
+_NOT_LOADED: Tuple[Type[BaseException], ...] = (*HUB_ERRORS, AssertionError, AttributeError, TypeError, SafetensorError)
 
 
 def our_models() -> List[str]:
@@ -45,6 +45,12 @@ def check_name(name: str) -> None:
 def model_tags(architecture: str) -> List[str]:
     """Tags of a network, the default first."""
     return [name.partition('.')[2] for name in timm.models.get_arch_pretrained_cfgs(architecture) if '.' in name]
+
+
+def with_default_tag(name: str) -> str:
+    """A name of timm's registry without a tag with the default one, if it has any; other names unchanged."""
+    tags = model_tags(name) if timm.is_model(name) and '.' not in name else []
+    return f'{name}.{tags[0]}' if tags else name
 
 
 def names_folder(source: str) -> bool:

@@ -3,8 +3,9 @@ import io
 import json
 import re
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -176,6 +177,27 @@ def find_columns(schema: Any, input_key: Optional[str], target_key: Optional[str
             _find_column(schema, target_key, 'target', ('label', 'labels', 'fine_label'), path))
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Names the Parquet file that cannot be read."""
+    import pyarrow as pa
+    try:
+        yield
+    except (pa.ArrowException, OSError) as e:
+        raise UserError(f'{path} is not a readable Parquet file ({one_line(e)}); copy it again.') from e
+
+
+def read_schema(path: Path) -> Any:
+    """The schema of a Parquet file.
+
+    Raises:
+        UserError: If it is not Parquet.
+    """
+    import pyarrow.parquet as pq
+    with _readable(path):
+        return pq.read_schema(path)
+
+
 def open_parquet(paths: List[Path], mode: str, input_key: Optional[str], target_key: Optional[str]) -> EncodedImages:
     """The images of some Parquet files, held encoded.
 
@@ -184,15 +206,12 @@ def open_parquet(paths: List[Path], mode: str, input_key: Optional[str], target_
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
-
     names, columns, labels, class_names = [], [], [], None
     for path in paths:
-        try:
+        with _readable(path):
             schema = pq.read_schema(path)
             image_column, label_column = find_columns(schema, input_key, target_key, path)
             table = pq.read_table(path, columns=[image_column, label_column])
-        except (pa.ArrowException, OSError) as e:
-            raise UserError(f'{path} is not a readable Parquet file ({one_line(e)}); copy it again.') from e
         class_names = class_names or stored_class_names(schema, label_column)
         names.append(image_column)
         columns.append(table.column(image_column))

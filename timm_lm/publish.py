@@ -225,7 +225,8 @@ def _push(api: HfApi, upload: Upload, private: bool, revision: Optional[str], cr
         else:
             sha = str(api.model_info(repo_id, revision=revision).sha)
             line = f'{repo_id}: nothing to do, commit {sha} is identical'
-    if not is_private and not (new and create_pr) and _record(upload.folder, repo_id, sha):
+    is_proposed = new and create_pr or (revision or '').startswith('refs/pr/')
+    if not is_private and not is_proposed and _record(upload.folder, repo_id, sha):
         line += f'; recorded in {PUBLISHED_NAME}'
     return line
 

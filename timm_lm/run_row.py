@@ -16,8 +16,8 @@ from .training.recipes import list_recipes
 from .training.run_folder import FREE_OPTIONS, read_args, read_result
 from .training.run_log import RunLog
 
-# Options that may differ between runs of one recipe: the network, the seed, how it is computed and evaluated.
-_SAME_RECIPE = ('model', 'seed', 'device', 'validation_batch_size', 'torchcompile',
+# Options that may differ between runs of one recipe: network, seed, names of columns, how it is computed and evaluated.
+_SAME_RECIPE = ('model', 'seed', 'device', 'input_key', 'target_key', 'validation_batch_size', 'torchcompile',
                 'torchcompile_mode', 'loader', 'amp', 'amp_dtype', 'channels_last')
 
 

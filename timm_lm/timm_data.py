@@ -143,9 +143,13 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
 def _create_dataset(dataset: str, root: Optional[str], split: str, class_map: str, download: bool,
                     keys: Dict[str, str]) -> Any:
     if dataset.startswith('hfds/'):  # older timm's (1.0.26) create_dataset lowercases the whole name
-        from timm.data.readers.reader_hfds import ReaderHfds
+        from timm.data.readers.reader_hfds import ReaderHfds  # isort: skip  # says how to install datasets
+        from datasets.exceptions import DatasetGenerationError
         name = dataset.removeprefix('hfds/')
-        return ImageDataset(root, reader=ReaderHfds(name, root=root, split=split, class_map=class_map, **keys))  # type: ignore[arg-type]
+        try:
+            return ImageDataset(root, reader=ReaderHfds(name, root=root, split=split, class_map=class_map, **keys))  # type: ignore[arg-type]
+        except DatasetGenerationError as e:  # of a damaged file, or a full disk
+            raise OSError(str(e.__cause__ or e)) from e
     return create_dataset(
         dataset, root=root, split=split, class_map=class_map, download=download, **keys)  # type: ignore[arg-type]
 

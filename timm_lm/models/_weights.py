@@ -33,7 +33,8 @@ def read_digests(folder: Path) -> Dict[str, str]:
     table = folder / DIGESTS_NAME
     if not table.is_file():
         return {}
-    lines = [line.split(maxsplit=1) for line in table.read_text().splitlines() if line.strip()]
+    text = table.read_text(encoding='utf-8', errors='replace')
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
     if any(len(words) != 2 for words in lines):
         raise UserError(f'The digests of weights in {table} are damaged; {_REMEDY}.')
     return {path: digest for digest, path in lines}

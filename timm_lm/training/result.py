@@ -14,7 +14,7 @@ from timm_lm.files import write_text
 from timm_lm.loader import BatchLoader
 from timm_lm.machine import processor_name, usable_cores
 from timm_lm.model_config import TimmModel, record_data
-from timm_lm.names import saved_model_args
+from timm_lm.names import saved_model_args, with_default_tag
 from timm_lm.precision import asked_precision
 from timm_lm.weights_folder import CARD_NAME, load_folder, save_folder
 
@@ -26,6 +26,7 @@ from .run_folder import RESULT_NAME
 # Entries of a network's config that say where its weights come from.
 _SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'origin_url')
 DATASET_NAMES = {'uoft-cs/cifar10': 'CIFAR-10', 'uoft-cs/cifar100': 'CIFAR-100'}
+_OF_TORCHVISION = {'torch/cifar10': 'uoft-cs/cifar10', 'torch/cifar100': 'uoft-cs/cifar100'}  # the same images
 
 
 def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_loader: Optional[BatchLoader],
@@ -85,6 +86,7 @@ def run_facts(args: argparse.Namespace, model: TimmModel, command: str, device: 
         model_args=model_args,
         num_classes=model.num_classes,
         in_chans=getattr(model, 'in_chans', None),
+        start=recorded['start'] if recorded else _start(vars(args)),
         folder=folder_name(args.data_dir or args.dataset.removeprefix('hfds/')),
         command=command,
         hardware=_hardware(device) + (f', {processes} processes' if processes > 1 else ''),
@@ -108,7 +110,7 @@ def run_result(args: argparse.Namespace, model: TimmModel, epochs: float, second
         seed=args.seed,
         minutes=round(seconds / 60, 1),
         precision=asked_precision(vars(args)),
-        **{name: facts[name] for name in ('folder', 'command', 'hardware', 'processes', 'versions')},
+        **{name: facts[name] for name in ('start', 'folder', 'command', 'hardware', 'processes', 'versions')},
     )
 
 
@@ -142,22 +144,22 @@ def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel,
         saved_in=saved_in,
         precision=asked_precision(args),
         license=model.pretrained_cfg.get('license') or 'unknown',
-        start=_start(args),
-        chosen_on_test=dataset in DATASET_NAMES and args['val_split'] == 'test' and args['tag'] in CHOSEN_ON_TEST,
+        chosen_on_test=(dataset or told['folder']) in (*DATASET_NAMES, 'cifar10', 'cifar100') and (
+            args['val_split'] == 'test' and args['tag'] in CHOSEN_ON_TEST),
         of_epochs=told.get('of_epochs'),
         k=_k_summary(model),
         **{name: told[name] for name in (
-            'parameters', 'input_size', 'command', 'epochs', 'seed', 'minutes', 'hardware', 'versions')},
+            'start', 'parameters', 'input_size', 'command', 'epochs', 'seed', 'minutes', 'hardware', 'versions')},
     )
 
 
 def _start(args: Mapping[str, Any]) -> str:
-    """What weights a run started from and learned from, '' for new ones; of a path only the last name."""
+    """What weights a run starts from and learns from, '' for new ones; of a path only the last name."""
     source = args['initial_checkpoint'] or args['pretrained'] and (args['pretrained_path'] or args['model'])
     grown = args['grow_from']
     said = ((start_word(args['model'], grown), grown), ('starting from', source),
             ('distilled from', args['kd_model_name']))
-    return ', '.join(f'{how} the weights of `{last_name(name)}`' for how, name in said if name)
+    return ', '.join(f'{how} the weights of `{last_name(with_default_tag(name))}`' for how, name in said if name)
 
 
 def _k_values(model: TimmModel) -> Dict[str, torch.Tensor]:
@@ -176,8 +178,8 @@ def _k_summary(model: TimmModel) -> str:
 
 def _dataset(args: Mapping[str, Any], folder: str) -> Tuple[str, str]:
     """Id on the Hub ('' if it has none) and name of the data set; a folder is named by its last name only."""
-    source = args['dataset'].removeprefix('hfds/')
-    if args['dataset'].startswith('hfds/') and not Path(source).is_dir():
+    source = _OF_TORCHVISION.get(args['dataset'].lower()) or args['dataset'].removeprefix('hfds/')
+    if source in DATASET_NAMES or args['dataset'].startswith('hfds/') and not Path(source).is_dir():
         return source, DATASET_NAMES.get(source, source)
     return '', folder
 
