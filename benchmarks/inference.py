@@ -2,8 +2,9 @@
 
     python benchmarks/inference.py [--model lm_resnet50 --peer resnetv2_50 --batch-sizes 1 64 --device cuda]
 
-All take turns in one process, in float32 (bfloat16 with --amp); the figures are medians. The least ratio follows from
-the bytes that the updates of the network as created must move: one state more than sums, at the bandwidth of a copy.
+All take turns in one process, in float32 (bfloat16 with --amp); the figures are medians. The least ratio, for a peer of
+the same depth, follows from the bytes that the updates of the network as created must move: one state more than sums,
+at the bandwidth of a copy.
 """
 import argparse
 from functools import partial
@@ -34,19 +35,23 @@ def main() -> None:
                 f'{args.peer}, channels_last': timm.create_model(args.peer).eval().requires_grad_(False).to(
                     args.device, memory_format=torch.channels_last)}
     if args.compile:
-        networks |= {f'{name}, compiled': torch.compile(networks[name], dynamic=False)  # type: ignore[dict-item]
-                     for name in (args.peer, f'{args.model}, optimize()')}
+        mode = 'reduce-overhead' if args.device == 'cuda' else None
+        networks |= {
+            f'{name}, compiled': torch.compile(networks[name], mode=mode, dynamic=False)  # type: ignore[dict-item]
+            for name in (args.peer, f'{args.model}, optimize()')}
 
     rows = [('network', 'batch', 'ms', f'of {args.peer}', 'least ratio')]
     second = pass_seconds(args.device)
     size = network.pretrained_cfg['input_size']
+    layers, of_peer = (sum(isinstance(m, torch.nn.Conv2d) for m in net.modules()) for net in (network, plain))
     with torch.inference_mode(), torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.amp):
         for batch_size in args.batch_sizes:
             torch.compiler.reset()  # it compiles for a few sizes only, and runs others eagerly
             images = torch.randn(batch_size, *size, device=args.device)
             peers = {name: partial(net, images) for name, net in networks.items()}
             seconds = take_turns(peers, args.rounds, args.device)
-            least = {args.model: 1 + history_bytes(network, peers[args.model]) * second / seconds[args.peer]}
+            least = {args.model: 1 + history_bytes(network, peers[args.model]) * second / seconds[args.peer]
+                     } if layers == of_peer else {}
             rows += [(name, str(batch_size), f'{1e3 * value:.1f}', f'{value / seconds[args.peer]:.3f}',
                       f'{least[name]:.3f}' if name in least else '') for name, value in seconds.items()]
     settings = dict(device=args.device, amp=args.amp, input='x'.join(map(str, size)), rounds=args.rounds)

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import is_parametrized
 
 import timm_lm
+from timm_lm.inference import ChannelClamp
 from timm_lm.models._weights import weights_dir
 
 NETWORKS = [
@@ -73,14 +74,62 @@ def test_shipped_weights():
             assert difference(timm_lm.optimize(model)(x), model(x)) < 1e-5
 
 
-@pytest.mark.parametrize('name, norms', [('lm_resnet20', 1 + 2 + 9), ('lm_resnet50', 1 + 16)])
-def test_norms_after_convolutions_are_folded(name, norms):
-    """Left are those of the state: the first of each block, the last of all, and those of the two shortcuts."""
+@pytest.mark.parametrize('name, norms, clamps', [
+    ('lm_resnet20', 1 + 2 + 9, 0), ('lm_resnet50', 1 + 4, 12), ('lm_resnet164', 1 + 3, 54)])
+def test_norms_are_folded(name, norms, clamps):
+    """Left are the last of all, those of shortcuts, and the first of each block before a 3x3 convolution."""
     optimized = timm_lm.optimize(timm.create_model(name))
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in optimized.modules()) == norms
+    for kind, number in ((nn.BatchNorm2d, norms), (ChannelClamp, clamps)):
+        assert sum(isinstance(module, kind) for module in optimized.modules()) == number
     assert not any(name.endswith('step.k') for name, _ in optimized.named_parameters())
     assert all(module.weight.is_contiguous(memory_format=torch.channels_last)
                for module in optimized.modules() if isinstance(module, nn.Conv2d))
+
+
+def change_first_norm(model, **values):
+    """The first norm of a block before a 1x1 convolution, with some values of channels replaced."""
+    norm = model.stages[0].blocks[1].norm1
+    with torch.no_grad():
+        for name, (channel, value) in values.items():
+            getattr(norm, name)[channel] = value
+    return model
+
+
+@pytest.mark.parametrize('values, is_folded', [
+    (dict(weight=(slice(0, 9), -1.5)), True),  # of 64 channels
+    (dict(weight=(slice(0, 9), 0), bias=(slice(0, 5), 1.5)), True),
+    (dict(weight=(slice(0, 9), 1e-38), running_mean=(slice(0, 5), 30)), True),
+    (dict(weight=(slice(0, 9), 1e-15), bias=(slice(0, 5), -2)), True),
+    (dict(running_mean=(slice(0, 9), 20)), True),
+    (dict(running_mean=(slice(0, 9), -1e4)), False),  # would be rounded
+])
+def test_channels_of_all_scales_and_shifts(values, is_folded):
+    model = change_first_norm(made('lm_resnet164', dict(layers=(2, 1, 1))), **values)
+    x = images(model)
+    optimized = timm_lm.optimize(model)
+    assert isinstance(optimized.stages[0].blocks[1].norm1, ChannelClamp) == is_folded
+    with torch.no_grad():
+        assert difference(optimized(x), model(x)) < 1e-5
+        assert difference(timm_lm.optimize(model.double())(x.double()), model(x.double())) < 1e-12
+
+
+@pytest.mark.parametrize('change', [
+    lambda block: prune.l1_unstructured(block.conv1, 'weight', 0.3),
+    lambda block: setattr(block.norm1, 'act', nn.SiLU()),
+    lambda block: block.norm1.act.register_forward_hook(lambda *args: None),
+    lambda block: setattr(block, 'conv1', nn.Conv2d(64, 16, 1, padding=1)),
+    lambda block: setattr(block, 'conv1', nn.Conv2d(64, 16, 1, groups=2)),
+], ids=['pruned', 'activation', 'hook', 'padding', 'groups'])
+def test_first_norm_that_cannot_be_a_clamp_stays(change):
+    model = made('lm_resnet164', dict(layers=(2, 1, 1)))
+    change(model.stages[0].blocks[1])
+    x = images(model)
+    optimized = timm_lm.optimize(model)
+    with torch.no_grad():
+        if model.stages[0].blocks[1].conv1.padding == (0, 0):  # otherwise the branch has another size than the state
+            assert difference(optimized(x), model(x)) < 1e-5
+    assert isinstance(optimized.stages[0].blocks[1].norm1, nn.BatchNorm2d)
+    assert isinstance(optimized.stages[1].blocks[0].norm1, ChannelClamp)
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(k_per_channel=True)])
@@ -148,15 +197,17 @@ def test_hooks_are_called(name):
 
 
 @pytest.mark.parametrize('convert', [convert_sync_batchnorm, freeze_batch_norm_2d])
-def test_other_batch_norms_are_folded(convert):
-    model = convert(made('lm_resnet20', {}))
+@pytest.mark.parametrize('name, kwargs, norms', [
+    ('lm_resnet20', {}, 1 + 2 + 9), ('lm_resnet164', dict(layers=(1, 2, 1)), 1 + 3)])
+def test_other_batch_norms_are_folded(convert, name, kwargs, norms):
+    model = convert(made(name, kwargs))
     kind = type(model.norm)
     assert not issubclass(kind, nn.BatchNorm2d)
     x = images(model)
     optimized = timm_lm.optimize(model)
     with torch.no_grad():
         assert difference(optimized(x), model.eval()(x)) < 1e-5
-    assert sum(isinstance(module, kind) for module in optimized.modules()) == 1 + 2 + 9
+    assert sum(isinstance(module, kind) for module in optimized.modules()) == norms
 
 
 @pytest.mark.parametrize('act_layer', ['relu', 'prelu'])

@@ -1,6 +1,7 @@
 """Networks optimized for inference: norms folded into convolutions, every ``k`` a constant."""
 import copy
-from typing import TypeGuard, TypeVar
+import math
+from typing import Any, Tuple, TypeGuard, TypeVar
 
 import torch
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
@@ -17,6 +18,27 @@ Network = TypeVar('Network', bound=nn.Module)
 PACKED_WEIGHTS = 2 ** 16
 # In evaluation mode each is a constant affine map followed by an activation.
 _BATCH_NORMS = (BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct)
+LARGEST_SHIFT = 32  # of a norm before a convolution, in units of its weight and bias; larger ones would round
+
+
+class ChannelClamp(nn.Module):
+    """Clamps each channel of (N, C, H, W) to bounds of its own."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+    def __init__(self, low: torch.Tensor, high: torch.Tensor):
+        """
+        Args:
+            low: Lower bounds, shape (C,).
+            high: Upper bounds, shape (C,).
+        """
+        super().__init__()
+        self.register_buffer('low', low.view(-1, 1, 1))
+        self.register_buffer('high', high.view(-1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.clamp(x, self.low.to(x.dtype), self.high.to(x.dtype))
 
 
 @torch.no_grad()
@@ -24,7 +46,8 @@ def optimize(model: Network) -> Network:
     """A copy of a network that computes the same with less work, for inference only.
 
     - A batch norm that follows a plain convolution within a residual branch is folded into that convolution; its
-      activation stays. The norms of the state stay too: they follow a sum that is used elsewhere as well.
+      activation stays. The norms of the state follow a sum that is used elsewhere as well: those before a 1x1
+      convolution (in bottleneck blocks) become a clamp and fold into this convolution, the others stay.
     - Each ``k`` becomes a buffer; gradient checkpointing is turned off.
     - Convolutions are in the channels_last layout, which their CPU and GPU kernels prefer. On the CPU in float32, those
       with many weights keep a second copy of them, in the order in which the kernel reads them (``PackedConv2d``).
@@ -60,6 +83,7 @@ def optimize(model: Network) -> Network:
         for i in (1, 2):  # convolutions of the branch that a norm may follow
             if hasattr(block, f'norm{i + 1}'):
                 _fold(block, f'conv{i}', f'norm{i + 1}')
+        _fold_first(block)
         k = block.step._parameters.pop('k', None)
         if k is not None:  # one that hooks compute from other tensors, as in pruning, stays as it is
             block.step.register_buffer('k', k.detach())
@@ -94,6 +118,50 @@ def _fold(block: ResidualBlock, conv_name: str, norm_name: str) -> None:
     fused = fuse_conv_bn_eval(own_conv.to(wide), own_norm.to(wide))  # type: ignore[arg-type]
     setattr(block, conv_name, fused.to(dtype))
     setattr(block, norm_name, norm.act.to(dtype))
+
+
+def _fold_first(block: ResidualBlock) -> None:
+    """Fold the first norm of a branch, up to a clamp, into the 1x1 convolution after it.
+
+    For a channel with scale s and shift b, relu(s x + b) is s clamp(x, min=-b/s) + b if s > 0, and
+    s clamp(x, max=-b/s) + b if s < 0. A convolution without padding can compute all of this but the clamp.
+    """
+    conv, norm = getattr(block, 'conv1'), getattr(block, 'norm1')  # noqa: B009
+    if block.downsample is not None and not block.shortcut_norm:  # it needs the output of the norm too
+        return
+    if not _is_plain(conv) or conv.kernel_size != (1, 1) or conv.padding != (0, 0) or conv.groups > 1:
+        return
+    if not isinstance(norm, _BATCH_NORMS) or norm.running_mean is None or type(norm.act) is not nn.ReLU:
+        return
+    if any(map(_has_hooks, norm.modules())) or type(norm.drop) is not nn.Identity:
+        return
+    dtype = conv.weight.dtype
+    scale, shift, unit = _scale_and_shift(norm)
+    if dtype not in (torch.float32, torch.float64) or shift.abs().max() > LARGEST_SHIFT * unit:
+        return
+    bound = -shift / scale
+    is_constant = (scale.abs() < 1e-20) | ~bound.to(dtype).isfinite()
+    low = bound.where(scale > 0, -math.inf).where(~is_constant, 0)
+    high = bound.where(scale < 0, math.inf).where(~is_constant, 0)
+    scale, shift = scale.where(~is_constant, 0), shift.where(~is_constant, shift.relu())
+    folded = copy.deepcopy(conv).cpu().double()
+    own_bias = 0 if folded.bias is None else folded.bias
+    folded.bias = nn.Parameter(own_bias + folded.weight.flatten(1) @ shift, requires_grad=False)
+    folded.weight.mul_(scale.view(1, -1, 1, 1))
+    like = conv.weight
+    block.conv1, block.norm1 = folded.to(like), ChannelClamp(low, high).to(like)
+
+
+def _scale_and_shift(norm: Any) -> Tuple[torch.Tensor, torch.Tensor, float]:
+    """Scale and shift by which a batch norm maps each channel, and the usual size of its outputs.
+
+    They are float64 on the CPU, as not all devices have it.
+    """
+    mean, variance = norm.running_mean.cpu().double(), norm.running_var.cpu().double()
+    weight = torch.ones_like(mean) if norm.weight is None else norm.weight.cpu().double()
+    bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.cpu().double()
+    scale = weight / (variance + norm.eps).sqrt()
+    return scale, bias - mean * scale, (weight.abs() + bias.abs()).max().item()
 
 
 def _pack(block: ResidualBlock) -> None:

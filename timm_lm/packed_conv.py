@@ -55,6 +55,8 @@ class PackedConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def _can_pack(self, x: torch.Tensor) -> bool:
+        if type(x) is not torch.Tensor or x.device.type != 'cpu':  # first, as GPUs wait for the host
+            return False
         weight = self.weight
         tensors = [tensor for tensor in (x, weight, self.bias) if tensor is not None]
         return (
