@@ -83,6 +83,9 @@ def test_recipe_lists_prints_and_locates(command):
     assert command('recipe', 'lm_resnet20.paper_c10', '--path')[1] == path
     code, other, _ = command('recipe', 'preact_resnet56.paper_c10')
     assert other == out.replace('model: lm_resnet20', 'model: preact_resnet56') != out
+    code, plain, _ = command('recipe', 'preact_resnet56.paper_c10', '--timm')
+    assert code == 0 and [line for line in other.splitlines() if line not in plain.splitlines()] == [
+        'tag: paper_c10', 'pad_crop: 4']
     code, tuned, _ = command('recipe', r'runs\demo.finetune')
     assert code == 0 and r'model: runs\demo' in tuned.splitlines()
 

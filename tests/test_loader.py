@@ -343,6 +343,16 @@ def test_split_must_fit_machine_and_device(photos, monkeypatch):
             load_images('train', photos, device=kept)
 
 
+def test_split_must_fit_once_for_each_process_of_a_machine(photos, monkeypatch):
+    size = len(load_images('train', photos)) * 3 * 32 * 32
+    pages, ask = dict(SC_PAGE_SIZE=4, SC_PHYS_PAGES=2 * size), os.sysconf
+    monkeypatch.setattr(os, 'sysconf', lambda name: pages[name] if name in pages else ask(name))
+    for processes, fits in (('2', True), ('3', False)):
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
+        with nullcontext() if fits else pytest.raises(TooLarge, match='more than the 0.0 GiB held in memory'):
+            load_images('train', photos)
+
+
 def test_split_must_fit_the_container(photos, monkeypatch, tmp_path):
     size = len(load_images('train', photos)) * 3 * 32 * 32
     monkeypatch.setattr(data_module, '_CONTAINER_LIMITS', [tmp_path / 'memory.max', tmp_path / 'nowhere'])
@@ -549,7 +559,7 @@ LARGE = ['--input-size', 1, 20, 20]  # 256 digits then take 102,400 bytes, 64 ta
     (['--aa', 'rand-m5'], None, (WorkerLoader, MemoryLoader)),
     (['--color-jitter', 0.4], None, (WorkerLoader, MemoryLoader)),
     (['--scale', 0.5, 1], None, (WorkerLoader, MemoryLoader)),
-    (['--aa', 'rand-m5', '--no-aug'], None, (MemoryLoader, MemoryLoader)),
+    (['--no-aug'], None, (MemoryLoader, MemoryLoader)),
     (['--loader', 'timm'], None, (WorkerLoader, WorkerLoader)),
     (LARGE, LIMIT, (WorkerLoader, MemoryLoader)),
 ])

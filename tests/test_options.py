@@ -35,9 +35,9 @@ def test_options_and_defaults_are_those_of_timm():
     added = {action.dest for action in additions._group_actions}
     ours = {action.dest: action.default for action in parser._actions if action.dest not in {*added, 'help'}}
     newer = {  # of timm 1.0.30 and later, and an older one
-        'amp_impl', 'class_stats', 'loss', 'loss_class_weight', 'loss_pos_weight', 'loss_weight_power', 'lr_decay_fn',
-        'lr_stable_timescale', 'multilabel_threshold', 'pretrained_cfg_overlay', 'save_epochs', 'stop_epoch',
-        'target_format', 'task'}
+        'amp_impl', 'class_stats', 'loss', 'loss_class_weight', 'loss_pos_weight', 'loss_weight_beta',
+        'loss_weight_max', 'loss_weight_power', 'lr_decay_fn', 'lr_stable_timescale', 'multilabel_threshold',
+        'pretrained_cfg_overlay', 'save_epochs', 'stop_epoch', 'target_format', 'task'}
     assert len(timms) > 170 and ours.keys() - timms.keys() == newer and not added & timms.keys()
     assert {'data'} == timms.keys() - ours.keys() - REFUSED.keys()  # timm's other name of --data-dir
     differing = {name for name in ours.keys() - REFUSED.keys()
@@ -106,6 +106,9 @@ def test_refused_options_tell_the_reason(name, tmp_path):
     (dict(lr_cycle_decay=0.7), '--lr-cycle-decay does nothing without --lr-cycle-limit of at least 2'),
     (dict(cutmix=1.0, mixup_switch_prob=0.7), '--mixup-switch-prob does nothing without --mixup and --cutmix'),
     (dict(val_split='', val_interval=2), '--val-interval does nothing without --val-split'),
+    (dict(val_split='', validation_batch_size=8), '--validation-batch-size does nothing without --val-split'),
+    (dict(torchcompile='eager', torchcompile_mode='default'), '--torchcompile-mode does nothing with --torchcompile'),
+    (dict(sched='rsqrt', warmup_epochs=0), '--sched rsqrt begins where the warm-up ends; give --warmup-epochs'),
     (dict(data_dir=''), "'data_dir' .* cannot be ''"),
     (dict(lr_cycle_mul=0, lr_cycle_limit=2), '--lr-cycle-mul must be positive'),
     (dict(decay_rate=-1, sched='step'), '--decay-rate must be positive'),
@@ -174,6 +177,9 @@ def test_bad_files_and_arguments(tmp_path):
     broken.write_text('a: [')
     with pytest.raises(UserError, match='not readable YAML'):
         parse_options(['-c', str(broken)])
+    broken.write_text('epochs: 3\nlr: 0.1\nepochs: 4\n')
+    with pytest.raises(UserError, match="not readable YAML .'epochs' is there twice"):
+        parse_options(['-c', str(broken)])
     with pytest.raises(UserError, match="Unknown argument '--epoch'; did you mean --epochs"):
         parse_options(['-c', 'paper_c10', '--epoch', '3'])
     with pytest.raises(UserError, match="Unknown argument 'images'; name the data with --data-dir"):
@@ -192,7 +198,8 @@ def test_refused_options_that_are_off_ask_for_nothing(tmp_path):
 
 def test_defaults_of_refused_options_ask_for_nothing(tmp_path):
     asked = dict(data=None, worker_seeding='all', naflex_train_seq_lens=[128, 256, 576, 784, 1024],
-                 train_size_schedule='constant')
+                 train_size_schedule='constant', task='classification', multilabel_threshold=0.5,
+                 loss_weight_power=1.0, loss_weight_beta=0.999)
     assert parse_options(['-c', recipe(tmp_path, **asked)]).data_dir is None
     with pytest.raises(UserError, match="'worker_seeding' .* is refused"):
         parse_options(['-c', recipe(tmp_path, **asked | dict(worker_seeding='part'))])
@@ -271,10 +278,18 @@ def test_length_of_a_decay_is_that_of_its_schedule(sched, epochs, tmp_path):
 @pytest.mark.parametrize('words, message', [
     (['--img-size', '64'], '--img-size does nothing with --input-size'),
     (['--lr-base', '0.2'], '--lr-base does nothing with --lr,'),
+    (['--no-aug', '--pad-crop', '2'], '--pad-crop does nothing with --no-aug; leave one of them out'),
+    (['--no-aug', '--aa', 'rand-m9'], '--aa does nothing with --no-aug'),
 ])
 def test_options_that_one_of_the_recipe_takes_the_place_of(tmp_path, words, message):
-    path = recipe(tmp_path, lr=0.1, input_size=[3, 32, 32])
+    path = recipe(tmp_path, lr=0.1, input_size=[3, 32, 32], pad_crop=4, torchcompile='inductor',
+                  torchcompile_mode='reduce-overhead')
     parse_options(['-c', path])
+    assert parse_options(['-c', path, '--torchcompile', 'eager']).torchcompile_mode is None
+    off = vars(parse_options(['-c', path, '--no-aug']))
+    assert (off['pad_crop'], off['hflip']) == (0, 0)
+    del off['config']
+    parse_options(['-c', recipe(tmp_path, **off)])  # as a run records it
     with pytest.raises(UserError, match=message):
         parse_options(['-c', path, *words])
 

@@ -331,7 +331,7 @@ def test_processes_ask_each_other_between_the_lines_of_the_log(driven, output):
     for facts in driven.facts:
         code, told = facts['asked']
         assert code == 143, told
-    assert newest_progress(output / 'asked') == dict(epoch=0, batch=4)
+    assert newest_progress(output / 'asked') == dict(epoch=0, batch=6)
 
 
 def test_signal_to_one_process_breaks_off_the_validation_of_both(driven, output):

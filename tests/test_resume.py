@@ -787,9 +787,10 @@ def test_copies_and_archives_of_checkpoints_are_left_alone(few_digits, left_alon
 def test_run_that_moved_without_what_it_began_from(few_digits, weights, tmp_path):
     """To another machine, with its folder and the data alone; and with the weights at another place."""
     start = shutil.copytree(weights.parent, tmp_path / 'here' / 'start')
-    words = ['train', '--data-dir', str(few_digits), '--val-split', 'test', '--no-aug', '--pad-crop', '2', '--epochs',
-             '2', '--warmup-epochs', '0', '--batch-size', '64', '--drop-path', '0.1', '--pretrained', '--tag', 'moved',
-             '--experiment', 'run', '--checkpoint-hist', '9']
+    words = ['train', '--data-dir', str(few_digits), '--val-split', 'test', '--scale', '1', '1', '--ratio', '1', '1',
+             '--color-jitter', '0', '--train-interpolation', 'bilinear', '--interpolation', 'bilinear', '--pad-crop',
+             '2', '--epochs', '2', '--warmup-epochs', '0', '--batch-size', '64', '--drop-path', '0.1', '--pretrained',
+             '--tag', 'moved', '--experiment', 'run', '--checkpoint-hist', '9']
     code, _, err = Command(*words, '--model', start / 'weights', '--output', tmp_path / 'here').wait()
     assert code == 0, err
     shutil.copytree(tmp_path / 'here' / 'run', tmp_path / 'there' / 'run')

@@ -237,14 +237,17 @@ def stop_itself():
 
 def asked(data, output, rank):
     """Train where a signal to the slower process is asked for between the lines of the log, at most every 5 seconds,
-    by clocks that updates move; returns what is told."""
-    now, agree = 0., loop.Training.agree
+    by clocks that move while a process waits for the updates of its device; returns what is told."""
+    now, agree, read = 0., loop.Training.agree, loop.Training._read_results
 
     def act(epoch, step):
-        nonlocal now
-        now += 2.5 if rank == 1 else 1.
-        if rank == 1 and step == 2:
+        if rank == 1 and step == 4:
             stop_itself()
+
+    def waits(self):
+        nonlocal now
+        now += (2.5 if rank == 1 else 1.) * (len(self.rates) - self.read_batches)
+        read(self)
 
     def agreed(self, *rest):
         number = agree(self, *rest)
@@ -253,7 +256,7 @@ def asked(data, output, rank):
 
     clock = SimpleNamespace(perf_counter=lambda: now)
     with (after_each_update(act), patch.multiple(loop, AGREE_SECONDS=5., time=clock),
-          patch.object(loop.Training, 'agree', agreed)):
+          patch.multiple(loop.Training, agree=agreed, _read_results=waits)):
         return told(train_command(data, output, 'asked', *LONG, '--log-interval', '1000'))
 
 

@@ -25,6 +25,7 @@ from .parser import Parser
 from .weights_folder import verify_folder
 
 EXIT_USER_ERROR = 2
+_WHICH = 'name in timm, with or without a tag, weights folder, or hf-hub:OWNER/NAME'
 PATIENCE = 10  # seconds that other processes of a machine wait for the first one to report why it ends
 
 
@@ -51,11 +52,14 @@ def _train(argv: List[str]) -> None:
 
 def _recipe(argv: List[str]) -> None:
     """list the shipped recipes, print one, or give its path"""
+    from .training.arguments import additions
     from .training.recipes import find_recipe, list_recipes, recipe_title
 
     parser = _parser('recipe', _recipe)
     parser.add_argument('name', nargs='?', help='a recipe to print')
-    parser.add_argument('--path', action='store_true', help='print only its path')
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument('--path', action='store_true', help='print only its path')
+    form.add_argument('--timm', action='store_true', help="leave out the options that timm's script does not have")
     args = parser.parse_args(argv)
     if args.name is None:
         _print_table(['recipe', 'description'], [[name, recipe_title(name)] for name in list_recipes()])
@@ -69,7 +73,11 @@ def _recipe(argv: List[str]) -> None:
         print(path)
         return
     text = path.read_text(encoding='utf-8')
-    print(re.sub('(?m)^model: .*', lambda _: f'model: {model}', text) if model else text, end='')
+    if model:
+        text = re.sub('(?m)^model: .*', lambda _: f'model: {model}', text)
+    if args.timm:
+        text = re.sub(rf"(?m)^({'|'.join(additions())}):.*\n", '', text)
+    print(text, end='')
 
 
 def _validate(argv: List[str]) -> None:
@@ -78,8 +86,7 @@ def _validate(argv: List[str]) -> None:
     from .training.evaluate import COUNT_BATCH_SIZE
 
     parser = _parser('validate', _validate)
-    parser.add_argument('model', metavar='MODEL_OR_FOLDER',
-                        help='a model name with or without tag, a weights folder, or hf-hub:OWNER/NAME')
+    parser.add_argument('model', metavar='MODEL_OR_FOLDER', help=_WHICH)
     add_data_options(parser)
     parser.set_defaults(val_split='test')
     parser.add_argument('-b', '--batch-size', type=int, default=COUNT_BATCH_SIZE, metavar='N',
@@ -129,7 +136,7 @@ def _list(argv: List[str]) -> None:
 def _info(argv: List[str]) -> None:
     """show one network: parameters, MACs, tags, recorded error, and its k"""
     parser = _parser('info', _info)
-    parser.add_argument('model', metavar='MODEL_OR_FOLDER', help='as in validate')
+    parser.add_argument('model', metavar='MODEL_OR_FOLDER', help=_WHICH)
     args = parser.parse_args(argv)
 
     name = timm_source(args.model)
@@ -231,7 +238,8 @@ def _predict(argv: List[str]) -> int:
     """classify images"""
     parser = _parser('predict', _predict)
     parser.add_argument('images', metavar='IMAGE', nargs='+', help='a file, a folder, or - for a list from stdin')
-    parser.add_argument('--model', metavar='NAME_OR_FOLDER', default='lm_resnet20', help='as in validate')
+    parser.add_argument('--model', metavar='NAME_OR_FOLDER', default='lm_resnet20',
+                        help=f'{_WHICH} (default: lm_resnet20)')
     parser.add_argument('--topk', type=int, default=3, metavar='N', help='classes per image (default: 3)')
     parser.add_argument('--json', action='store_true', help='print a line of JSON for each image')
     parser.add_argument('-b', '--batch-size', type=int, default=64, metavar='N', help='images per batch (default: 64)')
@@ -264,7 +272,7 @@ def _predict(argv: List[str]) -> int:
 def _export(argv: List[str]) -> None:
     """write a network as ONNX, torch.export or TorchScript"""
     parser = _parser('export', _export)
-    parser.add_argument('model', metavar='MODEL_OR_FOLDER', help='as in validate')
+    parser.add_argument('model', metavar='MODEL_OR_FOLDER', help=_WHICH)
     parser.add_argument('--format', choices=('onnx', 'torch-export', 'torchscript'), default='onnx',
                         help='file format (default: onnx)')
     parser.add_argument('--output', type=Path, metavar='FILE',

@@ -226,13 +226,15 @@ def _check_memory(split: str, count: int, input_size: Sequence[int], device: Opt
 
 
 def _memory_sizes(device: Optional[torch.device]) -> List[int]:
-    """Bytes of memory of the host and the device, as far as they are known."""
+    """Bytes of memory of the host, per process, and of the device, as far as they are known."""
     sizes = []
     if 'SC_PHYS_PAGES' in getattr(os, 'sysconf_names', {}):  # not on Windows
         sizes.append(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
     for limit in _CONTAINER_LIMITS:
         with suppress(OSError, ValueError):  # 'max' means no limit
             sizes.append(int(limit.read_text()))
+    processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # of a launcher, each with its own copy
+    sizes = [size // processes for size in sizes]
     if device is not None and device.type in ('cuda', 'xpu'):
         sizes.append(getattr(torch, device.type).get_device_properties(device).total_memory)
     return sizes

@@ -3,7 +3,7 @@
 Our own additions are in one group at the end.
 """
 import argparse
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, List, Mapping
 
 from timm_lm.names import with_scheme
 from timm_lm.parser import KeyValues, Parser
@@ -26,12 +26,14 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
                        help='data folder: Parquet in the Hub\'s layout, or images')
     group.add_argument('--dataset', metavar='NAME', default='',
                        help='timm\'s type and name, such as hfds/uoft-cs/cifar10 (default: what the folder holds)')
-    group.add_argument('--val-split', metavar='NAME', default='validation', help='split to validate on')
+    group.add_argument('--val-split', metavar='NAME', default='validation',
+                       help="split to validate on, '' for none in training")
     group.add_argument('--dataset-download', action=argparse.BooleanOptionalAction, default=False,
                        help='allow torch/ data sets to be downloaded')
     group.add_argument('--class-map', metavar='FILE', default='', help='file of class names or numbers')
-    group.add_argument('--input-key', metavar='NAME', help='column of the images')
-    group.add_argument('--target-key', metavar='NAME', help='column of the labels')
+    group.add_argument('--input-key', metavar='NAME', help='column of the images (default: image or img)')
+    group.add_argument('--target-key', metavar='NAME',
+                       help='column of the class numbers (default: label, labels or fine_label)')
 
 
 def data_source(options: Mapping[str, Any]) -> Dict[str, Any]:
@@ -45,8 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog='timm-lm train', description='Train a network with a recipe of timm train-script options.',
                     allow_abbrev=False)
     parser.add_argument('-c', '--config', metavar='RECIPE',
-                        help='a shipped recipe (see timm-lm recipe), one with another of its networks, such as '
-                             'lm_resnet56.paper_c10, or a YAML file')
+                        help='a shipped recipe (`timm-lm recipe` lists them), NETWORK.RECIPE for another of its '
+                             'networks, or a YAML file')
 
     add_data_options(parser)
     parser.add_argument('--train-split', metavar='NAME', default='train', help='split to train on')
@@ -238,6 +240,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--experiment', default='', metavar='NAME', help='folder of this run in --output')
 
 
+def additions() -> List[str]:
+    """Names of the options that timm's script does not have."""
+    parser = argparse.ArgumentParser(add_help=False)
+    _add_additions(parser)
+    return [action.dest for action in parser._actions]
+
+
 def _add_additions(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Additions to timm\'s options')
     group.add_argument('--pad-crop', type=int, default=0, metavar='N', help='pad by N pixels and crop at random')
@@ -250,4 +259,5 @@ def _add_additions(parser: argparse.ArgumentParser) -> None:
                        help='epoch at which the two-step is switched on; k is 0 before')
     group.add_argument('--log-tensorboard', action=_FLAG, default=False, help='log to TensorBoard in the run folder')
     group.add_argument('--tag', default='', metavar='NAME', help='tag of the saved weights')
-    group.add_argument('--dry-run', action='store_true', default=False, help='show what would be done, and exit')
+    group.add_argument('--dry-run', action='store_true', default=False,
+                       help='load network and data, show what would be done, and exit')

@@ -337,6 +337,7 @@ class Training:
             updates = -(-done // args.grad_accum_steps)
             is_told = is_update and updates % args.log_interval == 0
             if is_told or is_update and accelerator.num_processes > 1 and updates % self.agree_interval == 0:
+                self._read_results()  # waits for the device, which would otherwise still be computing
                 seconds = (time.perf_counter() - start) / (done - first_batch)
                 signal_number = self.agree(epoch, seconds * args.grad_accum_steps)
             if is_told:

@@ -39,7 +39,7 @@ ONLY_WITH: Dict[Tuple[str, ...], Tuple[str, ...]] = {
     ('lr_noise',): ('lr_noise_pct', 'lr_noise_std'),
     ('warmup_epochs',): ('warmup_lr', 'warmup_prefix'),
     ('color_jitter',): ('color_jitter_prob',),
-    ('val_split',): ('val_interval',),
+    ('val_split',): ('val_interval', 'validation_batch_size'),
 }
 
 # Options of the schedule that only some of timm's schedules read.
@@ -53,6 +53,11 @@ _OF_SCHEDULES: Dict[Tuple[str, ...], Tuple[str, ...]] = {
     ('lr_cycle_mul', 'lr_cycle_decay', 'lr_cycle_limit'): ('cosine', 'tanh', 'poly'),
     ('cooldown_epochs',): ('cosine', 'tanh', 'poly', 'wsd', 'rsqrt'),
 }
+
+# Options of the augmentation, which --no-aug turns off.
+_AUGMENTATION = (
+    'hflip', 'vflip', 'pad_crop', 'reprob', 'scale', 'ratio', 'train_crop_mode', 'color_jitter', 'color_jitter_prob',
+    'grayscale_prob', 'gaussian_blur_prob', 'aa', 'train_interpolation')
 
 # Options that another one replaces.
 _INSTEAD = {'lr': ('lr_base', 'lr_base_size', 'lr_base_scale'), 'input_size': ('img_size',)}
@@ -107,6 +112,8 @@ def _check_schedule(args: argparse.Namespace) -> None:
         if args.sched == 'none' and getattr(args, name):
             raise UserError(f'{option_name(name)} is done by the schedule; use one other than --sched none, such as '
                             'constant in newer timm.')
+    if args.sched == 'rsqrt' and not args.warmup_epochs:
+        raise UserError('--sched rsqrt begins where the warm-up ends; give --warmup-epochs, or another schedule.')
     if args.sched == 'multistep' and args.decay_milestones:
         milestones = args.decay_milestones
         if sorted(set(milestones)) != list(milestones):
@@ -207,6 +214,8 @@ def unread(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
         yield ('lr_cycle_mul', 'lr_cycle_decay'), 'without --lr-cycle-limit of at least 2; give both'
     if not (values['mixup'] and (values['cutmix'] or values['cutmix_minmax'])):
         yield ('mixup_switch_prob',), 'without --mixup and --cutmix; give both'
+    if values['torchcompile'] not in (None, '', 'inductor'):
+        yield ('torchcompile_mode',), f"with --torchcompile {values['torchcompile']}; use --torchcompile inductor"
     yield _unread_by_optimizer(values['opt']), f"with --opt {values['opt']}, which has none; take another optimizer"
 
 
@@ -235,7 +244,7 @@ def check_unread(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[
 
 
 def check_taken(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:
-    """Refuse options of the command line that others, perhaps of the recipe, replace.
+    """Refuse options of the command line that others, perhaps of the recipe, replace or turn off.
 
     A recipe may have both, as a run records what it computed.
 
@@ -247,6 +256,9 @@ def check_taken(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[s
             if values[taken] is not None:
                 raise UserError(f'{option_name(name)} does nothing with {option_name(taken)}, which may come from '
                                 'the recipe; give the latter.')
+    if values['no_aug']:
+        for name in _changed(_AUGMENTATION, values, before, defaults):
+            raise UserError(f'{option_name(name)} does nothing with --no-aug; leave one of them out.')
 
 
 def _changed(names: Iterable[str], values: Dict[str, Any], before: Dict[str, Any],

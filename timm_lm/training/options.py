@@ -50,13 +50,13 @@ def parse_options(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         raise UserError(f"Unknown argument '{unknown[0]}'; {hint}")
     if args.val_split in SPLIT_NAMES[1] and args.dataset.lower() in TRAIN_OR_TEST:
         args.val_split = 'test'  # which timm takes for any other name, and validation is its default
-    if args.no_aug:
-        args.hflip, args.vflip, args.pad_crop, args.reprob = 0., 0., 0, 0.
     if args.decay_epochs == usual_decay_epochs(args.sched):
         args.decay_epochs = None
     check_options(args)
     check_unread(vars(args), given, defaults)
     check_taken(vars(args), given, defaults)
+    if args.no_aug:
+        args.hflip, args.vflip, args.pad_crop, args.reprob = 0., 0., 0, 0.
     for names, _ in unread(vars(args)):
         _reset(args, *names)
     for leaders in ONLY_WITH:  # of all spellings of off, the one of timm's defaults, if these are off

@@ -57,6 +57,17 @@ def recipe_title(name: str) -> str:
     return path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"'{name}' is there twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
 def read_recipe(path: Path, actions: Dict[str, argparse.Action]) -> Dict[str, Any]:
     """The options of a recipe, as the actions of the parser take them.
 
@@ -64,7 +75,7 @@ def read_recipe(path: Path, actions: Dict[str, argparse.Action]) -> Dict[str, An
         UserError: If it is not YAML of options, or one is unknown, refused or has an impossible value.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
+        values = yaml.load(path.read_text(encoding='utf-8'), _Loader) or {}  # a safe one
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
         raise UserError(f'The recipe {path} is not readable YAML ({one_line(e)}).') from e
     if not isinstance(values, dict):

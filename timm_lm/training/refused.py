@@ -41,8 +41,8 @@ REFUSED: Dict[str, str] = {
     'use_multi_epochs_loader': 'worker processes persist across epochs anyway',
     'worker_seeding': 'each image has its own seed, whichever worker reads it',
     # of timm 1.0.30 and later
-    **dict.fromkeys(['loss', 'loss_class_weight', 'loss_pos_weight', 'loss_weight_power', 'class_stats'],
-                    'losses are cross entropy and --bce-loss here'),
+    **dict.fromkeys(['loss', 'loss_class_weight', 'loss_pos_weight', 'loss_weight_power', 'loss_weight_beta',
+                     'loss_weight_max', 'class_stats'], 'losses are cross entropy and --bce-loss here'),
     **dict.fromkeys(['multilabel_threshold', 'target_format', 'task'], 'each image has one label here'),
     **dict.fromkeys(['lr_decay_fn', 'lr_stable_timescale'], 'schedules have the options of timm 1.0.26 here'),
     'save_epochs': 'the newest checkpoints are kept; use --checkpoint-hist',
@@ -58,7 +58,8 @@ _TIMM_DEFAULTS: Dict[str, Any] = {
     'amp_impl': 'native', 'kd_token_distill_type': 'soft', 'naflex_loss_scale': 'linear', 'naflex_max_seq_len': 576,
     'naflex_train_seq_lens': [128, 256, 576, 784, 1024], 'train_size_random_mix': 0.1,
     'train_size_schedule': 'constant', 'train_size_schedule_spread': 0.65, 'variable_batch_loss_scale': 'none',
-    'worker_seeding': 'all',
+    'worker_seeding': 'all', 'task': 'classification', 'multilabel_threshold': 0.5, 'loss_weight_power': 1.0,
+    'loss_weight_beta': 0.999,
 }
 
 
