@@ -379,8 +379,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.epochs < 2 or min(args.steps, args.rounds) < 1 or args.workers < 0:
         parser.error('--epochs must be at least 2, --steps and --rounds at least 1, --workers not negative')
     try:
-        if args.json and not args.json.parent.is_dir():
-            raise UserError(f'The folder of {args.json} does not exist; create it first.')
+        if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+            raise UserError(f'{args.json} is a folder, or its folder does not exist; name a file in one that does.')
         with tempfile.TemporaryDirectory() as folder:
             result = compare(args, Path(folder).resolve())
         print(table(result))

@@ -1,6 +1,7 @@
 """The benchmarks run and write their figures; the bytes kept for backward, which no clock tells, are as promised."""
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -130,6 +131,26 @@ def test_both_engines_and_the_bare_loop_are_measured(few_digits, tmp_path, monke
     monkeypatch.undo()
     with pytest.raises(UserError, match='failed with exit code 2; its last lines'):
         throughput.run([*ours.command, '--epochs', '0'], tmp_path)
+
+
+def test_table_of_both_engines(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from train_throughput import table
+    engines = [dict(name=name, images_per_second=rate, rounds=[rate, rate + 10], ratio=300 / rate, command=f'run {name}'
+                    )
+               for name, rate in (('ours', 300.), ('theirs', 200.), ('plain', 100.))]
+    lines = table(dict(
+        machine=dict(cpu='CPU', cores=2, threads=2, system='Linux', gpu=None), versions=dict(torch='2.0'),
+        settings=dict(recipe='paper_c10', precision='float32', model='lm_resnet20', device='cpu', batch_size=128,
+                      steps=4, epochs=2, rounds=2, workers=4), engines=engines,
+        memory=dict(kind='peak resident set', timm_lm=11 << 20, bare=10 << 20, keeping=8 << 20, ratio=1.1,
+                    ratio_keeping=1.375))).splitlines()
+    cells = [re.split('  +', line.strip()) for line in lines]
+    assert ['ours', '300', '300', '310'] in cells
+    assert ['theirs', '200', '200', '210', '1.50 x'] in cells and ['plain', '100', '100', '110', '3.00 x'] in cells
+    assert ['bare loop with the data', '10', '1.100 x'] in cells
+    assert ['the same, keeping freed memory', '8', '1.375 x'] in cells
+    assert [line.strip() for line in lines[-3:]] == ['run ours', 'run theirs', 'run plain']
 
 
 def test_rates_of_timms_script_are_those_of_whole_epochs(tmp_path, monkeypatch):

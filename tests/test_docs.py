@@ -246,7 +246,7 @@ def test_card_of_a_weights_folder(readme, commands, tmp_path):
     (tmp_path / 'DIR').symlink_to(readme[0] / 'cifar10')
     card = (tmp_path / 'FOLDER' / 'README.md').read_text()
     languages = run_card(card, commands, tmp_path)
-    assert languages == ['python', 'bash', 'bibtex']
+    assert languages == ['python', 'python', 'bash', 'bibtex']
     assert languages == [block.language for block in blocks((ROOT / 'timm_lm' / 'MODEL_CARD.md').read_text())]
     assert [path.name for path in (tmp_path / 'output' / 'train').glob('*/weights')] == ['weights']
 
@@ -255,7 +255,7 @@ def test_card_of_a_repo(readme, hub, commands, tmp_path):
     card = hub.repos['OWNER/NAME'].files()['README.md'].decode()
     assert "'hf-hub:OWNER/NAME'" in card
     (tmp_path / 'DIR').symlink_to(readme[0] / 'my_images')
-    assert run_card(card, commands, tmp_path) == ['python', 'bash', 'bibtex']
+    assert run_card(card, commands, tmp_path) == ['python', 'python', 'bash', 'bibtex']
 
 
 def test_failing_block_is_told(commands, tmp_path):
@@ -309,7 +309,7 @@ def test_shipped_cards_say_what_is_on_record(folder):
             if row['model'] == folder.name and row['status'] == 'done']
     [row] = [row for row in rows if row['command'] in card.splitlines()]
     assert f"{row['top1_err']} % ({row['errors']} of {row['images']} images)" in card
-    assert (f"seed {row['seed']}, {row['minutes']} minutes on {row['hardware']} in {row['precision']}; "
+    assert (f"seed {row['seed']}, {row['minutes']} minutes in {row['precision']} on {row['hardware']}; "
             f"{row['versions']}.") in card
     assert f"it was {row['seen_top1_err']} %." in card
     assert (f"| {row['k_min']} to {row['k_max']} |" if row['k'] else '| top-1 error') in card

@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -100,6 +101,8 @@ def test_card_records_the_error_and_comes_back(weights, run_folder):
     assert card.data.library_name == 'timm' and card.data.license == 'apache-2.0'
     assert f"{result['errors']} of {result['images']} images" in card.text
     assert 'timm-lm train -c demo_digits' in card.text
+    assert re.findall('(?m)^## (.*)', card.text) == ['Use', 'Training', 'Intended use and limits', 'Citation']
+    assert 'ship with timm-lm' not in card.text  # this tag is none of the package
     assert '{{' not in str(card) and '{%' not in str(card)
 
 

@@ -5,7 +5,7 @@ from typing import Any, Dict, Optional, Union
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
-from .names import is_ours
+from .names import is_ours, model_tags
 from .weights_folder import CARD_NAME
 
 CARD_TEMPLATE = Path(__file__).with_name('MODEL_CARD.md')
@@ -49,10 +49,12 @@ def render_card(
         **named, library_name='timm', pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm-lm', 'transformers'],
         datasets=[dataset] if dataset else None, metrics=['accuracy'], model_name=name, eval_results=results)
-    architecture = name.partition('.')[0]
+    architecture, _, tag = name.partition('.')
+    ours = is_ours(architecture)
     return str(ModelCard.from_template(
-        data, template_path=str(CARD_TEMPLATE), name=name, architecture=architecture, ours=is_ours(architecture),
-        dataset=dataset, dataset_name=dataset_name, split=split, error=error, **fields))
+        data, template_path=str(CARD_TEMPLATE), name=name, architecture=architecture, ours=ours,
+        listed=ours and tag in model_tags(architecture), dataset=dataset, dataset_name=dataset_name, split=split,
+        error=error, **fields))
 
 
 def recorded_error(folder: Union[str, Path]) -> Optional[float]:

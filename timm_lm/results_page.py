@@ -152,7 +152,8 @@ def _verdict(lm: str, plain_runs: List[Row], lm_runs: List[Row]) -> str:
     verdict = 'beats' if points < -2 * error else 'cannot be told apart from' if points < 0 else 'does not beat'
     size = f'{abs(points) / error:.1f} standard errors' if error else '0.00 points'
     return (f'`{lm}` {verdict} its plain twin: {own:.2f} against {plain:.2f} %, a difference of {size}. (The standard '
-            f'error of at most {error:.2f} points is due to the number of test images; seeds add to it.)')
+            f'error is that of independent counts, {error:.2f} points; counted image by image it is smaller. Seeds add '
+            'to it.)')
 
 
 def finished(runs: List[Row], network: str, recipe: str) -> List[Row]:
@@ -181,7 +182,7 @@ def _mean(rows: List[Row]) -> float:
 
 
 def _spread(rows: List[Row]) -> str:
-    """Mean and standard deviation over seeds, or the only figure."""
+    """Mean and standard deviation over seeds, or the figures of fewer than three runs."""
     if not rows:
         return ''
     errors = [float(row['top1_err']) for row in rows]
@@ -189,8 +190,9 @@ def _spread(rows: List[Row]) -> str:
         return f'{errors[0]:.2f} (one seed)'
     seeds = len({row['seed'] for row in rows})
     runs = f'{len(rows)} runs of ' if len(rows) > seeds else ''
-    return (f'{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f} '
-            f"({runs}{'one seed' if seeds == 1 else f'{seeds} seeds'})")
+    figures = (f'{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f}' if len(errors) > 2
+               else ', '.join(f'{error:.2f}' for error in errors))
+    return f"{figures} ({runs}{'one seed' if seeds == 1 else f'{seeds} seeds'})"
 
 
 def _k_range(rows: List[Row]) -> str:
