@@ -165,8 +165,9 @@ def test_sdist_has_what_builds_tests_and_documents_the_package(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition('/')[2] for name in archive.getnames()}
     assert {
-        'pyproject.toml', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'hubconf.py', '_timm_lm_autoload.py',
-        'Makefile', 'requirements-dev.txt', 'timm_lm/__init__.py', 'timm_lm/MODEL_CARD.md', 'tests/test_package.py',
+        'pyproject.toml', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'CONTRIBUTING.md', 'hubconf.py',
+        '_timm_lm_autoload.py', 'Makefile', 'requirements-dev.txt', 'timm_lm/__init__.py', 'timm_lm/MODEL_CARD.md',
+        'tests/test_package.py',
     } <= names
     for folder in ('weights', 'timm_lm/recipes', 'results', 'docs'):
         assert {f'{folder}/{name}' for name in shipped(folder, '*') if '__pycache__' not in name} <= names
@@ -174,7 +175,7 @@ def test_sdist_has_what_builds_tests_and_documents_the_package(sdist):
     # and nothing that a user's runs and data leave in a checkout
     tops = {name.partition('/')[0] for name in names}
     assert tops == {
-        '.gitignore', 'CHANGELOG.md', 'CITATION.cff', 'LICENSE', 'Makefile', 'PKG-INFO',
+        '.gitignore', 'CHANGELOG.md', 'CITATION.cff', 'CONTRIBUTING.md', 'LICENSE', 'Makefile', 'PKG-INFO',
         'README.md', '_timm_lm_autoload.py', 'benchmarks', 'docs', 'hubconf.py', 'pyproject.toml',
         'requirements-dev.txt', 'results', 'tests', 'timm_lm', 'weights'}
 
