@@ -1,13 +1,13 @@
-"""A training step of an LM network against its plain twin: time, bytes kept, peak memory (except with CUDA graphs).
+"""A training step of an LM network against a plain one: time, bytes kept, peak memory (except with CUDA graphs).
 
-    python benchmarks/training.py [--depths 20 56 --batch-size 128 --compile --device cuda]
+    python benchmarks/training.py [--depths 20 56 --plain-depth 110 --batch-size 128 --compile --device cuda]
 
 Each step is forward, backward and a fused SGD update, in bfloat16 where it pays, in channels_last, on random pixels.
-The twins take turns in one process; times are medians. The least ratio follows from the bytes that an update has to
-move in addition to those of a sum, at the bandwidth of a copy: on its own it reads one more state forward, and backward
-it reads three and writes two, where a sum moves nothing; within compiled kernels it reads one more state each way.
-Bytes kept are those of the storages that autograd saves, each counted once; the peak is of tensors in addition to those
-held before a step.
+The two take turns in one process; times are medians. The least ratio, for the same depth, follows from the bytes that
+an update has to move in addition to those of a sum, at the bandwidth of a copy: on its own it reads one more state
+forward, and backward it reads three and writes two, where a sum moves nothing; within compiled kernels it reads one
+more state each way. Bytes kept are those of the storages that autograd saves, each counted once; the peak is of tensors
+in addition to those held before a step.
 """
 import argparse
 from typing import Any, Callable, Dict, Tuple
@@ -31,7 +31,6 @@ from measure import (
 import timm_lm  # noqa: F401  registers its networks
 from timm_lm.allocator import keep_freed_memory
 
-TWINS = ('preact_resnet', 'lm_resnet')
 EAGER_PASSES, COMPILED_PASSES = 6, 2  # over a state, in addition to those of a sum
 
 
@@ -59,8 +58,10 @@ def training_step(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Training step of an LM network against its plain twin.')
+    parser = argparse.ArgumentParser(description='Training step of an LM network against a plain one.')
     parser.add_argument('--depths', type=int, nargs='+', default=[20, 56], metavar='N', help='(default: 20 56)')
+    parser.add_argument('--plain-depth', type=int, metavar='N',
+                        help='depth of the plain network (default: that of the LM network, its twin)')
     parser.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='(default: 128)')
     parser.add_argument('--compile', action='store_true', help='compile the networks')
     parser.add_argument('--compile-mode', metavar='MODE',
@@ -81,18 +82,17 @@ def main() -> None:
     second = pass_seconds(args.device)
     for depth in args.depths:
         torch.compiler.reset()  # it compiles only a few networks of a class, and runs others eagerly
-        names = [f'{twin}{depth}' for twin in TWINS]
+        plain, lm = f'preact_resnet{args.plain_depth or depth}', f'lm_resnet{depth}'
         steps, kept, peaks, least = {}, {}, {}, {}
-        for name in names:
+        for name in (plain, lm):
             steps[name], forward, histories = training_step(name, args, images, labels)
             least[name] = passes * histories() * second
             kept[name] = kept_bytes(forward) / args.batch_size
             peaks[name] = _peak(steps[name], args)
         seconds = take_turns(steps, args.rounds, args.device)
-        plain = names[0]
         rows += [(name, f'{1e3 * seconds[name]:.1f}', f'{seconds[name] / seconds[plain]:.3f}',
-                  f'{1 + least[name] / seconds[plain]:.3f}', f'{kept[name] / 1024:.1f}',
-                  f'{kept[name] / kept[plain]:.4f}', peaks[name]) for name in names]
+                  f'{1 + least[name] / seconds[plain]:.3f}' if args.plain_depth in (None, depth) else '',
+                  f'{kept[name] / 1024:.1f}', f'{kept[name] / kept[plain]:.4f}', peaks[name]) for name in (plain, lm)]
     settings: Dict[str, Any] = dict(
         device=args.device, dtype=args.dtype, batch=args.batch_size,
         compiled=args.compile_mode if args.compile else False,
