@@ -1,8 +1,5 @@
 """The inference form computes what the network does, and goes where the network goes."""
 import copy
-import io
-import math
-import warnings
 
 import pytest
 import timm
@@ -14,8 +11,10 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import is_parametrized
 
 import timm_lm
+from timm_lm.export import FORMATS, export_model
 from timm_lm.inference import ChannelClamp
 from timm_lm.models._weights import weights_dir
+from timm_lm.packed_conv import PackedConv2d
 
 NETWORKS = [
     ('lm_resnet20', {}),
@@ -87,7 +86,7 @@ def test_norms_are_folded(name, norms, clamps):
 
 
 def change_first_norm(model, **values):
-    """The first norm of a block before a 1x1 convolution, with some values of channels replaced."""
+    """A network with some values of channels replaced in the first norm of its second block."""
     norm = model.stages[0].blocks[1].norm1
     with torch.no_grad():
         for name, (channel, value) in values.items():
@@ -169,7 +168,7 @@ def test_pruned_convolution_stays(name, used):
     assert type(conv) is nn.Conv2d and (conv.weight == 0).float().mean() > 0.25
 
 
-def test_pruned_k_becomes_a_constant():
+def test_pruned_k_stays_pruned():
     model = made('lm_resnet20', dict(k_per_channel=True, k_init=(-0.9, -0.5)))
     prune.l1_unstructured(model.stages[0].blocks[1].step, 'k', 0.5)
     x = images(model)
@@ -247,29 +246,32 @@ def test_features(feature_cls):
             assert difference(found, expected) < 1e-5
 
 
-def test_goes_where_the_network_goes():
-    model = made('lm_resnet18', dict(scriptable=True, layers=(1, 1), channels=(64, 128)))  # its second stage is packed
+@pytest.mark.parametrize('name, kwargs, formats', [
+    ('lm_resnet18', dict(layers=(2, 1), channels=(64, 128)), ['torch-export', 'torchscript']),
+    ('lm_resnet164', dict(layers=(2, 1, 1), base_width=128), FORMATS),  # with clamps of channels, from both sides
+], ids=['basic', 'bottleneck'])
+@pytest.mark.filterwarnings('ignore:No complete tensor found')
+def test_goes_where_the_network_goes(name, kwargs, formats, tmp_path):
+    """The exported files are loaded, and compared for several batch sizes."""
+    model = change_first_norm(made(name, dict(scriptable=True, **kwargs)), weight=(slice(0, 9), -1.5))
     optimized = timm_lm.optimize(model)
+    assert any(isinstance(module, PackedConv2d) for module in optimized.modules())
     x = images(model)
     with torch.no_grad():
         expected = model(x)
         assert difference(optimized(x), expected) < 1e-5  # its packed weights stay behind in all that follows
-        batch = torch.export.Dim('batch', min=1, max=64)
-        program = torch.export.export(optimized, (x,), dynamic_shapes=({0: batch},)).module()
-        assert difference(program(x), expected) < 1e-5
-        assert math.isfinite(program(x[:1]).sum())
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            file = io.BytesIO()
-            torch.jit.save(torch.jit.script(optimized), file)
-            file.seek(0)
-            assert difference(torch.jit.load(file)(x), expected) < 1e-5
+        for kind in formats:
+            assert export_model(optimized, kind, tmp_path / 'model') < 1e-5
         assert difference(torch.compile(optimized, backend='aot_eager')(x), expected) < 1e-5
 
 
 def test_saved_weights_load_into_another_optimized_network():
-    """With each k, which is a weight like the others."""
-    source, target = (timm_lm.optimize(made('lm_resnet20', dict(k_init=k))) for k in (0.5, -0.5))
+    """With each k, which is a weight like the others; convolutions keep no copies of the weights that they had."""
+    kwargs = dict(layers=(1, 2), channels=(64, 128))  # its second stage is packed
+    source, target = (made('lm_resnet18', dict(kwargs, k_init=k)) for k in (0.5, -0.5))
+    target.init_weights()
+    source, target = timm_lm.optimize(source), timm_lm.optimize(target)
+    assert isinstance(target.stages[1].blocks[1].conv2, PackedConv2d)
     x = images(source)
     with torch.inference_mode():
         assert difference(target(x), source(x)) > 0.1
