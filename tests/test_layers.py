@@ -27,9 +27,14 @@ def states():
     return [torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(3)]
 
 
-def test_update_is_the_formula(states, k):
-    f, x, x_prev = states
-    torch.testing.assert_close(two_step(f, x, x_prev, k), f + (1 - k) * x + k * x_prev, rtol=0, atol=1e-14)
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_update_is_the_formula(states, k, layout):
+    """And it keeps the layout of the states, as do the gradients."""
+    f, x, x_prev = states = [t.contiguous(memory_format=layout).requires_grad_() for t in states]
+    out = two_step(f, x, x_prev, k)
+    torch.testing.assert_close(out, f + (1 - k) * x + k * x_prev, rtol=0, atol=1e-14)
+    for tensor in (out, *torch.autograd.grad(out, states, torch.ones_like(out))):
+        assert tensor.stride() == x.stride()
 
 
 def test_update_makes_one_state_and_leaves_what_it_is_given(states, k):

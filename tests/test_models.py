@@ -434,6 +434,14 @@ def test_output_stride_as_timm_s_network(name, output_stride):
     assert info.reduction() == [2, *(min(r, output_stride) for r in (4, 8, 16, 32))]
 
 
+@pytest.mark.parametrize('output_stride', [8, 16, 32])
+def test_output_stride_with_a_projected_history(output_stride):
+    model = create('imagenet resnext', output_stride=output_stride)
+    taps = model.forward_intermediates(images('imagenet resnext'), intermediates_only=True)
+    assert [tap.shape[-1] for tap in taps] == [32, *(64 // min(r, output_stride) for r in (4, 8, 16, 32))]
+    assert [stage.blocks[0].history is not None for stage in model.stages] == [False, True, True, True]
+
+
 @pytest.mark.parametrize('act_layer, act', [('silu', nn.SiLU), (nn.LeakyReLU, nn.LeakyReLU)])
 def test_act_layer(act_layer, act):
     model = create('resnext', act_layer=act_layer)

@@ -27,7 +27,8 @@ def two_step(
     the states for backward, which the network holds anyway. A compiler decomposes ``lerp`` and would save the
     difference of the states as well; for training under ``torch.compile`` the sum is therefore written so that ``dk``
     is computed from the states themselves and accumulated in the precision of ``k``. Without a compiler, large states
-    on a GPU are updated in one Triton kernel each way, which computes in float32 and rounds once (``fused_two_step``).
+    on a GPU with one ``k`` per block are updated in one Triton kernel each way, which computes in float32 and rounds
+    once (``fused_two_step``).
     When exported, compiled for inference or traced in float32, the update consists of sums and a product, as not all
     formats support ``lerp``.
 
