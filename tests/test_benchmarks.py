@@ -1,5 +1,4 @@
 """The benchmarks run and write their figures; the bytes kept for backward, which no clock tells, are as promised."""
-import argparse
 import json
 import re
 import sys
@@ -85,16 +84,21 @@ def test_checkpointing_keeps_less(tmp_path):
                for row, whole in zip(less, (plain, lm), strict=True))
 
 
-def test_update(monkeypatch):
+def test_update(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import update
 
     monkeypatch.setattr(torch, 'compile', lambda function, **options: function)  # the compiler takes its time
-    args = argparse.Namespace(dtype='float32', device='cpu', rounds=1)
-    rows = update.measure_shape((2, 4, 8, 8), args)
-    assert [row[0] for row in rows] == ['copy', *(f'{name}, {work}' for name in (
-        'plain', 'two-step', 'two-step, compiled') for work in ('forward', 'forward and backward'))]
-    assert rows[0][-1] == '1.00' and all(float(row[-1]) > 0 for row in rows)
+    monkeypatch.setattr(update, 'SHAPES', ((2, 4, 8, 8), (1, 2, 4, 4)))
+    path = tmp_path / 'figures.json'
+    monkeypatch.setattr(sys, 'argv', ['update.py', '--dtype', 'float32', '--rounds', '1', '--json', str(path)])
+    update.main()
+    rows = json.loads(path.read_text())['rows']
+    work = ['copy', *(f'{name}, {work}' for name in ('plain', 'two-step', 'two-step, compiled')
+                      for work in ('forward', 'forward and backward'))]
+    assert [(row['shape'], row['work']) for row in rows] == [
+        (shape, name) for shape in ('2x4x8x8', '1x2x4x4') for name in work]
+    assert rows[0]['ratio'] == '1.00' and all(float(row['ratio']) > 0 for row in rows)
 
 
 def test_inference(tmp_path):
