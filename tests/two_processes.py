@@ -32,6 +32,7 @@ from timm_lm.training import train as train_module
 from timm_lm.training.accelerator import create_accelerator
 from timm_lm.training.batches import create_loader, load_split, resolve_input_config
 from timm_lm.training.checkpoint import CheckpointStore
+from timm_lm.training.epoch_sums import EpochSums
 from timm_lm.training.network import create_model
 from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
@@ -238,7 +239,7 @@ def stop_itself():
 def asked(data, output, rank):
     """Train where a signal to the slower process is asked for between the lines of the log, at most every 5 seconds,
     by clocks that move while a process waits for the updates of its device; returns what is told."""
-    now, agree, read = 0., loop.Training.agree, loop.Training._read_results
+    now, agree, read = 0., loop.Training.agree, EpochSums.read
 
     def act(epoch, step):
         if rank == 1 and step == 4:
@@ -256,7 +257,7 @@ def asked(data, output, rank):
 
     clock = SimpleNamespace(perf_counter=lambda: now)
     with (after_each_update(act), patch.multiple(loop, AGREE_SECONDS=5., time=clock),
-          patch.multiple(loop.Training, agree=agreed, _read_results=waits)):
+          patch.object(loop.Training, 'agree', agreed), patch.object(EpochSums, 'read', waits)):
         return told(train_command(data, output, 'asked', *LONG, '--log-interval', '1000'))
 
 

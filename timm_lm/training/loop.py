@@ -14,17 +14,16 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
-    set_model_state_dict,
     set_state_dict,
 )
 
 from timm_lm.errors import UserError, one_line
-from timm_lm.layers import TwoStep
 from timm_lm.loader import BatchLoader
 from timm_lm.model_config import TimmModel
 
 from .average import create_average
 from .checkpoint import Checkpoint, CheckpointStore, Progress, random_states, restore_random_states
+from .epoch_sums import EpochSums
 from .evaluate import evaluate, sum_dtype
 from .losses import create_loss
 from .optimizer import begin_momentum, create_optimizer
@@ -32,9 +31,9 @@ from .processes import on_main
 from .run_log import LiveLine
 from .schedule import create_schedule, load_schedule, schedule_state
 from .signals import Interrupted, StopSignals
+from .two_step_switch import TwoStepSwitch
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_SOME = StateDictOptions(full_state_dict=True, strict=False)
 AGREE_SECONDS = 5.  # at most, between checks among processes whether to stop
 
 
@@ -71,10 +70,7 @@ class Training:
         self.signals = signals
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self.model = model.to(accelerator.device)
-        self.two_steps = {name: m for name, m in model.named_modules() if isinstance(m, TwoStep)}
-        if args.two_step_epoch and not self.two_steps:
-            raise UserError(f'--two-step-epoch switches two-step blocks on and {args.model} has none; leave it out.')
-        self.k_sizes = {name: step.k.numel() for name, step in self.two_steps.items()}  # a shard has fewer
+        self.two_step_switch = TwoStepSwitch(args, model, self.sharded)
         self.average = create_average(args, model, accelerator)
         self.updates_per_epoch = -(-len(loader) // args.grad_accum_steps)
         if self.sharded and args.clip_grad is not None and args.clip_mode == 'agc':
@@ -93,7 +89,6 @@ class Training:
             if value > last:
                 raise UserError(f'--{name}-epoch {value} is never reached: the run has {self.num_epochs} epochs, '
                                 'counted from 0; change one of them.')
-        self.sum_dtype = sum_dtype(accelerator.device)
         # Not compiled with the network: on a GPU the backward pass would use logits rounded to bfloat16, but the
         # maximum and the logarithm of unrounded ones, so that probabilities would not add up to 1.
         self.loss = create_loss(args, model, data_config, accelerator)
@@ -101,11 +96,7 @@ class Training:
         # Accelerate's wrapper takes longer than a fused step of a small network, and only the scaler needs it
         self.optimizer = self.plain_optimizer if accelerator.scaler is None else prepared
         self.uses_cuda_graphs = bool(args.torchcompile) and accelerator.device.type == 'cuda'
-        # loss and correct images of each batch of the current epoch, on the device, and what was read of them: their
-        # sums, the number of batches read, and how many of these came before a loss that was not finite
-        self.batch_results = torch.zeros(len(loader), 2, dtype=self.sum_dtype, device=accelerator.device)
-        self.loss_sum, self.correct, self.read_batches, self.finite_batches = 0., 0., 0, 0
-        self.rates: List[float] = []  # learning rate of each batch of this epoch so far
+        self.sums = EpochSums(len(loader), accelerator.device)
         # factor on the gradients of a batch: 1 / batches of its update
         self.shares = {share: torch.full((), 1 / share, device=accelerator.device)
                        for share in range(1, args.grad_accum_steps + 1)}
@@ -157,7 +148,7 @@ class Training:
         # on the CPU, as each process unpacks what all of them sent
         own = [random_states() | {name: buffer.cpu() for name, buffer in self._own_buffers().items()}]
         states = gather_object(own)
-        sums = self._reduced_sums()
+        sums = self.sums.reduced(self.accelerator)
         model, optimizer = self._whole_states()
         tensors = dict(model=model, epoch=dict(sums=sums))
         if self.average:
@@ -212,8 +203,7 @@ class Training:
         self.best = checkpoint.state['best']
         self.earlier_seconds = checkpoint.state['seconds']
         sums = checkpoint.group('epoch')['sums']  # of all processes; each takes its share, which the live line shows
-        self.loss_sum, self.correct = (sums / self.accelerator.num_processes).tolist()
-        self.read_batches = self.finite_batches = checkpoint.progress.batch
+        self.sums.start(checkpoint.progress.batch, *(sums / self.accelerator.num_processes).tolist())
         rank = self.accelerator.process_index
         restore_random_states(checkpoint, rank)
         saved = checkpoint.group(f'random{rank}')
@@ -248,11 +238,10 @@ class Training:
         Raises:
             UserError: If a loss was not finite; it names the first such batch, the rate and the last good checkpoint.
         """
-        self._read_results()
-        done, finite = len(self.rates), self.finite_batches
-        found = [[*((finite + 1, self.rates[finite]) if finite < done else (0, 0.)), self.signals.number, seconds]]
+        self.sums.read()
+        found = [[*self.sums.first_not_finite(), self.signals.number, seconds]]
         if self.accelerator.num_processes > 1:  # a single one need not send its numbers to the device and back
-            ours = torch.tensor(found, dtype=self.sum_dtype, device=self.accelerator.device)
+            ours = torch.tensor(found, dtype=sum_dtype(self.accelerator.device), device=self.accelerator.device)
             found = self.accelerator.gather(ours).tolist()
         slowest = max(taken for *_, taken in found)
         if slowest:
@@ -269,37 +258,7 @@ class Training:
                             f'{lr:g}); {rest}. Use a smaller learning rate.')
         return int(max(number for _, _, number, _ in found))
 
-    def _read_results(self) -> None:
-        """Read the results of the batches since the last reading, for which the host waits for the device."""
-        done = len(self.rates)
-        for loss, correct in self.batch_results[self.read_batches:done].tolist():
-            self.loss_sum += loss
-            self.correct += correct
-            self.finite_batches += math.isfinite(self.loss_sum)
-        self.read_batches = done
-
-    def _reduced_sums(self) -> torch.Tensor:
-        """Summed loss and correct images of all processes, as read."""
-        sums = torch.tensor([self.loss_sum, self.correct], dtype=self.sum_dtype, device=self.accelerator.device)
-        return self.accelerator.reduce(sums)
-
     # Steps
-
-    def start_epoch(self, epoch: int) -> None:
-        """Hold every ``k`` at 0 before the two-step is switched on; at that epoch, start them as in a new network."""
-        switch = self.args.two_step_epoch
-        if switch and epoch <= switch:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self.args.seed)
-                fresh: Dict[str, Any] = {
-                    f'{name}.k': TwoStep(self.k_sizes[name], step.k_init, step.per_channel).k.detach()
-                    for name, step in self.two_steps.items()}
-            if epoch < switch:
-                fresh = {name: torch.zeros_like(k) for name, k in fresh.items()}
-            if self.sharded:
-                set_model_state_dict(self.network, fresh, options=_SOME)
-            else:
-                self.model.load_state_dict(fresh, strict=False)
 
     def train_epoch(self, epoch: int, first_batch: int = 0) -> Dict[str, float]:
         """One pass over the data, or the rest of one. Sums are read from the device only at the log interval.
@@ -314,10 +273,9 @@ class Training:
         args, accelerator = self.args, self.accelerator
         self.loader.set_epoch(epoch)
         self.agree_interval = 1  # until an update's time is known
-        self.rates = [math.nan] * first_batch  # not read: those of an earlier process were finite
         if first_batch == 0:
-            self.loss_sum, self.correct, self.read_batches, self.finite_batches = 0., 0., 0, 0
-            self.start_epoch(epoch)
+            self.sums.start()
+            self.two_step_switch.start_epoch(epoch, self.network)
         self.network.train()
         steps = len(self.loader)
         images_per_step = args.batch_size * accelerator.num_processes
@@ -337,15 +295,15 @@ class Training:
             updates = -(-done // args.grad_accum_steps)
             is_told = is_update and updates % args.log_interval == 0
             if is_told or is_update and accelerator.num_processes > 1 and updates % self.agree_interval == 0:
-                self._read_results()  # waits for the device, which would otherwise still be computing
+                self.sums.read()  # waits for the device, which would otherwise still be computing
                 seconds = (time.perf_counter() - start) / (done - first_batch)
                 signal_number = self.agree(epoch, seconds * args.grad_accum_steps)
             if is_told:
                 left = seconds * (steps - done + (self.num_epochs - epoch - 1) * steps)
                 validations = -(-self.num_epochs // args.val_interval) - epoch // args.val_interval
                 left += self.eval_seconds * validations
-                error = 100 - 100 * self.correct / (done * args.batch_size)  # of this process
-                self.live.show(epoch, done, self.loss_sum / done, error, self.learning_rate, images_per_step / seconds,
+                error = 100 - 100 * self.sums.correct / (done * args.batch_size)  # of this process
+                self.live.show(epoch, done, self.sums.loss / done, error, self.learning_rate, images_per_step / seconds,
                                left)
             if accelerator.num_processes == 1:
                 signal_number = self.signals.number
@@ -354,7 +312,7 @@ class Training:
         self.live.close()
         self.agree(epoch)
         seconds = time.perf_counter() - start
-        sums = self._reduced_sums()
+        sums = self.sums.reduced(accelerator)
         # after a stop during validation they were already shared, and a mean of equal numbers may round
         if first_batch < steps and accelerator.num_processes > 1 and args.dist_bn and not args.sync_bn:
             averages = [self.average.module] if self.average else []
@@ -373,7 +331,7 @@ class Training:
         args = self.args
         steps, accumulate = len(self.loader), args.grad_accum_steps
         share = min(accumulate, steps - step // accumulate * accumulate)  # the last update may have fewer batches
-        self.rates.append(self.learning_rate)
+        lr = self.learning_rate
         if step % accumulate == 0:  # in between, gradients are still where the graphs put them
             self._free_graph_outputs()
         scaler = self.accelerator.scaler
@@ -387,9 +345,7 @@ class Training:
         if is_update:
             self._update(epoch, step)
         labels = targets.argmax(1) if targets.ndim == 2 else targets
-        result = self.batch_results[step]
-        result[0].copy_(loss.detach())
-        result[1].copy_((logits.detach().argmax(1) == labels).sum())
+        self.sums.add(lr, loss.detach(), (logits.detach().argmax(1) == labels).sum())
 
     def _free_graph_outputs(self) -> None:
         """Tell CUDA graphs that their outputs so far are no longer read."""
@@ -398,10 +354,7 @@ class Training:
 
     def _update(self, epoch: int, step: int) -> None:
         args = self.args
-        if epoch < args.two_step_epoch:
-            for two_step in self.two_steps.values():
-                if two_step.k.grad is not None:
-                    two_step.k.grad.zero_()
+        self.two_step_switch.hold(epoch)
         if args.clip_grad is not None:
             self._clip()
         self.optimizer.step()
