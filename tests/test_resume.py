@@ -468,13 +468,13 @@ def test_run_that_went_on_meanwhile_is_left_alone(few_digits, left_alone, tmp_pa
     if begun:
         shutil.copytree(left_alone / 'run', folder)
         shutil.rmtree(checkpoints(tmp_path)[-1])
-    load = train_module.load_split
+    load = train_module.load_data
 
     def meanwhile(*args, **kwargs):
         shutil.copytree(left_alone / 'run', folder, dirs_exist_ok=True)
         return load(*args, **kwargs)
 
-    monkeypatch.setattr(train_module, 'load_split', meanwhile)
+    monkeypatch.setattr(train_module, 'load_data', meanwhile)
     line = fails(*arguments(few_digits, tmp_path, '--resume', 'auto'), *([] if begun else ['--seed', '7']))
     assert f'Another process resumed the run in {folder} in the meantime; start again' in line
     names = {path.relative_to(folder) for path in folder.rglob('*')} - {Path('.lock')}

@@ -33,6 +33,8 @@ LONG_TO_READ = 1 << 30  # bytes of files; for larger splits memory is checked be
 MEMORY_LIMIT = 4 << 30  # bytes of a decoded split, less where memory is small
 # The memory limit of a container on Linux, in cgroup v2 and v1.
 _CONTAINER_LIMITS = (Path('/sys/fs/cgroup/memory.max'), Path('/sys/fs/cgroup/memory/memory.limit_in_bytes'))
+# Images in memory, or to be decoded one by one.
+Split = Union[ImageSet, EncodedImages]
 # Prefixes of the names of timm's data sets.
 _KINDS = ('hfds', 'hfids', 'tfds', 'torch', 'wds')
 
@@ -278,7 +280,7 @@ def is_class_folder(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
     return is_torch_folder(data_dir, dataset) or is_image_folder(data_dir, dataset)
 
 
-def check_labels(data: Union[ImageSet, EncodedImages], num_classes: int) -> None:
+def check_labels(data: Split, num_classes: int) -> None:
     """Compare the labels of a split with the classes of a network.
 
     Raises:

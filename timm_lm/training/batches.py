@@ -1,6 +1,7 @@
 """The training data: splits in memory or read by workers, and the batches made from them."""
 import argparse
-from typing import Any, Dict, Optional, Sequence, Union
+from functools import partial
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 from accelerate import Accelerator
@@ -8,8 +9,16 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 
 from timm_lm.augment import BatchMixup
-from timm_lm.data import TooLarge, is_archive, is_class_folder, load_images, open_images
-from timm_lm.encoded import EncodedImages
+from timm_lm.data import (
+    Split,
+    TooLarge,
+    check_class_names,
+    check_labels,
+    is_archive,
+    is_class_folder,
+    load_images,
+    open_images,
+)
 from timm_lm.errors import UserError, one_line
 from timm_lm.image_set import ImageSet
 from timm_lm.loader import Augmentation, BatchLoader, MemoryLoader, WorkerLoader
@@ -17,7 +26,9 @@ from timm_lm.model_config import TimmModel, image_channels, image_config
 from timm_lm.timm_data import check_split_folder
 
 from .arguments import data_source
+from .checkpoint import Checkpoint
 from .option_rules import mixes, not_in_memory
+from .processes import differs, first_of_machine_first
 
 MAX_CROP_PCT = 2.  # above 1, images are padded, as some networks of timm need
 
@@ -62,7 +73,7 @@ def load_split(
         is_training: bool = False,
         device: Optional[torch.device] = None,
         kind: Optional[str] = None,
-) -> Union[ImageSet, EncodedImages]:
+) -> Split:
     """A split of the data that the options name: decoded in memory, or to be decoded by worker processes.
 
     Args:
@@ -104,7 +115,52 @@ def load_split(
     return open_images(split, channels=data_config['input_size'][0], **source)
 
 
-def create_loader(args: argparse.Namespace, data: Union[ImageSet, EncodedImages], data_config: Dict[str, Any],
+def load_data(
+        args: argparse.Namespace,
+        model: TimmModel,
+        data_config: Dict[str, Any],
+        accelerator: Accelerator,
+        checkpoint: Optional[Checkpoint],
+) -> Tuple[Split, Optional[Split]]:
+    """The splits to train on and, if the options name one, to validate on.
+
+    Args:
+        args: Options.
+        model: The network.
+        data_config: ``input_size``, ``crop_pct`` and ``interpolation`` of the images.
+        accelerator: Manages device and processes.
+        checkpoint: The one to resume from, None for a new run.
+
+    Raises:
+        UserError: If a split cannot be loaded, or does not fit the network or the run that is resumed.
+    """
+    with first_of_machine_first(accelerator):
+        load = partial(
+            load_split, args, data_config=data_config, show=accelerator.is_main_process, device=accelerator.device)
+        # a resumed run reads images as before, whatever fits on this machine
+        kind = checkpoint.state['loader'] if checkpoint else None
+        try:
+            train_set = load(args.train_split, is_training=True, kind=kind)
+        except TooLarge as e:
+            if kind is None:
+                raise
+            raise UserError(f'{str(e).partition(";")[0]}; the run started with its images in memory and can only '
+                            'resume where they fit. Start another run with another --experiment.') from e
+        eval_set = load(args.val_split) if args.val_split else None
+    if differs(isinstance(train_set, ImageSet)):  # the two kinds are augmented with different seeds
+        raise UserError('The training images fit into the memory of some processes and not of others; give --loader '
+                        'timm to all of them.')
+    for data in (train_set, eval_set):
+        if data is not None:
+            check_class_names(data.class_names, train_set.class_names, of='the training split', may_differ=False)
+            check_labels(data, model.num_classes)
+    if checkpoint is not None:
+        before = checkpoint.state['facts']['pretrained_cfg'].get('label_names')
+        check_class_names(train_set.class_names, before, of='the run when it was started', may_differ=False)
+    return train_set, eval_set
+
+
+def create_loader(args: argparse.Namespace, data: Split, data_config: Dict[str, Any],
                   accelerator: Accelerator, num_classes: int, is_training: bool = False) -> BatchLoader:
     """Batches of a split for this process.
 

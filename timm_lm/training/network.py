@@ -8,6 +8,7 @@ from typing import Any, Mapping, Optional
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm
 from timm.models import load_checkpoint
@@ -137,6 +138,25 @@ def _init_head(args: argparse.Namespace, model: TimmModel) -> None:
         head.bias.mul_(args.head_init_scale)
     if args.head_init_bias is not None:
         head.bias.fill_(args.head_init_bias)
+
+
+def prepare_network(args: argparse.Namespace, model: TimmModel, accelerator: Accelerator) -> TimmModel:
+    """The network in the memory layout that the options choose, with gradient checkpointing and shared batch statistics
+    if they ask for them.
+
+    Raises:
+        UserError: If it has no gradient checkpointing, or statistics cannot be shared.
+    """
+    # FSDP shards only contiguous weights; the images still have the chosen layout
+    channels_last = args.channels_last and accelerator.distributed_type != DistributedType.FSDP
+    model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if args.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing()
+        except (AssertionError, AttributeError) as e:
+            raise UserError(f'{args.model} cannot recompute in its backward pass; leave --grad-checkpointing '
+                            'out.') from e
+    return share_batch_statistics(args, model, accelerator)
 
 
 def share_batch_statistics(args: argparse.Namespace, model: TimmModel, accelerator: Accelerator) -> TimmModel:

@@ -1,12 +1,11 @@
 """What a training is going to do, in words and a picture, before it starts."""
 import argparse
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 
-from timm_lm.encoded import EncodedImages
-from timm_lm.image_set import ImageSet
+from timm_lm.data import Split
 from timm_lm.loader import BatchLoader, MemoryLoader
 from timm_lm.model_config import TimmModel
 from timm_lm.precision import asked_precision
@@ -54,7 +53,7 @@ def draw(values: List[float], epochs: int) -> str:
     return '\n'.join(lines)
 
 
-def describe_data(model: TimmModel, splits: Sequence[Union[ImageSet, EncodedImages]]) -> List[str]:
+def describe_data(model: TimmModel, splits: Sequence[Split]) -> List[str]:
     """What the user should know about the data before training."""
     remarks = [data.remark for data in splits if data.remark]
     count = len(splits[0].class_names or ())

@@ -11,26 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-import torch
-from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from tqdm import tqdm
 
 from timm_lm.allocator import keep_freed_memory, release_freed_memory
-from timm_lm.data import TooLarge, check_class_names, check_labels
 from timm_lm.errors import RESUME, UserError, one_line
 from timm_lm.files import writing
-from timm_lm.image_set import ImageSet
 from timm_lm.loader import BatchLoader
 from timm_lm.model_config import TimmModel
 
 from .accelerator import create_accelerator, settle_precision
-from .batches import check_input, create_loader, load_split, resolve_input_config
+from .batches import check_input, create_loader, load_data, resolve_input_config
 from .checkpoint import Checkpoint, CheckpointStore, Progress
 from .loop import Training
-from .network import create_model, import_modules, share_batch_statistics
+from .network import create_model, import_modules, prepare_network
 from .optimizer import set_learning_rate
 from .plan import describe_data, describe_run, describe_schedule
-from .processes import differs, first_of_machine_first, on_main
+from .processes import differs, on_main
 from .result import describe_trained, run_facts, save_weights
 from .run_folder import RESULT_NAME, find_checkpoint, own_run_folder, run_folder
 from .run_log import MAKE_ROOM, RunLog, epoch_table
@@ -82,28 +79,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     # Data
     data_config = resolve_input_config(args, model)
     check_input(model, data_config, args.model)
-    with first_of_machine_first(accelerator):
-        load = partial(load_split, args, data_config=data_config, show=is_main, device=accelerator.device)
-        # a resumed run reads images as before, whatever fits on this machine
-        kind = checkpoint.state['loader'] if checkpoint else None
-        try:
-            train_set = load(args.train_split, is_training=True, kind=kind)
-        except TooLarge as e:
-            if kind is None:
-                raise
-            raise UserError(f'{str(e).partition(";")[0]}; the run started with its images in memory and can only '
-                            'resume where they fit. Start another run with another --experiment.') from e
-        eval_set = load(args.val_split) if args.val_split else None
-    if differs(isinstance(train_set, ImageSet)):  # the two kinds are augmented with different seeds
-        raise UserError('The training images fit into the memory of some processes and not of others; give --loader '
-                        'timm to all of them.')
-    for data in (train_set, eval_set):
-        if data is not None:
-            check_class_names(data.class_names, train_set.class_names, of='the training split', may_differ=False)
-            check_labels(data, model.num_classes)
-    if checkpoint is not None:
-        before = recorded['pretrained_cfg'].get('label_names')
-        check_class_names(train_set.class_names, before, of='the run when it was started', may_differ=False)
+    train_set, eval_set = load_data(args, model, data_config, accelerator, checkpoint)
     train_loader = create_loader(args, train_set, data_config, accelerator, model.num_classes, is_training=True)
     eval_loader = create_loader(args, eval_set, data_config, accelerator, model.num_classes) if eval_set else None
 
@@ -111,16 +87,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     describe_trained(args, model, data_config, train_set.class_names)
     # gets the final weights: without all that training wraps around the network
     finished = copy.deepcopy(model) if is_main else None
-    # FSDP shards only contiguous weights; the images still have the chosen layout
-    channels_last = args.channels_last and accelerator.distributed_type != DistributedType.FSDP
-    model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    if args.grad_checkpointing:
-        try:
-            model.set_grad_checkpointing()
-        except (AssertionError, AttributeError) as e:
-            raise UserError(f'{args.model} cannot recompute in its backward pass; leave --grad-checkpointing '
-                            'out.') from e
-    model = share_batch_statistics(args, model, accelerator)
+    model = prepare_network(args, model, accelerator)
     set_seed((args.seed + accelerator.process_index) % 2 ** 32)  # each process drops different paths
     signals = StopSignals(several=accelerator.num_processes > 1)
     training = Training(args, accelerator, model, train_loader, data_config, store, signals)
@@ -129,7 +96,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
         print(describe_run(args, model, train_loader, eval_loader, accelerator, folder), flush=True)
         for remark in describe_data(model, [data for data in (train_set, eval_set) if data is not None]):
             print(f'note: {remark}', flush=True)
-    del train_set, eval_set, data  # on a GPU the loaders have their own copies
+    del train_set, eval_set  # on a GPU the loaders have their own copies
     if args.dry_run:
         if is_main:
             print(describe_schedule(args, training.updates_per_epoch, training.num_epochs))
