@@ -1,14 +1,12 @@
 """The weights folder of a checkpoint, such as the best epoch or the last one of an abandoned run."""
 import argparse
 from pathlib import Path
-from typing import Any, Dict
 
-from timm_lm.errors import UserError, one_line
+from timm_lm.errors import UserError
 from timm_lm.files import writing
-from timm_lm.model_config import TimmModel
 from timm_lm.weights_folder import save_folder
 
-from .checkpoint import Checkpoint, CheckpointStore
+from .checkpoint import CheckpointStore
 from .network import create_again, import_modules
 from .result import run_card, run_result
 from .run_folder import ARGS_NAME, read_args
@@ -41,21 +39,9 @@ def save_checkpoint_weights(checkpoint: Path, output: Path) -> Path:
     found = CheckpointStore(checkpoint.parent).read(checkpoint)
     facts = found.state['facts']
     import_modules(args)  # they may register the network
-    model = _network(facts, found, checkpoint)
+    model = create_again(facts, found.group('average') or found.group('model'))
     epochs = round(found.progress.epoch + found.progress.batch / found.state['batches'], 2)
     told = run_result(args, model, int(epochs) if epochs == int(epochs) else epochs, found.state['seconds'], facts)
     card = run_card(told | dict(seen_in_training=None, of_epochs=found.state['epochs']), vars(args), model)
     with writing(f'The weights in {output}', 'Make room, or name another folder with --output.'):
         return save_folder(model, output, card, facts['model_args'])
-
-
-def _network(facts: Dict[str, Any], checkpoint: Checkpoint, folder: Path) -> TimmModel:
-    """The network of a run with the weights of a checkpoint; the run's initial weights are not needed."""
-    try:
-        model = create_again(facts)
-        model.load_state_dict(checkpoint.group('average') or checkpoint.group('model'))
-    except (AssertionError, RuntimeError, TypeError, ValueError) as e:
-        name = facts['pretrained_cfg']['architecture']
-        raise UserError(f'The network {name} of {folder} cannot be recreated from its name and arguments '
-                        f'({one_line(e)}); check the versions of timm and timm-lm.') from e
-    return model

@@ -47,16 +47,30 @@ def _by_options(reason: str) -> str:
     return reason
 
 
-def create_again(facts: Mapping[str, Any], **kwargs: Any) -> TimmModel:
-    """The network of a run, with new weights; its initial weights are not needed.
+def create_again(
+        facts: Mapping[str, Any],
+        weights: Optional[Mapping[str, torch.Tensor]] = None,
+        **kwargs: Any,
+) -> TimmModel:
+    """The network of a run; its initial weights are not needed.
 
     Args:
         facts: What ``run_facts`` recorded of it.
+        weights: Its state dict, None for new weights.
         **kwargs: Keywords in addition to the recorded ones.
+
+    Raises:
+        UserError: If it can no longer be made, or the weights are of another network.
     """
     sizes = {name: facts[name] for name in ('num_classes', 'in_chans') if facts[name] is not None}
     cfg = dict(facts['pretrained_cfg'])
-    model: TimmModel = timm.create_model(cfg['architecture'], **kwargs | sizes | facts['model_args'])
+    try:
+        model: TimmModel = timm.create_model(cfg['architecture'], **kwargs | sizes | facts['model_args'])
+        if weights is not None:
+            model.load_state_dict(weights)
+    except (*_UNREADABLE, AssertionError) as e:
+        raise UserError(f"The network {cfg['architecture']} of the run cannot be recreated from its name and arguments "
+                        f'({one_line(e, 300)}); check the versions of timm and timm-lm.') from e
     model.pretrained_cfg = cfg
     return model
 
@@ -86,10 +100,7 @@ def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]]
         raise UserError(f'--model-kwargs has {name}; use {option_name(_OPTIONS.get(name, name))} instead.')
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     if recorded:  # with its own --model-kwargs; others are reported when the options are compared
-        try:
-            return create_again(recorded, **kwargs)
-        except (*_UNREADABLE, AssertionError) as e:
-            raise UserError(f'The network of the run cannot be recreated ({one_line(e, 300)}).') from e
+        return create_again(recorded, **kwargs)
     kwargs |= args.model_kwargs
     for name in ('pretrained_path', 'initial_checkpoint'):
         path = getattr(args, name)
