@@ -3,7 +3,7 @@ import argparse
 import importlib
 from pathlib import Path
 from pickle import PickleError
-from typing import Any, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional
 
 import timm
 import torch
@@ -23,8 +23,9 @@ from .option_rules import option_name
 # Errors of loading a file of weights.
 _UNREADABLE = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, PickleError,
                SafetensorError)
-# Keywords of a network whose option has another name.
-_OPTIONS = dict(drop_rate='drop', drop_path_rate='drop_path', drop_block_rate='drop_block', global_pool='gp')
+# Options that are keywords of a network, by the keyword.
+_OPTIONS = dict(num_classes='num_classes', in_chans='in_chans', drop_rate='drop', drop_path_rate='drop_path',
+                drop_block_rate='drop_block', global_pool='gp')
 
 
 def import_modules(args: argparse.Namespace) -> None:
@@ -75,6 +76,44 @@ def create_again(
     return model
 
 
+def _model_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
+    """Keywords of the network that the options give, without those of ``--model-kwargs``."""
+    for name in sorted(_OPTIONS.keys() & args.model_kwargs.keys()):
+        raise UserError(f'--model-kwargs has {name}; use {option_name(_OPTIONS[name])} instead.')
+    kwargs = {name: getattr(args, option) for name, option in _OPTIONS.items()}
+    kwargs['drop_block_rate'] = args.drop_block or None
+    if args.in_chans is None and args.input_size is not None:
+        kwargs['in_chans'] = args.input_size[0]
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Raise a UserError if there is no file where the options name one of weights."""
+    for name in ('pretrained_path', 'initial_checkpoint'):
+        path = getattr(args, name)
+        if path and not Path(path).is_file():
+            what = 'is a folder; --model takes weights folders' if Path(path).is_dir() else 'does not exist'
+            raise UserError(f'{option_name(name)} {path} {what}. Give a file of weights.')
+
+
+def _load_initial(args: argparse.Namespace, model: TimmModel) -> None:
+    try:
+        load_checkpoint(model, args.initial_checkpoint, weights_only=True)
+    except _UNREADABLE as e:
+        raise UserError(
+            f'--initial-checkpoint {args.initial_checkpoint} could not be loaded ({one_line(e)}).') from e
+
+
+def _grow(args: argparse.Namespace, model: TimmModel) -> None:
+    """Start a network from a shallower one, whose license stays."""
+    try:
+        shallow = load_model(args.grow_from)
+        grow(shallow, model)
+        model.pretrained_cfg['license'] = shallow.pretrained_cfg.get('license')
+    except UserError as e:
+        raise UserError(f'--grow-from {args.grow_from} cannot start {args.model}: {e}') from e
+
+
 def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]] = None) -> TimmModel:
     """The network, with its initial weights.
 
@@ -85,28 +124,11 @@ def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]]
     Raises:
         UserError: If there is no such network, it does not accept the options, or the weights cannot be loaded.
     """
-    in_chans = args.in_chans
-    if in_chans is None and args.input_size is not None:
-        in_chans = args.input_size[0]
-    kwargs = dict(
-        num_classes=args.num_classes,
-        in_chans=in_chans,
-        drop_rate=args.drop,
-        drop_path_rate=args.drop_path,
-        drop_block_rate=args.drop_block or None,
-        global_pool=args.gp,
-    )
-    for name in sorted(kwargs.keys() & args.model_kwargs.keys()):
-        raise UserError(f'--model-kwargs has {name}; use {option_name(_OPTIONS.get(name, name))} instead.')
-    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    kwargs = _model_kwargs(args)
     if recorded:  # with its own --model-kwargs; others are reported when the options are compared
         return create_again(recorded, **kwargs)
     kwargs |= args.model_kwargs
-    for name in ('pretrained_path', 'initial_checkpoint'):
-        path = getattr(args, name)
-        if path and not Path(path).is_file():
-            what = 'is a folder; --model takes weights folders' if Path(path).is_dir() else 'does not exist'
-            raise UserError(f"--{name.replace('_', '-')} {path} {what}. Give a file of weights.")
+    _check_files(args)
     if args.pretrained_path:
         overlay = dict(file=args.pretrained_path, num_classes=-1)  # -1: a new head
         kwargs.update(pretrained=True, pretrained_cfg_overlay=overlay)
@@ -120,18 +142,9 @@ def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]]
     except (*_UNREADABLE, AssertionError) as e:
         raise UserError(f'{args.model} cannot be made with these options ({_by_options(one_line(e, 300))}).') from e
     if args.initial_checkpoint:
-        try:
-            load_checkpoint(model, args.initial_checkpoint, weights_only=True)
-        except _UNREADABLE as e:
-            raise UserError(f'--initial-checkpoint {args.initial_checkpoint} could not be loaded ({one_line(e)}).'
-                            ) from e
+        _load_initial(args, model)
     if args.grow_from:
-        try:
-            shallow = load_model(args.grow_from)
-            grow(shallow, model)
-            model.pretrained_cfg['license'] = shallow.pretrained_cfg.get('license')
-        except UserError as e:
-            raise UserError(f'--grow-from {args.grow_from} cannot start {args.model}: {e}') from e
+        _grow(args, model)
     _init_head(args, model)
     return model
 
