@@ -60,13 +60,8 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         UserError: If compilation is requested but there is no compiler, or a tracker is not installed.
     """
     on_cpu = _on_cpu(args)
-    for name in ('deepspeed', 'megatron_lm', 'parallelism_config'):
-        if os.environ.get(f'ACCELERATE_USE_{name.upper()}', 'false').lower() == 'true':  # as Accelerate reads it
-            raise UserError(f"Accelerate's settings ask for {name}, which this engine lacks; use DDP or FSDP.")
-    plugin = TorchDynamoPlugin(backend='no')  # otherwise Accelerate's own setting applies
-    if args.torchcompile:
-        check_compiler(args.torchcompile, args.torchcompile_mode, on_cpu)
-        plugin = TorchDynamoPlugin(backend=args.torchcompile, mode=args.torchcompile_mode or 'default', dynamic=False)
+    _refuse_other_engines()
+    plugin = _dynamo_plugin(args, on_cpu)
     # left by an earlier training in this process, perhaps with another precision or device
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else 'no'
@@ -91,16 +86,7 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         # Small networks gain nothing from graphs that are split where gradients are sent, and older PyTorch loses
         # track of the weights in them: CUDA graphs are recorded again at each step, and gradients may be wrong.
         torch._dynamo.config.optimize_ddp = False
-    fsdp = getattr(accelerator.state, 'fsdp_plugin', None)
-    if fsdp is not None:  # each process creates the whole network; Accelerate would fail to send running statistics
-        fsdp.cpu_ram_efficient_loading = False
-        fsdp.mixed_precision_policy = None  # autocast sets the lower precision, as without FSDP
-        if getattr(fsdp, 'fsdp_version', 1) == 1 and not fsdp.use_orig_params:
-            raise UserError('FSDP version 1 hides the parameters from the optimizer; add '
-                            '--fsdp_use_orig_params true, or with newer Accelerate --fsdp_version 2.')
-        if getattr(fsdp.cpu_offload, 'offload_params', hasattr(fsdp.cpu_offload, 'pin_memory')):
-            raise UserError('FSDP that keeps parameters on the CPU cannot resume from a checkpoint, as running '
-                            'statistics are on the device; leave --fsdp_offload_params out.')
+    _set_up_fsdp(accelerator)
     if args.device is not None and not _is_named(accelerator.device, args.device):
         raise UserError(f'--device {args.device} is not what Accelerate chose ({accelerator.device}); leave it out, or '
                         'choose devices with `accelerate launch`.')
@@ -108,6 +94,35 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def _refuse_other_engines() -> None:
+    for name in ('deepspeed', 'megatron_lm', 'parallelism_config'):
+        if os.environ.get(f'ACCELERATE_USE_{name.upper()}', 'false').lower() == 'true':  # as Accelerate reads it
+            raise UserError(f"Accelerate's settings ask for {name}, which this engine lacks; use DDP or FSDP.")
+
+
+def _dynamo_plugin(args: argparse.Namespace, on_cpu: bool) -> TorchDynamoPlugin:
+    if not args.torchcompile:
+        return TorchDynamoPlugin(backend='no')  # otherwise Accelerate's own setting applies
+    check_compiler(args.torchcompile, args.torchcompile_mode, on_cpu)
+    return TorchDynamoPlugin(backend=args.torchcompile, mode=args.torchcompile_mode or 'default', dynamic=False)
+
+
+def _set_up_fsdp(accelerator: Accelerator) -> None:
+    """Change those settings of FSDP, if it is used, that do not fit this engine, or refuse them."""
+    fsdp = getattr(accelerator.state, 'fsdp_plugin', None)
+    if fsdp is None:
+        return
+    # each process creates the whole network; Accelerate would fail to send running statistics
+    fsdp.cpu_ram_efficient_loading = False
+    fsdp.mixed_precision_policy = None  # autocast sets the lower precision, as without FSDP
+    if getattr(fsdp, 'fsdp_version', 1) == 1 and not fsdp.use_orig_params:
+        raise UserError('FSDP version 1 hides the parameters from the optimizer; add '
+                        '--fsdp_use_orig_params true, or with newer Accelerate --fsdp_version 2.')
+    if getattr(fsdp.cpu_offload, 'offload_params', hasattr(fsdp.cpu_offload, 'pin_memory')):
+        raise UserError('FSDP that keeps parameters on the CPU cannot resume from a checkpoint, as running '
+                        'statistics are on the device; leave --fsdp_offload_params out.')
 
 
 def _is_named(device: torch.device, name: str) -> bool:
