@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NoReturn, Optional, Tuple
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from timm.models import model_parameters
 from timm.utils import dispatch_clip_grad, distribute_bn
@@ -43,7 +44,7 @@ class Training:
     def __init__(
             self,
             args: argparse.Namespace,
-            accelerator: Any,
+            accelerator: Accelerator,
             model: TimmModel,
             loader: BatchLoader,
             data_config: Dict[str, Any],

@@ -1,9 +1,10 @@
 """What a training is going to do, in words and a picture, before it starts."""
 import argparse
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence
 
 import torch
+from accelerate import Accelerator
 
 from timm_lm.data import Split
 from timm_lm.loader import BatchLoader, MemoryLoader
@@ -68,7 +69,7 @@ def describe_run(
         model: TimmModel,
         train_loader: BatchLoader,
         eval_loader: Optional[BatchLoader],
-        accelerator: Any,
+        accelerator: Accelerator,
         folder: Path,
 ) -> str:
     """Network, data, batches, device and folder of a run, a line each."""

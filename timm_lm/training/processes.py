@@ -2,6 +2,7 @@
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, Optional, TypeVar
 
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from timm_lm.errors import UserError
@@ -9,7 +10,7 @@ from timm_lm.errors import UserError
 Result = TypeVar('Result')
 
 
-def on_main(accelerator: Any, work: Callable[[], Result]) -> Optional[Result]:
+def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Optional[Result]:
     """Do something only in the main process; if it fails there, all processes fail the same way.
 
     Otherwise the others would wait for the main process where they next meet.
@@ -40,7 +41,7 @@ def differs(value: Any) -> bool:
 
 
 @contextmanager
-def first_of_machine_first(accelerator: Any) -> Iterator[None]:
+def first_of_machine_first(accelerator: Accelerator) -> Iterator[None]:
     """Like ``local_main_process_first``, but if the first one fails, the others are released too, to fail likewise."""
     if not accelerator.is_local_main_process:
         accelerator.wait_for_everyone()

@@ -9,8 +9,9 @@ import shutil
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Dict, List, Optional
 
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from tqdm import tqdm
 
@@ -58,15 +59,15 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     accelerator = create_accelerator(args, folder)
     if not (args.experiment or args.resume):
         (folder,) = broadcast_object_list([folder])  # which has the time in its name
-    is_main = accelerator.is_main_process
-    if remark and is_main:
-        print(f'note: {remark}', flush=True)
+    tell = accelerator.on_main_process(partial(print, flush=True))
+    if remark:
+        tell(f'note: {remark}')
     set_learning_rate(args, accelerator.num_processes)
 
     # The checkpoint to resume from
     store = CheckpointStore(folder / 'checkpoints', keep=args.checkpoint_hist)
     found = store.newest_first()
-    checkpoint = find_checkpoint(args, folder, store, tell=tqdm.write if is_main else lambda line: None)
+    checkpoint = find_checkpoint(args, folder, store, tell=accelerator.on_main_process(tqdm.write))
     if differs(checkpoint and checkpoint.state['sha256']):
         raise UserError(f'The processes do not find the same checkpoint in {folder}; the run folder must be on a '
                         'disk that all machines see.')
@@ -86,20 +87,18 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     # Optimizer, schedule, loss
     describe_trained(args, model, data_config, train_set.class_names)
     # gets the final weights: without all that training wraps around the network
-    finished = copy.deepcopy(model) if is_main else None
+    finished = copy.deepcopy(model) if accelerator.is_main_process else None
     model = prepare_network(args, model, accelerator)
     set_seed((args.seed + accelerator.process_index) % 2 ** 32)  # each process drops different paths
     signals = StopSignals(several=accelerator.num_processes > 1)
     training = Training(args, accelerator, model, train_loader, data_config, store, signals)
     training.facts = run_facts(args, model, command, accelerator.device, accelerator.num_processes, recorded)
-    if is_main:
-        print(describe_run(args, model, train_loader, eval_loader, accelerator, folder), flush=True)
-        for remark in describe_data(model, [data for data in (train_set, eval_set) if data is not None]):
-            print(f'note: {remark}', flush=True)
+    tell(describe_run(args, model, train_loader, eval_loader, accelerator, folder))
+    for remark in describe_data(model, [data for data in (train_set, eval_set) if data is not None]):
+        tell(f'note: {remark}')
     del train_set, eval_set  # on a GPU the loaders have their own copies
     if args.dry_run:
-        if is_main:
-            print(describe_schedule(args, training.updates_per_epoch, training.num_epochs))
+        tell(describe_schedule(args, training.updates_per_epoch, training.num_epochs))
         return folder
 
     progress = training.resume(checkpoint) if checkpoint else Progress()  # refused before anything is changed
@@ -115,7 +114,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
 
 def _run(
         args: argparse.Namespace,
-        accelerator: Any,
+        accelerator: Accelerator,
         training: Training,
         eval_loader: Optional[BatchLoader],
         folder: Path,
@@ -206,7 +205,7 @@ def _check_unchanged(store: CheckpointStore, found: List[Path]) -> None:
         raise UserError(f'Another process resumed the run in {store.folder.parent} in the meantime; start again.')
 
 
-def _start_trackers(args: argparse.Namespace, accelerator: Any, folder: Path) -> None:
+def _start_trackers(args: argparse.Namespace, accelerator: Accelerator, folder: Path) -> None:
     if not accelerator.log_with:
         return
     wandb = dict(name=folder.name, tags=args.wandb_tags, dir=str(folder))
