@@ -51,7 +51,7 @@ def test_float16_goes_on_from_its_scaler_and_random_states(run, tmp_path):
         if path.name > newest.name:
             shutil.rmtree(path)
     state = json.loads((newest / 'state.json').read_text())
-    assert state['scaler']['scale'] > 0 and 'random0/cuda' in load_file(newest / 'state.safetensors')
+    assert state['scaler']['scale'] > 0 and 'process0/cuda' in load_file(newest / 'state.safetensors')
     run('cut', *options, '--resume', 'auto')
     for name, tensor in final(whole).items():
         torch.testing.assert_close(final(cut)[name], tensor, rtol=1e-2, atol=1e-2)

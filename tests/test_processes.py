@@ -370,7 +370,7 @@ def test_signal_to_one_process_stops_both_at_one_step(stopped, output):
     assert '[rank' not in stopped.err
     assert stopped.checkpoints == ['step-000000008', 'step-000000011']  # that of an epoch, and that of the signal
     state = load_file(newest / 'state.safetensors')
-    assert not torch.equal(state['random0/cpu'], state['random1/cpu'])
+    assert not torch.equal(state['process0/cpu'], state['process1/cpu'])
 
 
 @pytest.mark.parametrize('name, updates', [('stopped', 11), ('killed', 12)])

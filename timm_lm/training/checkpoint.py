@@ -1,7 +1,8 @@
 """Checkpoints of a training: complete, written whole or not at all, found again and verified.
 
 A checkpoint is a folder ``step-<updates>``: ``state.safetensors`` holds every tensor that changes (network, optimizer,
-averaged weights, sums of the current epoch, random states), ``state.json`` the rest with the digests of both.
+averaged weights, random states and running statistics of each process), ``state.json`` the rest with the digests of
+both.
 """
 import hashlib
 import json
@@ -12,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from safetensors import SafetensorError
@@ -50,6 +51,10 @@ class Checkpoint:
         """The tensors of one group, by name without its prefix."""
         prefix = f'{name}/'
         return {key[len(prefix):]: tensor for key, tensor in self.tensors.items() if key.startswith(prefix)}
+
+    def process_states(self, rank: int) -> Dict[str, torch.Tensor]:
+        """The states of a process, as it gave them to ``save``."""
+        return self.group(f'process{rank}')
 
     @property
     def optimizer(self) -> Dict[str, Any]:
@@ -149,7 +154,7 @@ class CheckpointStore:
             progress: Progress,
             tensors: Dict[str, Dict[str, torch.Tensor]],
             optimizer: Dict[str, Any],
-            random_states: List[Dict[str, torch.Tensor]],
+            process_states: List[Dict[str, torch.Tensor]],
             rest: Dict[str, Any],
             also_keep: Optional[str] = None,
     ) -> Path:
@@ -160,7 +165,7 @@ class CheckpointStore:
             progress: How far the training has come.
             tensors: Groups of tensors by name, such as the state dict of the network.
             optimizer: State dict of the optimizer.
-            random_states: ``random_states()`` of each process.
+            process_states: Tensors of each process that the others do not have, such as its ``random_states()``.
             rest: JSON-serialisable states.
             also_keep: Name of an older checkpoint to keep.
 
@@ -169,7 +174,7 @@ class CheckpointStore:
         """
         optimizer_tensors, optimizer_rest = _split_optimizer(optimizer)
         groups = dict(tensors, optimizer=optimizer_tensors)
-        groups.update({f'random{rank}': states for rank, states in enumerate(random_states)})
+        groups.update({f'process{rank}': states for rank, states in enumerate(process_states)})
         flat = {
             f'{group}/{key}': tensor.detach().cpu().contiguous()
             for group, named in groups.items() for key, tensor in named.items()
@@ -270,9 +275,8 @@ class CheckpointStore:
         return None
 
 
-def restore_random_states(checkpoint: Checkpoint, rank: int) -> None:
-    """Restore the random states of a process."""
-    states = checkpoint.group(f'random{rank}')
+def restore_random_states(states: Mapping[str, torch.Tensor]) -> None:
+    """Restore what ``random_states`` gave, where the device is there."""
     torch.set_rng_state(states['cpu'])
     if 'cuda' in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states['cuda'])

@@ -149,14 +149,14 @@ class Training:
         # on the CPU, as each process unpacks what all of them sent
         own = [random_states() | {name: buffer.cpu() for name, buffer in self._own_buffers().items()}]
         states = gather_object(own)
-        sums = self.sums.reduced(self.accelerator)
         model, optimizer = self._whole_states()
-        tensors = dict(model=model, epoch=dict(sums=sums))
+        tensors = dict(model=model)
         if self.average:
             tensors['average'] = self.average.module.state_dict()
         rest = dict(
             best=self.best,
             seconds=self.seconds,
+            sums=self.sums.reduced(self.accelerator).tolist(),
             processes=self.accelerator.num_processes,
             images=len(self.loader.data),
             loader=self.loader.kind,
@@ -203,13 +203,12 @@ class Training:
             self.accelerator.scaler.load_state_dict(checkpoint.state['scaler'])
         self.best = checkpoint.state['best']
         self.earlier_seconds = checkpoint.state['seconds']
-        sums = checkpoint.group('epoch')['sums']  # of all processes; each takes its share, which the live line shows
-        self.sums.start(checkpoint.progress.batch, *(sums / self.accelerator.num_processes).tolist())
-        rank = self.accelerator.process_index
-        restore_random_states(checkpoint, rank)
-        saved = checkpoint.group(f'random{rank}')
+        sums = [total / processes for total in checkpoint.state['sums']]  # each takes its share; the live line shows it
+        self.sums.start(checkpoint.progress.batch, *sums)
+        own = checkpoint.process_states(self.accelerator.process_index)
+        restore_random_states(own)
         for name, buffer in self._own_buffers().items():
-            buffer.copy_(saved[name])
+            buffer.copy_(own[name])
         checkpoint.tensors.clear()  # not kept in memory until the run ends
         return checkpoint.progress
 
