@@ -17,6 +17,7 @@ import torch
 from . import __version__
 from .card import recorded_error
 from .errors import RESUME, UserError, one_line
+from .layers.two_step import k_values
 from .model_config import TimmModel, image_config
 from .models._weights import weights_dir
 from .names import is_repo_name, load_model, model_tags, names_folder, our_models, timm_source, with_scheme
@@ -161,7 +162,7 @@ def _info(argv: List[str]) -> None:
     }
     for name, value in lines.items():
         print(f'{name:<11} {value}')
-    k = model.k_values() if hasattr(model, 'k_values') else {}
+    k = k_values(model)
     if k:
         print('k' if load else 'k (random, no weights were loaded)')
         for name, value in k.items():

@@ -3,7 +3,8 @@
 Source: Lu, Zhong, Li, Dong, "Beyond Finite Layer Neural Networks: Bridging Deep Architectures and Numerical
 Differential Equations", ICML 2018, https://arxiv.org/abs/1710.10121.
 """
-from typing import Any, Sequence, Tuple, Union
+from collections import OrderedDict
+from typing import Any, Dict, Sequence, Tuple, Union
 
 import torch
 from torch import nn
@@ -124,3 +125,19 @@ class EulerStep(nn.Module):
     def forward(self, f: torch.Tensor, x: torch.Tensor, x_prev: torch.Tensor) -> torch.Tensor:
         """Like ``TwoStep.forward``; the history is not read."""
         return f + x
+
+
+def two_steps(network: nn.Module) -> Dict[str, TwoStep]:
+    """The two-step updates of any network, by name, in network order."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, TwoStep)}
+
+
+def k_values(network: nn.Module) -> Dict[str, torch.Tensor]:
+    """The coefficient ``k`` of each two-step block of any network, by block name, in network order.
+
+    Returns:
+        Detached copies on the CPU, of shape (1,), or (C,) if per channel; empty for a plain network.
+    """
+    return OrderedDict(
+        (name.removesuffix('.step'), step.k.detach().float().reshape(-1).cpu().clone())
+        for name, step in two_steps(network).items())

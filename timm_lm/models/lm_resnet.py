@@ -35,7 +35,7 @@ from timm.models._manipulate import checkpoint
 from torch import nn
 
 from timm_lm.layers import EulerStep, StateNoise, TwoStep
-from timm_lm.layers.two_step import KInit
+from timm_lm.layers.two_step import KInit, k_values, two_steps
 
 from . import _labels
 from ._weights import check_shipped, sources_of_tags
@@ -436,7 +436,7 @@ class LMResNet(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
         """Names of the parameters that get no weight decay: each ``k``."""
-        return {f'{name}.step.k' for name, step in self._steps() if isinstance(step.k, nn.Parameter)}
+        return {f'{name}.k' for name, step in two_steps(self).items() if isinstance(step.k, nn.Parameter)}
 
     @torch.jit.ignore
     def k_values(self) -> Dict[str, torch.Tensor]:
@@ -445,12 +445,7 @@ class LMResNet(nn.Module):
         Returns:
             Detached copies on the CPU, of shape (1,), or (C,) if per channel; empty for a plain network.
         """
-        return OrderedDict((name, step.k.detach().float().reshape(-1).cpu().clone()) for name, step in self._steps())
-
-    @torch.jit.ignore
-    def _steps(self) -> List[Tuple[str, TwoStep]]:
-        suffix = '.step'
-        return [(n[:-len(suffix)], m) for n, m in self.named_modules() if isinstance(m, TwoStep)]
+        return k_values(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -626,7 +621,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LMResNet, strict: bo
             accepts missing and unexpected weights, as it does for another number of classes.
     """
     state_dict = dict(state_dict)
-    wanted = {f'{name}.step.k': step.k.shape for name, step in model._steps()}
+    wanted = {f'{name}.k': step.k.shape for name, step in two_steps(model).items()}
     if str(model.pretrained_cfg.get('tag', '')).startswith('resnetv2_'):
         for key, shape in wanted.items():
             state_dict.setdefault(key, torch.zeros(shape))

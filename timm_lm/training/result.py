@@ -11,6 +11,7 @@ from tqdm import tqdm
 import timm_lm
 from timm_lm.card import render_card
 from timm_lm.files import write_text
+from timm_lm.layers.two_step import k_values
 from timm_lm.loader import BatchLoader
 from timm_lm.machine import processor_name, usable_cores
 from timm_lm.model_config import TimmModel, record_data
@@ -162,17 +163,13 @@ def _start(args: Mapping[str, Any]) -> str:
     return ', '.join(f'{how} the weights of `{last_name(with_default_tag(name))}`' for how, name in said if name)
 
 
-def _k_values(model: TimmModel) -> Dict[str, torch.Tensor]:
-    return model.k_values() if hasattr(model, 'k_values') else {}
-
-
 def mean_k(model: TimmModel) -> List[float]:
     """``k`` of each block, the mean over channels if there is one per channel."""
-    return [k.mean().item() for k in _k_values(model).values()]
+    return [k.mean().item() for k in k_values(model).values()]
 
 
 def _k_summary(model: TimmModel) -> str:
-    values = [v for k in _k_values(model).values() for v in k.tolist()]
+    values = [v for k in k_values(model).values() for v in k.tolist()]
     return f'{min(values):.3f} to {max(values):.3f}' if values else ''
 
 
