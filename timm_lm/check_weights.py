@@ -50,8 +50,7 @@ def _check(folder: Path, data: Path) -> bool:
     if dataset not in FOLDERS:
         raise UserError(f'The card of {folder} names the data set {dataset}; known ones are: {", ".join(FOLDERS)}.')
     result = validate(
-        str(folder), results[0].dataset_split or 'test',
-        tell=lambda remark: print(f'check-weights: note: {remark}', file=sys.stderr), data_dir=data / FOLDERS[dataset])
+        str(folder), results[0].dataset_split or 'test', program='check-weights', data_dir=data / FOLDERS[dataset])
     errors, count = int(result['errors']), int(result['images'])
     expected = round(recorded * count / 100)
     print(f'{folder.name}: {errors} errors of {count} images, recorded {expected}')

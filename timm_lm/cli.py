@@ -109,8 +109,7 @@ def _validate(argv: List[str]) -> None:
 
     result = validate(
         args.model, args.val_split, _device(args.device), args.batch_size, args.workers, args.amp, args.channels_last,
-        args.torchcompile, tell=lambda remark: print(f'timm-lm: note: {remark}', file=sys.stderr),
-        **data_source(vars(args)))
+        args.torchcompile, **data_source(vars(args)))
     print(f"{args.model}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}, "
           f"{result['errors']} errors of {result['images']} images ({100 - result['top1']:.2f} %), "
           f"{result['images_per_second']:.0f} images/s")

@@ -86,8 +86,7 @@ def _count(folder: Path, told: Dict[str, Any], args: Dict[str, Any], data_dir: O
     """Count the errors of a weights folder, and write its card; returns the count and ``k``."""
     model = load_folder(folder)
     counts: Dict[str, Any] = validate(
-        str(folder), args['val_split'],
-        tell=lambda remark: print(f'ship: note: {remark}', file=sys.stderr),
+        str(folder), args['val_split'], program='ship',
         **data_source(args | dict(data_dir=data_dir or args['data_dir'], dataset_download=False)))
     write_text(folder / CARD_NAME, run_card(told | counts, args, model, 'float16'))
     return counts | dict(k=mean_k(model))

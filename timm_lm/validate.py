@@ -1,5 +1,6 @@
 """Counting the errors of a network on a split of any data set that timm reads."""
-from typing import Any, Callable, Dict, List
+import sys
+from typing import Any, Dict, List
 
 import torch
 from timm.data import create_transform
@@ -26,7 +27,7 @@ def validate(
         amp: bool = False,
         channels_last: bool = False,
         torchcompile: bool = False,
-        tell: Callable[[str], None] = print,
+        program: str = 'timm-lm',
         **source: Any,
 ) -> Dict[str, float]:
     """Count the errors of a network.
@@ -40,7 +41,7 @@ def validate(
         amp: Autocast to bfloat16 if the device has instructions for it; otherwise float32, without TF32 on a GPU.
         channels_last: Use this memory layout.
         torchcompile: Compile the network.
-        tell: Called before the count with what the user should know about data and precision.
+        program: Name that begins each note on data and precision; they go to standard error before the count.
         **source: Where the split is, as in ``load_images``.
 
     Returns:
@@ -61,7 +62,7 @@ def validate(
         amp = False
         remarks.append(f'{no_bfloat16(device.type)}; validating in float32, as without --amp.')
     for remark in filter(None, remarks):
-        tell(remark)
+        print(f'{program}: note: {remark}', file=sys.stderr)
     model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     network = torch.compile(model, dynamic=False) if torchcompile else model
     if device.type == 'cpu':
