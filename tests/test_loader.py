@@ -322,8 +322,7 @@ def test_worker_that_is_killed_is_told(few_digits, tmp_path, fails, monkeypatch)
     assert 'The processes that read images failed (DataLoader worker (pid' in line and 'use fewer --workers' in line
 
 
-def test_large_files_are_not_read_to_find_that_they_do_not_fit(photos, monkeypatch):
-    monkeypatch.setattr(data_module, 'LONG_TO_READ', 0)
+def test_files_are_not_read_to_find_that_they_do_not_fit(photos, monkeypatch):
     monkeypatch.setattr(data_module, 'MEMORY_LIMIT', 1000)
     monkeypatch.setattr('timm_lm.data.sha256', lambda path: pytest.fail('read as a whole'))
     with pytest.raises(UserError, match='more than the 0.0 GiB held in memory'):

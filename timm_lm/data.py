@@ -29,7 +29,6 @@ from .parquet import (
 )
 from .timm_data import is_torch_folder, open_dataset
 
-LONG_TO_READ = 1 << 30  # bytes of files; for larger splits memory is checked before they are read
 MEMORY_LIMIT = 4 << 30  # bytes of a decoded split, less where memory is small
 # The memory limit of a container on Linux, in cgroup v2 and v1.
 _CONTAINER_LIMITS = (Path('/sys/fs/cgroup/memory.max'), Path('/sys/fs/cgroup/memory/memory.limit_in_bytes'))
@@ -162,17 +161,13 @@ def load_images(
         return _decode_files(images, decode, settings, progress)
     paths = find_parquet(folder, whole)
     _check_no_class_map(folder, class_map)
-    if sum(path.stat().st_size for path in paths) > LONG_TO_READ:
-        _check_memory(split, count_rows(paths), input_size, device)
+    _check_memory(split, count_rows(paths), input_size, device)
     cache = cache_path([sha256(path) for path in paths], settings)
     data = read_cache(cache)
     if data is None:
-        _check_memory(split, count_rows(paths), input_size, device)
         data = _decode_all(open_parquet(paths, mode, input_key, target_key), decode, progress)
         release_arrow_memory()
         write_cache(cache, data)
-    else:
-        _check_memory(split, len(data), input_size, device)
     return data.part(*rows_of_part(split, len(data)))
 
 
