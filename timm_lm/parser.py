@@ -1,4 +1,4 @@
-"""The argument parser of all commands, and conversions of option values."""
+"""The argument parser of all commands, the spelling of options, and conversions of their values."""
 import argparse
 import ast
 from typing import Any, NoReturn
@@ -27,6 +27,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f'{message[0].upper()}{message[1:]}; see `{self.prog} --help`.')
+
+
+def option_name(name: str) -> str:
+    """An option as the command line spells it."""
+    return '--' + name.replace('_', '-')
 
 
 def literal(text: str) -> Any:

@@ -13,6 +13,7 @@ import yaml
 
 from .errors import UserError
 from .files import write_text
+from .parser import option_name
 from .results import PUBLISHED_NAME, Row, read_rows
 from .results_plots import plot_errors, plot_k, with_k
 from .training.options import parse_options
@@ -117,8 +118,7 @@ def _section(table: Dict[str, Any], runs: List[Row], published: List[Row]) -> Li
         for name in filter(None, (plain, lm)):
             found = finished(runs, name, _recipe(table, name))
             pair.append(found)
-            options = ''.join(
-                f" --{option.replace('_', '-')} {value}" for option, value in _changes(table, name).items())
+            options = ''.join(f' {option_name(option)} {value}' for option, value in _changes(table, name).items())
             rows.append([
                 f'`{name}`', found[0]['param_count'] + ' M' if found else '',
                 *(_published(published, source, table['dataset'], name, recipe) for source in sources),

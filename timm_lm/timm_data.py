@@ -15,6 +15,7 @@ from .encoded import EncodedImages
 from .errors import UserError, one_line, some
 from .files import files_below
 from .parquet import split_of_part
+from .parser import option_name
 
 # Names of a split that timm treats as the same in a folder of images.
 SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'), ('test',))
@@ -105,7 +106,7 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
     if not dataset.startswith('hfds/'):
         # names of columns, which a recipe may give; for a folder of images timm takes extensions instead
         columns = [name for name, key in keys.items() if not (is_folder and name == 'input_key' and '.' in key)]
-        told = ' and '.join(f"--{name.replace('_', '-')} {keys.pop(name)}" for name in columns)
+        told = ' and '.join(f'{option_name(name)} {keys.pop(name)}' for name in columns)
         if told:
             remarks.append(f'{told} ignored, as {dataset or root} has no columns.')
     try:

@@ -17,8 +17,7 @@ from timm_lm.depth import grow
 from timm_lm.errors import UserError, one_line
 from timm_lm.model_config import TimmModel
 from timm_lm.names import load_model, timm_source
-
-from .option_rules import option_name
+from timm_lm.parser import option_name
 
 # Errors of loading a file of weights.
 _UNREADABLE = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, PickleError,

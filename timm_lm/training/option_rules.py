@@ -7,6 +7,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Tuple
 from timm.optim import get_optimizer_info
 
 from timm_lm.errors import UserError
+from timm_lm.parser import option_name
 
 _POSITIVE = (
     'img_size', 'input_size', 'crop_pct', 'std', 'lr', 'lr_base', 'lr_base_size', 'lr_noise_pct', 'lr_cycle_mul',
@@ -61,11 +62,6 @@ _AUGMENTATION = (
 
 # Options that another one replaces.
 _INSTEAD = {'lr': ('lr_base', 'lr_base_size', 'lr_base_scale'), 'input_size': ('img_size',)}
-
-
-def option_name(name: str) -> str:
-    """An option as the command line spells it."""
-    return '--' + name.replace('_', '-')
 
 
 def check_options(args: argparse.Namespace) -> None:

@@ -6,9 +6,7 @@ import argparse
 from typing import Any, Dict, Type
 
 from timm_lm.errors import UserError
-from timm_lm.parser import literal
-
-from .option_rules import option_name
+from timm_lm.parser import literal, option_name
 
 _SPLITS = 'batches are not split by augmentation here'
 _STATIC = 'the shapes of batches are static here'
