@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import BatchNormAct2d, DropPath
-from timm.models import group_parameters
-from timm.models._features import FeatureDictNet, FeatureListNet
-from timm.models._manipulate import checkpoint
+from timm.models import FeatureDictNet, FeatureListNet, checkpoint, group_parameters
 from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn

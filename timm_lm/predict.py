@@ -5,8 +5,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tupl
 
 import torch
 from PIL import Image
-from timm.data import create_transform
-from timm.data.readers.img_extensions import get_img_extensions
+from timm.data import create_transform, get_img_extensions
 
 from .encoded import UNREADABLE_IMAGE, convert_image, image_mode
 from .errors import UserError, one_line

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
-from timm.data.constants import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import (
     BatchNormAct2d,
     ClassifierHead,
@@ -23,15 +23,17 @@ from timm.layers import (
     get_norm_act_layer,
 )
 from timm.models import (
+    FeatureDictNet,
+    FeatureListNet,
     PretrainedCfg,
     build_model_with_cfg,
+    checkpoint,
     generate_default_cfgs,
     named_apply,
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureListNet, feature_take_indices
-from timm.models._manipulate import checkpoint
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import nn
 
 from timm_lm.layers import EulerStep, StateNoise, TwoStep
