@@ -386,7 +386,7 @@ def _source(name: str) -> str:
 
 def _facts(full_name: str) -> List[str]:
     cfg: Any = timm.get_pretrained_cfg(full_name)
-    parameters, macs = network_size(full_name.partition('.')[0], cfg.num_classes, cfg.input_size)
+    parameters, macs = network_size(cfg.architecture, cfg.num_classes, cfg.input_size)
     error = recorded_error(weights_dir() / full_name)
     return [
         str(cfg.num_classes),

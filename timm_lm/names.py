@@ -23,7 +23,7 @@ def our_models() -> List[str]:
 
 def is_ours(name: str) -> bool:
     """Whether a name, with or without a tag, is one of this package's networks."""
-    return name.partition('.')[0] in our_models()
+    return timm.models.get_arch_name(name) in our_models()
 
 
 def check_name(name: str) -> None:
@@ -62,9 +62,7 @@ def names_folder(source: str) -> bool:
     if source.startswith('local-dir:') or not scheme and re.search(r'[/\\]' if os.name == 'nt' else '/', source):
         return True
     folder = Path(source)
-    if folder.is_file() and not timm.is_model(source):
-        return True
-    return folder.is_dir() and ((folder / CONFIG_NAME).is_file() or not timm.is_model(source.partition('.')[0]))
+    return (folder / CONFIG_NAME).is_file() if timm.is_model(source) else folder.exists()
 
 
 def is_repo_name(source: str) -> bool:
@@ -115,8 +113,7 @@ def load_model(source: str, **kwargs: Any) -> TimmModel:
     if not is_repo_name(source):
         cfg = timm.get_pretrained_cfg(source)
         if not (cfg and cfg.has_weights):
-            architecture = source.partition('.')[0]
-            others = timm.list_pretrained(f'{architecture}.*')
+            others = timm.list_pretrained(f'{timm.models.get_arch_name(source)}.*')
             hint = f"tags with weights: {', '.join(others)}" if others else 'train it, or give a weights folder'
             raise UserError(f'There are no weights of {source}; {hint}.')
     try:

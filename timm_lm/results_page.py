@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import yaml
+from timm.models import get_arch_name
 
 from .errors import UserError
 from .files import write_text
@@ -167,7 +168,7 @@ def finished(runs: List[Row], network: str, recipe: str) -> List[Row]:
     name, _, changes = recipe.partition(' with ')
     changed = re.search(r'\bepochs (\d+)', changes)
     epochs = int(changed[1]) if changed else _epochs(name)
-    found = [row for row in runs if row['model'].partition('.')[0] == network and row['recipe'] == recipe
+    found = [row for row in runs if get_arch_name(row['model']) == network and row['recipe'] == recipe
              and row['status'] == 'done' and row['top1_err'] and int(row['epochs']) == epochs]
     return sorted(found, key=lambda row: int(row['seed']))
 
@@ -222,7 +223,7 @@ def _all_runs(runs: Dict[str, List[Row]]) -> List[str]:
              'status', 'command')
     for row in (row for rows in runs.values() for row in rows):
         row = row | dict(command=row['command'] and f"`{row['command']}`")
-        cells = [row['run'], f"`{row['model'].partition('.')[0]}`", *(row[name] for name in shown)]
+        cells = [row['run'], f"`{get_arch_name(row['model'])}`", *(row[name] for name in shown)]
         lines.append(table_line(cells))
     return [*lines, '']
 

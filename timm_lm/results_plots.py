@@ -2,6 +2,8 @@
 from pathlib import Path
 from typing import Any, Dict, List
 
+from timm.models import get_arch_name
+
 from .files import save_figure
 from .network_size import parameter_count
 from .results import Row
@@ -58,7 +60,7 @@ def plot_k(rows: List[Row], path: Path) -> bool:
     """The learned ``k`` of each block, from the first to the last: a panel for each network, a line for each run."""
     panels: Dict[str, List[Row]] = {}
     for row in sorted(with_k(rows), key=lambda row: len(row['k'].split())):
-        panels.setdefault(row['model'].partition('.')[0], []).append(row)
+        panels.setdefault(get_arch_name(row['model']), []).append(row)
     if not panels:
         return False
     figure = _figure(9, 3.4 * -(-len(panels) // 2))
