@@ -260,16 +260,16 @@ class WorkerLoader(BatchLoader):
             worker_init_fn=_leave_signals_to_the_parent)
 
     def read(self, order: torch.Tensor, start: int) -> Iterator[Batch]:
+        slices = list(self._slices(order, start))
         batches: List[List[Planned]] = [
             [(index, (self.seed, self.epoch, self.rank, first + i)) for i, index in enumerate(indices.tolist())]
             or [(0, (0,))]  # no image is left for this process; the first one stands in, without a label
-            for first, indices in self._slices(order, start)
+            for first, indices in slices
         ]
         self.plan[:] = batches
-        empty = [len(indices) == 0 for _, indices in self._slices(order, start)]
         try:
-            for is_empty, (images, labels) in zip(empty, self.loader):
-                if is_empty:
+            for (_, indices), (images, labels) in zip(slices, self.loader):
+                if not len(indices):
                     labels = torch.full_like(labels, IGNORE_LABEL)
                 yield to_device(images, self.device), to_device(labels, self.device)
         except UserError as e:  # of a worker process, which puts its traceback before the message
