@@ -21,7 +21,7 @@ from .layers.two_step import k_values
 from .model_config import TimmModel, image_config
 from .models._weights import weights_dir
 from .names import is_repo_name, load_model, model_tags, names_folder, our_models, timm_source, with_scheme
-from .network_size import count_macs, network_size
+from .network_size import count_macs, count_parameters, network_size
 from .parser import Parser
 from .weights_folder import verify_folder
 
@@ -155,7 +155,7 @@ def _info(argv: List[str]) -> None:
         'input': 'x'.join(map(str, size['input_size'])),
         'mean, std': f"{_numbers(size['mean'])}, {_numbers(size['std'])}",
         'classes': str(model.num_classes),
-        'parameters': f'{sum(p.numel() for p in model.parameters()):,}',
+        'parameters': f'{count_parameters(model):,}',
         'MACs': f"{count_macs(model, size['input_size']) / 1e6:,.1f} M",
         'error': f'{error:.2f} %' if error is not None else 'on its card' if is_repo else 'not recorded',
     }

@@ -14,15 +14,19 @@ from .model_config import TimmModel
 @cache
 def parameter_count(architecture: str, num_classes: int) -> int:
     """Parameters of one of timm's networks, counted without allocating them."""
-    model = timm.create_model(architecture, num_classes=num_classes, device='meta')
-    return sum(p.numel() for p in model.parameters())
+    return count_parameters(timm.create_model(architecture, num_classes=num_classes, device='meta'))
 
 
 @cache
 def network_size(architecture: str, num_classes: int, input_size: Tuple[int, int, int]) -> Tuple[int, float]:
     """Parameters and MACs, counted without allocating memory for either."""
     model = timm.create_model(architecture, num_classes=num_classes, device='meta')
-    return sum(p.numel() for p in model.parameters()), count_macs(model, input_size)
+    return count_parameters(model), count_macs(model, input_size)
+
+
+def count_parameters(model: TimmModel) -> int:
+    """Parameters of a network, trained or not."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(model: TimmModel, input_size: Sequence[int]) -> float:

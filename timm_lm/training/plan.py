@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from timm_lm.data import Split
 from timm_lm.loader import BatchLoader, MemoryLoader
 from timm_lm.model_config import TimmModel
+from timm_lm.network_size import count_parameters
 from timm_lm.precision import asked_precision
 
 from .option_rules import not_in_memory
@@ -73,10 +74,9 @@ def describe_run(
         folder: Path,
 ) -> str:
     """Network, data, batches, device and folder of a run, a line each."""
-    parameters = sum(p.numel() for p in model.parameters())
     size = 'x'.join(map(str, model.pretrained_cfg['input_size']))
     lines: Dict[str, str] = {
-        'network': f'{args.model}: {parameters:,} parameters, {model.num_classes} classes, images {size}'
+        'network': f'{args.model}: {count_parameters(model):,} parameters, {model.num_classes} classes, images {size}'
                    + (f', {start_word(args.model, args.grow_from)} {args.grow_from}' if args.grow_from else '')
                    + (f', distilled from {args.kd_model_name}' if args.kd_model_name else ''),
         'data': f'{len(train_loader.data):,} images to train on ({_place(args, train_loader)})'

@@ -16,6 +16,7 @@ from timm_lm.loader import BatchLoader
 from timm_lm.machine import processor_name, usable_cores
 from timm_lm.model_config import TimmModel, record_data
 from timm_lm.names import saved_model_args, with_default_tag
+from timm_lm.network_size import count_parameters
 from timm_lm.precision import asked_precision
 from timm_lm.weights_folder import CARD_NAME, load_folder, save_folder
 
@@ -103,7 +104,7 @@ def run_result(args: argparse.Namespace, model: TimmModel, epochs: float, second
     architecture = model.pretrained_cfg['architecture']
     return dict(
         model=f'{architecture}.{args.tag}' if args.tag else architecture,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=count_parameters(model),
         input_size=model.pretrained_cfg['input_size'],
         crop_pct=model.pretrained_cfg['crop_pct'],
         k=mean_k(model),  # with model_ema not those of the last update
