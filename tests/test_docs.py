@@ -287,6 +287,8 @@ def test_table_has_sizes_and_errors():
     assert rows['lm_resnet50'][:3] == ['3x224x224', f'{parameters / 1e6:.2f} M', f'{macs / 1e6:,.0f} M']
     assert rows['preact_resnet20'][3] == '', 'the paper has a post-activation network of this depth'
     assert list(rows)[:3] == ['lm_resnet20', 'preact_resnet20', 'lm_resnet32']
+    for name, cells in rows.items():
+        assert {*re.findall(r'\(`(\w+)`\)', ' '.join(cells))} <= {*model_tags(name)}, name
 
 
 def test_errors_in_the_table_are_on_record():

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from safetensors.torch import save_file
 from timm.layers import BatchNormAct2d, DropPath
 from timm.models import FeatureDictNet, FeatureListNet, checkpoint, group_parameters
@@ -1022,6 +1023,17 @@ def test_imagenet_configs_are_those_of_timm_s_weights():
         for field in ('mean', 'std', 'crop_pct', 'interpolation', 'input_size', 'pool_size', 'test_input_size',
                       'test_crop_pct', 'num_classes'):
             assert getattr(ours, field) == getattr(theirs, field), field
+
+
+def test_imagenet_recipe_has_a_tag_without_weights():
+    recipe = yaml.safe_load((RECIPES / 'paper_in1k.yaml').read_text())
+    for name in ('lm_resnet50', 'lm_resnet101'):
+        cfg = timm.get_pretrained_cfg(f"{name}.{recipe['tag']}")
+        for field in ('num_classes', 'crop_pct', 'interpolation'):
+            assert getattr(cfg, field) == recipe[field], field
+        for field in ('input_size', 'mean', 'std'):
+            assert getattr(cfg, field) == tuple(recipe[field]), field
+        assert not cfg.has_weights
 
 
 def test_only_names_with_a_source_are_listed_as_pretrained():

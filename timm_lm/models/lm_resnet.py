@@ -12,7 +12,12 @@ from functools import partial
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 from timm.layers import (
     BatchNormAct2d,
     ClassifierHead,
@@ -690,13 +695,16 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
     ) | kwargs
 
 
+_PAPER = dict(
+    paper_name='Beyond Finite Layer Neural Networks: Bridging Deep Architectures and Numerical Differential Equations',
+    paper_ids='arXiv:1710.10121',
+)
+
+
 def _cifar_cfg(labels: Tuple[str, ...], **kwargs: Any) -> Dict[str, Any]:
     return _cfg(
         num_classes=len(labels), label_names=labels, input_size=(3, 32, 32), pool_size=(8, 8),
-        crop_pct=1.0, interpolation='bilinear',
-        paper_name='Beyond Finite Layer Neural Networks: Bridging Deep Architectures and Numerical Differential '
-                   'Equations',
-        paper_ids='arXiv:1710.10121',
+        crop_pct=1.0, interpolation='bilinear', **_PAPER,
     ) | kwargs
 
 
@@ -720,6 +728,8 @@ def _cifar_tags(*further: str) -> Dict[str, Dict[str, Any]]:
 _C100_TAGS = dict(best_c100=_C100, paper_c100=_C100)
 _RESNEXT_TAGS = dict(resnext_c100=_C100)
 _UNTRAINED_TAGS = dict(untrained=_cfg())
+_IN1K_TAGS = dict(paper_in1k=_cfg(
+    interpolation='bilinear', mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, **_PAPER))
 
 
 def _resnetv2_tag(tag: str, hf_hub_id: str, **kwargs: Any) -> Dict[str, Dict[str, Any]]:
@@ -751,8 +761,8 @@ _TAGS: Mapping[str, Dict[str, Dict[str, Any]]] = {
     'preact_resnext29_16x64d': _RESNEXT_TAGS,
     'lm_resnet18': _resnetv2_tag('resnetv2_ra4_e3600_r224_in1k', 'timm/resnetv2_18.ra4_e3600_r224_in1k', crop_pct=0.9),
     'lm_resnet34': _resnetv2_tag('resnetv2_ra4_e3600_r224_in1k', 'timm/resnetv2_34.ra4_e3600_r224_in1k', crop_pct=0.9),
-    'lm_resnet50': _resnetv2_tag('resnetv2_a1h_in1k', 'timm/resnetv2_50.a1h_in1k', crop_pct=0.95),
-    'lm_resnet101': _resnetv2_tag('resnetv2_a1h_in1k', 'timm/resnetv2_101.a1h_in1k', crop_pct=0.95),
+    'lm_resnet50': _resnetv2_tag('resnetv2_a1h_in1k', 'timm/resnetv2_50.a1h_in1k', crop_pct=0.95) | _IN1K_TAGS,
+    'lm_resnet101': _resnetv2_tag('resnetv2_a1h_in1k', 'timm/resnetv2_101.a1h_in1k', crop_pct=0.95) | _IN1K_TAGS,
     'lm_resnet152': _UNTRAINED_TAGS,
     'lm_resnext50_32x4d': _UNTRAINED_TAGS,
     'lm_resnext101_32x8d': _UNTRAINED_TAGS,
