@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -20,6 +21,7 @@ from timm.layers import DropBlock2d
 from timm.models import _manipulate
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils.agc import unitwise_norm
+from torch.overrides import TorchFunctionMode
 
 from timm_lm.data import load_images
 from timm_lm.errors import UserError
@@ -301,6 +303,14 @@ def rates_of_timm(*options):
     return found
 
 
+# those that older timm lacks
+LATER_SCHEDULES = dict(
+    wsd=(['--sched', 'wsd', '--decay-epochs', 0.5, '--epochs', 5, '--warmup-epochs', 1], 5, 3),
+    rsqrt=(['--sched', 'rsqrt', '--decay-epochs', 1, '--epochs', 5, '--warmup-epochs', 1], 5, 5),
+    constant=([*BY_EPOCH, '--sched', 'constant', '--epochs', 4, '--warmup-epochs', 2], 4, 3),
+) if hasattr(timm.scheduler, 'WSDLRScheduler') else {}
+
+
 @pytest.mark.parametrize('options, epochs, different', [
     ([*BY_EPOCH, '--sched', 'step', '--decay-epochs', 2, '--decay-rate', 0.5, '--epochs', 6], 6, 3),
     ([*BY_EPOCH, '--sched', 'multistep', '--decay-milestones', 2, 5, '--epochs', 6, '--warmup-epochs', 2,
@@ -308,9 +318,11 @@ def rates_of_timm(*options):
     (['--sched', 'cosine', '--lr-cycle-limit', 2, '--lr-cycle-decay', 0.5, '--epochs', 3, '--min-lr', 0.001,
       '--cooldown-epochs', 1], 7, 5),
     ([*BY_EPOCH, '--sched', 'cosine', '--lr-noise', 0.3, 0.9, '--lr-noise-pct', 0.5, '--epochs', 6], 6, 6),
-    (['--sched', 'tanh', '--lr-noise', 0.5, '--epochs', 4, '--warmup-epochs', 1, '--warmup-lr', 0.02], 4, 4),
+    (['--sched', 'tanh', '--lr-noise', 0.5, '--lr-noise-std', 0.2, '--epochs', 4, '--warmup-epochs', 1,
+      '--warmup-lr', 0.02], 4, 4),
     ([*BY_EPOCH, '--sched', 'poly', '--decay-rate', 0.5, '--lr-k-decay', 2, '--epochs', 5], 5, 5),
-], ids=['step', 'multistep', 'cycles', 'noise', 'tanh', 'poly'])
+    *LATER_SCHEDULES.values(),
+], ids=['step', 'multistep', 'cycles', 'noise', 'tanh', 'poly', *LATER_SCHEDULES])
 def test_rates_are_those_of_timm(run, options, epochs, different):
     options = [*options, '--batch-size', 128]
     folder, *_ = run('run', *options, '--val-split', '')
@@ -409,6 +421,18 @@ def test_network_of_a_weights_folder_without_its_weights(run, plain):
     assert not torch.equal(found['stem.conv.weight'], trained['stem.conv.weight'])
 
 
+def test_pooling_of_the_head_is_saved(run, command):
+    """With the weights at the end, and with those of a checkpoint."""
+    folder, *_ = run('run', *AT_REST, '--gp', 'max', '--val-split', '')
+    code, made, err = command('weights', *(folder / 'checkpoints').iterdir())
+    assert code == 0, err
+    for weights in (folder / 'weights', Path(made.strip())):
+        assert json.loads((weights / 'config.json').read_text())['model_args']['global_pool'] == 'max'
+        model = load_folder(weights)
+        features = model.forward_features(torch.randn(2, 1, 16, 16))
+        assert torch.equal(model.forward_head(features, pre_logits=True).flatten(1), features.amax((2, 3)))
+
+
 def test_head_starts_from_scale_and_bias(run):
     folder, *_ = run('run', *AT_REST, '--head-init-scale', 0.5, '--head-init-bias', -2)
     found, first = weights_of(folder), first_weights()
@@ -488,6 +512,7 @@ def test_what_can_not_be_done_is_refused(few_digits, tmp_path, fails, options, m
 @pytest.mark.parametrize('options, message', [
     (['--clip-grad', '1', '--clip-mode', 'agc'], '--clip-mode agc cannot clip sharded weights'),
     (['--opt', 'lookahead_sgd'], '--opt lookahead_sgd cannot look ahead with sharded weights'),
+    (['--model-ema'], '--model-ema cannot average sharded weights'),
 ])
 def test_what_sharded_weights_do_not_allow_is_refused(options, message):
     args = parse_options([*BASE, *options])
@@ -503,6 +528,14 @@ def test_shared_batch_statistics_on_the_cpu_are_refused():
         share_batch_statistics(args, model, SimpleNamespace(num_processes=2, device=torch.device('cpu')))
     alone = SimpleNamespace(num_processes=1, device=torch.device('cpu'))
     assert share_batch_statistics(args, model, alone) is model
+
+
+def test_shared_batch_statistics_on_gpus():
+    args = parse_options([*BASE, '--sync-bn'])
+    shared = share_batch_statistics(
+        args, create_model(args), SimpleNamespace(num_processes=2, device=torch.device('cuda')))
+    norms = [module for module in shared.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
 
 
 def test_checkpoints_inside_an_epoch_come_at_updates(run):
@@ -528,18 +561,45 @@ def test_cuda_graphs_free_their_outputs_before_each_update_and_validation_batch(
     assert calls == ['free', 'update'] * 3 + ['free'] * 4  # 8 batches to train on, 4 to validate on
 
 
-def test_a_step_does_not_wait_for_the_device(run, monkeypatch):
-    """No value is read from it, as a GPU would stand still meanwhile."""
-    step = Training.step
+class Unread(TorchFunctionMode):
+    """Fails where a value is read from a tensor, or the size of a result depends on values."""
 
-    def without_reading(*args):
-        with monkeypatch.context() as patch:
-            for name in ('item', 'tolist', '__bool__', '__float__', '__int__'):
-                patch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f'{name} reads from the device'))
+    READING = {'item', 'tolist', 'numpy', 'cpu', 'nonzero', 'masked_select', 'unique', 'equal', 'allclose',
+               '__bool__', '__int__', '__float__', '__index__'}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = function.__name__
+        index = args[1] if name in ('__getitem__', '__setitem__') else ()
+        parts = index if isinstance(index, tuple) else (index,)
+        by_mask = any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in parts)
+        if name in self.READING or by_mask:
+            pytest.fail(f'{name} reads from the device')
+        return function(*args, **kwargs or {})
+
+
+def test_a_batch_and_a_step_do_not_wait_for_the_device(run, monkeypatch):
+    """No value is read from it, as a GPU would stand still meanwhile."""
+    step, batches, made = Training.step, MemoryLoader.batches, []
+
+    def step_without_reading(*args):
+        with Unread():
             step(*args)
 
-    monkeypatch.setattr(Training, 'step', without_reading)
-    run('run', '--epochs', 1, '--model-ema', '--grad-accum-steps', 2)
+    def batches_without_reading(*args):
+        found = batches(*args)
+        while True:
+            with Unread():
+                batch = next(found, None)
+            if batch is None:
+                return
+            made.append(batch)
+            yield batch
+
+    monkeypatch.setattr(Training, 'step', step_without_reading)
+    monkeypatch.setattr(MemoryLoader, 'batches', batches_without_reading)
+    run('run', '--epochs', 1, '--model-ema', '--grad-accum-steps', 2, '--hflip', 0.5, '--vflip', 0.5, '--reprob', 0.5,
+        '--mixup', 0.2, '--cutmix', 1, '--mixup-mode', 'elem', '--pad-crop', 2)
+    assert [targets.shape for _, targets in made[:4]] == [(64, 10)] * 4  # mixed
 
 
 @pytest.mark.parametrize('mode', ['norm', 'value', 'agc'])

@@ -371,6 +371,12 @@ def test_flips_are_done_once(photos, kind, option, dim):
     assert all(torch.equal(images.flip(dim), other) for (images, _), (other, _) in zip(upright, flipped, strict=True))
 
 
+@pytest.mark.parametrize('options, pinned', [([], False), (['--pin-mem'], True)])
+def test_batches_of_workers_are_pinned_on_request(photos, options, pinned):
+    batches = loaders(photos, '--loader', 'timm', '--workers', 0, '--batch-size', 4, *options)
+    assert [split.loader.pin_memory for split in batches] == [pinned] * 2
+
+
 def test_crop_of_the_options_is_done_in_memory(few_digits):
     plain, cropped = (list(loaders(few_digits, '-c', 'demo_digits', '--pad-crop', n)[0]) for n in (0, 2))
     assert not same(cropped, plain)

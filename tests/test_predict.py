@@ -204,6 +204,15 @@ def test_names_from_a_pipe_need_not_be_text(pictures, weights, tmp_path, monkeyp
     assert out.count(b'\n') == 1 + is_there and b'caf' in (out if is_there else err)
 
 
+def test_memory_that_does_not_suffice_for_a_batch(pictures, weights, command, fails, monkeypatch):
+    forward = LMResNet.forward
+    monkeypatch.setattr(LMResNet, 'forward', lambda model, images: (
+        forward(model, images) if len(images) < 5 else torch.empty(10 ** 15)))
+    line = fails('predict', pictures, '--model', weights)
+    assert 'There is too little memory' in line and 'use a smaller --batch-size' in line
+    assert command('predict', pictures, '--model', weights, '--batch-size', 4)[0] == 0
+
+
 def test_bad_input_of_predict(tmp_path, weights, fails):
     (tmp_path / 'empty').mkdir()
     assert 'holds no images' in fails('predict', tmp_path / 'empty', '--model', weights)

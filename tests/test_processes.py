@@ -250,8 +250,9 @@ def test_running_statistics_are_shared_after_an_epoch(driven):
 
 
 def test_running_statistics_of_the_first_process_or_of_each(driven):
-    """By --dist-bn broadcast, and none at all by an empty one."""
+    """By --dist-bn broadcast, and none at all by an empty one or with --sync-bn, which shares them in each step."""
     for facts in driven.facts:
+        assert facts['of_sync_bn'] == 0
         assert len(facts['broadcast']) == 4 and facts['unshared'] == []
         for statistics in facts['broadcast']:
             assert statistics['apart_before'] > 1e-3

@@ -588,6 +588,17 @@ def test_training_on_a_data_set_of_the_hub(hub, done, refused, few_digits, tmp_p
         'one of these with --val-split (in training also --train-split).')
 
 
+def test_training_from_a_repo_keeps_the_arguments_of_its_network(hub, done, tree, few_digits, tmp_path):
+    hub.add('owner/small', tree / 'lm_resnet20.small')
+    done('train', '--model', 'hf-hub:owner/small', '--pretrained', '--data-dir', few_digits, '--train-split',
+         'train[:64]', '--val-split', '', '--batch-size', 64, '--epochs', 1, '--warmup-epochs', 0, '--lr', 1e-30,
+         '--weight-decay', 0, '--output', tmp_path, '--experiment', 'run')
+    made = tmp_path / 'run' / 'weights'
+    assert json.loads((made / 'config.json').read_text())['model_args']['layers'] == [1, 1, 1]
+    trained, published = (load_file(folder / 'model.safetensors') for folder in (made, tree / 'lm_resnet20.small'))
+    assert torch.equal(trained['stem.conv.weight'], published['stem.conv.weight'])
+
+
 def test_hub_that_says_nothing(hub, refused, few_digits, tmp_path):
     """Nobody waits for it for ever."""
     hub.add('datasets/owner/silent', few_digits)

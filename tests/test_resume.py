@@ -187,20 +187,25 @@ def test_killed_while_it_writes_the_weights(few_digits, left_alone, tmp_path):
 
 
 def test_killed_from_outside_at_random(few_digits, left_alone, tmp_path):
-    """Tried again if the run was over first."""
-    for _ in range(10):
-        shutil.rmtree(tmp_path / 'run', ignore_errors=True)
-        process = Command(*arguments(few_digits, tmp_path))
-        process.signal_when(reached(tmp_path, random.randrange(1, 20)), signal.SIGKILL)
+    """One run, three times; from the start again if it was over first."""
+    killed = []  # with which newest checkpoint
+    for _ in range(30):
+        process = Command(*arguments(few_digits, tmp_path, '--resume', 'auto'))
+        newest = int(killed[-1][5:]) if killed else 0
+        process.signal_when(reached(tmp_path, newest + random.randrange(1, 8)), signal.SIGKILL)
         code, _, err = process.wait()
         if code == -signal.SIGKILL:
+            killed.append(checkpoints(tmp_path)[-1].name)
+        else:
+            assert code == 0, err
+            shutil.rmtree(tmp_path / 'run')
+            killed.clear()
+        if len(killed) == 3:
             break
-        assert code == 0, err
     else:
-        pytest.fail('every run was over before it was killed')
-    newest = checkpoints(tmp_path)[-1].name
+        pytest.fail('every run was over before it was killed three times')
     assert 'Resuming from' in finish(few_digits, tmp_path)
-    assert final_state(tmp_path) == final_state(left_alone), newest
+    assert final_state(tmp_path) == final_state(left_alone), killed
 
 
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

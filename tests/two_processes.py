@@ -345,8 +345,11 @@ def main(data, output, port):
     train('alone', *LONG)
     train('stopped', *LONG)
     train('killed', *LONG)
-    for name in ('two', 'four'):
-        train(name, *PIECES, *CUTS[name])
+    train('two', *PIECES, *CUTS['two'])
+    with (patch.object(train_module, 'share_batch_statistics', lambda args, model, accelerator: model),  # as on GPUs
+          patch.object(loop, 'distribute_bn') as distribute):
+        train('four', *PIECES, *CUTS['four'], '--sync-bn')
+    facts['of_sync_bn'] = distribute.call_count
     train('compiled', *PIECES, *CUTS['two'], '--torchcompile', 'aot_eager')
     facts['statistics'] = []
     with watched_statistics(facts['statistics']):
