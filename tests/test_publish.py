@@ -593,10 +593,11 @@ def test_training_from_a_repo_keeps_the_arguments_of_its_network(hub, done, tree
     done('train', '--model', 'hf-hub:owner/small', '--pretrained', '--data-dir', few_digits, '--train-split',
          'train[:64]', '--val-split', '', '--batch-size', 64, '--epochs', 1, '--warmup-epochs', 0, '--lr', 1e-30,
          '--weight-decay', 0, '--output', tmp_path, '--experiment', 'run')
-    made = tmp_path / 'run' / 'weights'
-    assert json.loads((made / 'config.json').read_text())['model_args']['layers'] == [1, 1, 1]
-    trained, published = (load_file(folder / 'model.safetensors') for folder in (made, tree / 'lm_resnet20.small'))
-    assert torch.equal(trained['stem.conv.weight'], published['stem.conv.weight'])
+    published = load_file(tree / 'lm_resnet20.small' / 'model.safetensors')
+    [checkpoint] = (tmp_path / 'run' / 'checkpoints').iterdir()
+    for made in (tmp_path / 'run' / 'weights', Path(done('weights', checkpoint).strip())):
+        assert json.loads((made / 'config.json').read_text())['model_args']['layers'] == [1, 1, 1]
+        assert torch.equal(load_file(made / 'model.safetensors')['stem.conv.weight'], published['stem.conv.weight'])
 
 
 def test_hub_that_says_nothing(hub, refused, few_digits, tmp_path):
