@@ -72,7 +72,7 @@ def test_training_computes_in_the_precision_that_it_says_and_records(
     run = tmp_path / 'run'
     assert yaml.safe_load((run / 'args.yaml').read_text())['amp'] == has_bfloat16
     assert json.loads((run / 'result.json').read_text())['precision'] == name
-    assert f' in {name}; timm-lm' in (run / 'weights' / 'README.md').read_text()
+    assert f' minutes in {name} on ' in (run / 'weights' / 'README.md').read_text()
     row = read_run(run)
     assert row['precision'] == name and 'amp' not in row['recipe']
     code, out, err = command('train', *options, '--resume', 'auto')

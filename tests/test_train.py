@@ -151,7 +151,7 @@ def test_weights_of_checkpoints(average, few_digits, tmp_path, command, fails, m
     for card, epochs in zip(cards, ('0.5 epochs of 2', '1 epoch of 2', '1.5 epochs of 2', '2 epochs of 2')):
         assert f'\n{epochs}, seed 42, ' in card and 'top-1 error' not in card
     told = json.loads((run / 'result.json').read_text())
-    assert f"minutes on {told['hardware']} in {told['precision']}; {told['versions']}." in cards[0]
+    assert f"minutes in {told['precision']} on {told['hardware']}; {told['versions']}." in cards[0]
     assert told['command'] in cards[0]
     assert 'already exists' in fails('weights', steps[0])
     monkeypatch.chdir(run / 'checkpoints')

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from timm_lm.errors import UserError, one_line
+from timm_lm.layers.two_step import k_values
 from timm_lm.loader import BatchLoader
 from timm_lm.model_config import TimmModel
 
@@ -136,10 +137,10 @@ class Training:
 
     def k_values(self) -> Dict[str, List[float]]:
         """Each ``k`` of the network by its block's name."""
-        if not hasattr(self.model, 'k_values'):
+        if not self.two_step_switch.two_steps:  # the whole state need not be collected
             return {}
         if not self.sharded:
-            return {name: k.tolist() for name, k in self.model.k_values().items()}
+            return {name: k.tolist() for name, k in k_values(self.model).items()}
         suffix, whole = '.step.k', get_model_state_dict(self.network, options=_WHOLE)
         return {name[:-len(suffix)]: tensor.tolist() for name, tensor in whole.items() if name.endswith(suffix)}
 

@@ -8,6 +8,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from timm_lm.errors import UserError
 from timm_lm.layers import TwoStep
+from timm_lm.layers.two_step import two_steps
 from timm_lm.model_config import TimmModel
 
 _SOME = StateDictOptions(full_state_dict=True, strict=False)
@@ -30,7 +31,7 @@ class TwoStepSwitch:
         self.seed = args.seed
         self.model = model
         self.sharded = sharded
-        self.two_steps = {name: m for name, m in model.named_modules() if isinstance(m, TwoStep)}
+        self.two_steps = two_steps(model)
         if self.epoch and not self.two_steps:
             raise UserError(f'--two-step-epoch switches two-step blocks on and {args.model} has none; leave it out.')
         self.k_sizes = {name: step.k.numel() for name, step in self.two_steps.items()}  # a shard has fewer
