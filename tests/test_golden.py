@@ -10,6 +10,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from timm_lm.layers.two_step import two_steps
+
 TOLERANCE = 1e-10  # relative to the largest value, float64
 
 
@@ -59,7 +61,7 @@ def relative_error(actual, expected):
 
 def dk(model, images):
     (model(images) ** 2).mean().backward()
-    return torch.cat([step.k.grad for _, step in model._steps()])
+    return torch.cat([step.k.grad for step in two_steps(model).values()])
 
 
 def test_logits_in_evaluation_mode(model, golden):
@@ -81,7 +83,7 @@ def test_derivatives_by_k(model, golden, checkpointing):
 
 def test_flipped_sign_of_k_is_noticed(model, golden):
     with torch.no_grad():
-        for _, step in model._steps():
+        for step in two_steps(model).values():
             step.k.neg_()
     images = golden['golden.input'].double()
     assert relative_error(model.eval()(images), golden['golden.logits_eval']) > 1e-3
