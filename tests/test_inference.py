@@ -112,6 +112,16 @@ def test_channels_of_all_scales_and_shifts(values, is_folded):
         assert difference(timm_lm.optimize(model.double())(x.double()), model(x.double())) < 1e-12
 
 
+def test_channel_that_is_off_stays_off_in_half_precision():
+    """Where its bound would be infinite."""
+    model = change_first_norm(made('lm_resnet164', dict(layers=(2, 1, 1))), weight=(slice(0, 9), 1e-6),
+                              bias=(slice(0, 9), -0.5))
+    x = images(model).half()
+    with torch.no_grad():
+        expected = copy.deepcopy(model).half()(x).float()
+        assert difference(timm_lm.optimize(model).half()(x).float(), expected) < 0.01
+
+
 @pytest.mark.parametrize('change', [
     lambda block: prune.l1_unstructured(block.conv1, 'weight', 0.3),
     lambda block: setattr(block.norm1, 'act', nn.SiLU()),

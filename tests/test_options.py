@@ -280,13 +280,14 @@ def test_length_of_a_decay_is_that_of_its_schedule(sched, epochs, tmp_path):
     (['--lr-base', '0.2'], '--lr-base does nothing with --lr,'),
     (['--no-aug', '--pad-crop', '2'], '--pad-crop does nothing with --no-aug; leave one of them out'),
     (['--no-aug', '--aa', 'rand-m9'], '--aa does nothing with --no-aug'),
+    (['--no-aug', '--recount', '3'], '--recount does nothing with'),
 ])
 def test_options_that_one_of_the_recipe_takes_the_place_of(tmp_path, words, message):
     path = recipe(tmp_path, lr=0.1, input_size=[3, 32, 32], pad_crop=4, torchcompile='inductor',
                   torchcompile_mode='reduce-overhead')
     parse_options(['-c', path])
     assert parse_options(['-c', path, '--torchcompile', 'eager']).torchcompile_mode is None
-    off = vars(parse_options(['-c', path, '--no-aug']))
+    off = vars(parse_options(['-c', path, '--no-aug', '--hflip', '0']))
     assert (off['pad_crop'], off['hflip']) == (0, 0)
     del off['config']
     parse_options(['-c', recipe(tmp_path, **off)])  # as a run records it

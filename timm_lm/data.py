@@ -147,7 +147,8 @@ def load_images(
 
     Raises:
         UserError: If the data is missing, has no such split, or cannot be read.
-        TooLarge: If the decoded split takes more than 4 GiB, or more than a quarter of the memory of host or device.
+        TooLarge: If the decoded split takes more than 4 GiB, or more than a quarter of the memory of the device
+            or, per process, of the host.
     """
     decode = _Decoder(input_size, crop_pct, interpolation, crop_mode)
     mode = image_mode(input_size[0])

@@ -46,16 +46,17 @@ def optimize(model: Network) -> Network:
     """A copy of a network that computes the same with less work, for inference only.
 
     - A batch norm that follows a plain convolution within a residual branch is folded into that convolution; its
-      activation stays. The norms of the state follow a sum that is used elsewhere as well: those before a 1x1
-      convolution (in bottleneck blocks) become a clamp and fold into this convolution, the others stay.
+      activation stays. The first norm of a bottleneck block becomes a clamp and is folded into the 1x1 convolution
+      after it (in float32 and float64, with ReLU, unless the shortcut needs its output too). The others stay.
     - Each ``k`` becomes a buffer; gradient checkpointing is turned off.
     - Convolutions are in the channels_last layout, which their CPU and GPU kernels prefer. On the CPU in float32, those
       with many weights keep a second copy of them, in the order in which the kernel reads them (``PackedConv2d``).
 
     The copy is in evaluation mode and has no trainable parameters. It can be compiled, exported and scripted as the
-    network could; its state dict loads into another optimized copy, not into the network. Networks that wrap one of
-    ours (timm's ``features_only``, except with ``feature_cls='fx'``, or a segmentation network) work too; their other
-    parts stay as they are, and so do convolutions with hooks, such as pruned ones. Hooks of other modules keep working.
+    network could. To load other weights, load them into the network and optimize it again: its state dict only loads
+    into a copy that was folded alike. For lower precision, convert the network first. Networks that wrap one of ours
+    (timm's ``features_only``, except with ``feature_cls='fx'``, or a segmentation network) work too; their other parts
+    stay as they are, and so do convolutions with hooks, such as pruned ones. Hooks of other modules keep working.
 
     Args:
         model: A network with floating-point weights and residual blocks of this package. It is not changed.
@@ -141,6 +142,7 @@ def _fold_first(block: ResidualBlock) -> None:
         return
     bound = -shift / scale
     is_constant = (scale.abs() < 1e-20) | ~bound.to(dtype).isfinite()
+    is_constant |= (shift < 0) & (bound.abs() > torch.finfo(torch.float16).max)  # off; the copy may become float16
     low = bound.where(scale > 0, -math.inf).where(~is_constant, 0)
     high = bound.where(scale < 0, math.inf).where(~is_constant, 0)
     scale, shift = scale.where(~is_constant, 0), shift.where(~is_constant, shift.relu())

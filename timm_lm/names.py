@@ -49,7 +49,7 @@ def model_tags(architecture: str) -> List[str]:
 
 def with_default_tag(name: str) -> str:
     """A name of timm's registry without a tag with the default one, if it has any; other names unchanged."""
-    tags = model_tags(name) if timm.is_model(name) and '.' not in name else []
+    tags = model_tags(name) if timm.is_model(name) and '.' not in name and not names_folder(name) else []
     return f'{name}.{tags[0]}' if tags else name
 
 

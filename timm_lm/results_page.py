@@ -217,7 +217,7 @@ def _all_runs(runs: Dict[str, List[Row]]) -> List[str]:
     header = ['run', 'network', 'data', 'recipe', 'epochs', 'seed', 'error, %', 'during training, %', 'minutes',
               'hardware', 'precision', 'status', 'command']
     about = ('All runs on record, including poor and stopped ones. The error is counted with the saved weights, in '
-             'float32 on the CPU; the one during training is that of the last validation, in its own precision.')
+             'float32 on the CPU; the one during training is of the last validation, in the precision of the training.')
     lines = ['## All runs', '', about, '', *_table_head(header)]
     shown = ('dataset', 'recipe', 'epochs', 'seed', 'top1_err', 'seen_top1_err', 'minutes', 'hardware', 'precision',
              'status', 'command')

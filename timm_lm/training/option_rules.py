@@ -57,8 +57,8 @@ _OF_SCHEDULES: Dict[Tuple[str, ...], Tuple[str, ...]] = {
 
 # Options of the augmentation, which --no-aug turns off.
 _AUGMENTATION = (
-    'hflip', 'vflip', 'pad_crop', 'reprob', 'scale', 'ratio', 'train_crop_mode', 'color_jitter', 'color_jitter_prob',
-    'grayscale_prob', 'gaussian_blur_prob', 'aa', 'train_interpolation')
+    'hflip', 'vflip', 'pad_crop', 'reprob', 'remode', 'recount', 'scale', 'ratio', 'train_crop_mode', 'color_jitter',
+    'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'aa', 'train_interpolation')
 
 # Options that another one replaces.
 _INSTEAD = {'lr': ('lr_base', 'lr_base_size', 'lr_base_scale'), 'input_size': ('img_size',)}
@@ -254,7 +254,8 @@ def check_taken(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[s
                                 'the recipe; give the latter.')
     if values['no_aug']:
         for name in _changed(_AUGMENTATION, values, before, defaults):
-            raise UserError(f'{option_name(name)} does nothing with --no-aug; leave one of them out.')
+            if values[name]:
+                raise UserError(f'{option_name(name)} does nothing with --no-aug; leave one of them out.')
 
 
 def _changed(names: Iterable[str], values: Dict[str, Any], before: Dict[str, Any],
