@@ -150,7 +150,8 @@ def _verdict(lm: str, plain_runs: List[Row], lm_runs: List[Row]) -> str:
     plain, own = _mean(plain_runs), _mean(lm_runs)
     variance = (plain * (100 - plain) + own * (100 - own)) / int(lm_runs[0]['images'])  # all seeds see the same images
     points, error = own - plain, variance ** 0.5
-    verdict = 'beats' if points < -2 * error else 'cannot be told apart from' if points < 0 else 'does not beat'
+    verdict = ('beats' if points < -2 * error else 'is beaten by' if points > 2 * error else
+               'cannot be told apart from')
     size = f'{abs(points) / error:.1f} standard errors' if error else '0.00 points'
     return (f'`{lm}` {verdict} its plain twin: {own:.2f} against {plain:.2f} %, a difference of {size}. (The standard '
             f'error is that of independent counts, {error:.2f} points; counted image by image it is smaller. Seeds add '
@@ -235,4 +236,4 @@ def _about_k(rows: List[Row]) -> str:
     return ('As a method for ODEs, the two-step rule is zero-stable only for -1 < k <= 1. '
             f'Of the {len(found)} finished LM runs, {outside} end with a `k` outside this range. Such a network works '
             'all the same, but the analogy with ODEs does not hold there. '
-            f'{sum(max(k) > 0 for k in found)} runs end with a `k` above 0, although it is initialised from [-0.1, 0].')
+            f'{sum(max(k) > 0 for k in found)} runs end with a `k` above 0; in new networks it starts from [-0.1, 0].')
