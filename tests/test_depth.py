@@ -219,6 +219,10 @@ def test_grown_network_tells_how_it_sees_images():
     assert all(grown[name] == shallow.pretrained_cfg[name] for name in ('mean', 'std', 'input_size', 'label_names'))
     other = timm_lm.grow(shallow, timm.create_model('lm_resnet32', num_classes=7)).pretrained_cfg
     assert other['mean'] == grown['mean'] and not other.get('label_names') and other['architecture'] == 'lm_resnet32'
+    images = dict(input_size=(3, 128, 128), crop_mode='border')
+    shallow = timm.create_model('lm_resnet18', pretrained_cfg=images)
+    cfg = timm_lm.grow(shallow, timm.create_model('lm_resnet34')).pretrained_cfg
+    assert images.items() <= cfg.items() and not {'test_input_size', 'test_crop_pct'} & cfg.keys()
     direct = LMResNet(layers=(3, 3, 3), channels=(16, 32, 64))
     assert not hasattr(timm_lm.grow(LMResNet(layers=(3, 3, 3), channels=(16, 32, 64)), direct), 'pretrained_cfg')
 

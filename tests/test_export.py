@@ -88,6 +88,7 @@ def test_script(kind, images, more_images):
 def test_script_trains(kind, images):
     model = create(kind, scriptable=True, drop_path_rate=0.1, state_noise=0.01).train()
     scripted = torch.jit.script(model)
+    assert [*scripted.k_values()] == [*model.k_values()] and scripted.no_weight_decay() == model.no_weight_decay()
     expected = step(model, images)
     for a, e in zip(step(scripted, images), expected, strict=True):
         torch.testing.assert_close(a, e, **CLOSE)

@@ -410,13 +410,17 @@ for kind, source in sources.items():
     model = timm.create_model('lm_resnet20', pretrained=True, layers=(2, 2, 2), in_chans=1,
                               pretrained_cfg_overlay={{kind: source, 'input_size': (1, 16, 16)}})
     print(kind, all((tensor == trained[name]).all() for name, tensor in model.state_dict().items()))
+cfg = dict(timm.get_pretrained_cfg('lm_resnet20').to_dict(), hf_hub_id='owner/digits', input_size=(1, 16, 16))
+model = timm.create_model('lm_resnet20', pretrained=True, layers=(2, 2, 2), in_chans=1, pretrained_cfg=cfg)
+print('config', all((tensor == trained[name]).all() for name, tensor in model.state_dict().items()))
 """
     with hub_server({'owner/digits': weights}) as endpoint:
         env = dict(os.environ, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE='0', HF_HOME=str(tmp_path), HF_HUB_DISABLE_XET='1',
                    TORCH_HOME=str(tmp_path / 'torch'))
         result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, cwd=tmp_path)
     told = [line for line in result.stdout.splitlines() if not line.startswith('Downloading: ')]  # which PyTorch prints
-    assert told == ['repo True', 'hf_hub_id True', 'state_dict True', 'file True', 'url True'], result.stderr
+    assert told == ['repo True', 'hf_hub_id True', 'state_dict True', 'file True', 'url True', 'config True'], (
+        result.stderr)
 
 
 def test_pretrained_on_the_meta_device_is_a_network_of_shapes():

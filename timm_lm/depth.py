@@ -20,7 +20,8 @@ from .layers import TwoStep
 from .models import LMResNet
 
 # The keys of a network's config that describe its input images.
-_IMAGES = ('input_size', 'pool_size', 'mean', 'std', 'crop_pct', 'interpolation')
+_IMAGES = ('input_size', 'test_input_size', 'pool_size', 'mean', 'std', 'crop_pct', 'test_crop_pct', 'crop_mode',
+           'interpolation')
 
 
 def repeated_blocks(shallow: int, deep: int) -> List[int]:
@@ -110,8 +111,11 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
 def _copy_config(shallow: LMResNet, deep: LMResNet) -> None:
     # networks that timm did not make have none
     old, new = (cast(Dict[str, Any], getattr(model, 'pretrained_cfg', {})) for model in (shallow, deep))
-    names = _IMAGES + (('label_names',) if shallow.num_classes == deep.num_classes else ())
-    new.update((name, old[name]) for name in names if old.get(name) is not None)
+    for name in _IMAGES + (('label_names',) if shallow.num_classes == deep.num_classes else ()):
+        if old.get(name) is not None:
+            new[name] = old[name]
+        elif old and name.startswith('test_'):
+            new.pop(name, None)
 
 
 def _pairs(shallow: LMResNet, deep: LMResNet) -> List[Tuple[Any, Any]]:

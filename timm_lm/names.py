@@ -136,4 +136,4 @@ def saved_model_args(source: str) -> Dict[str, Any]:
         *_, model_args = timm.models.load_model_config_from_hf(source.removeprefix('hf-hub:'))
         return dict(model_args or {})
     folder = Path(source.removeprefix('local-dir:'))
-    return dict(read_config(folder).get('model_args', {})) if names_folder(source) and folder.is_dir() else {}
+    return dict(read_config(folder).get('model_args') or {}) if names_folder(source) and folder.is_dir() else {}

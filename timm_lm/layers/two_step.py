@@ -4,7 +4,7 @@ Source: Lu, Zhong, Li, Dong, "Beyond Finite Layer Neural Networks: Bridging Deep
 Differential Equations", ICML 2018, https://arxiv.org/abs/1710.10121.
 """
 from collections import OrderedDict
-from typing import Any, Dict, Sequence, Tuple, Union
+from typing import Any, Dict, Sequence, Tuple, Union, cast
 
 import torch
 from torch import nn
@@ -128,8 +128,9 @@ class EulerStep(nn.Module):
 
 
 def two_steps(network: nn.Module) -> Dict[str, TwoStep]:
-    """The two-step updates of any network, by name, in network order."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, TwoStep)}
+    """The two-step updates of any network, also a scripted one, by name, in network order."""
+    return {name: cast(TwoStep, module) for name, module in network.named_modules()
+            if isinstance(module, TwoStep) or getattr(module, 'original_name', '') == TwoStep.__name__}
 
 
 def k_values(network: nn.Module) -> Dict[str, torch.Tensor]:

@@ -102,15 +102,20 @@ def sources_of_tags(name: str, cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Dic
     return {f'{name}.{tag}': cfg for tag, cfg in found.items()}
 
 
+def is_shipped(file: Optional[str]) -> bool:
+    """Whether a file of weights, or its folder, is among the shipped ones."""
+    return file is not None and weights_dir() in Path(file).parents
+
+
 def check_shipped(file: Optional[str]) -> None:
     """Check shipped weights, a file or its folder, against the table of digests. Other weights pass unchecked.
 
     Raises:
         UserError: If the file is missing, is not in the table, or does not match it.
     """
-    folder = weights_dir()
-    if file is None or folder not in Path(file).parents:
+    if file is None or not is_shipped(file):
         return
+    folder = weights_dir()
     path = Path(file) / WEIGHTS_NAME if Path(file).is_dir() else Path(file)
     expected = read_digests(folder).get(path.relative_to(folder).as_posix())
     if not path.is_file():

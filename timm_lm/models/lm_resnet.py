@@ -34,6 +34,7 @@ from timm.models import (
     build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
+    get_arch_pretrained_cfgs,
     named_apply,
     register_model,
     resolve_pretrained_cfg,
@@ -45,7 +46,7 @@ from timm_lm.layers import EulerStep, StateNoise, TwoStep
 from timm_lm.layers.two_step import KInit, k_values, two_steps
 
 from . import _labels
-from ._weights import check_shipped, sources_of_tags
+from ._weights import check_shipped, is_shipped, sources_of_tags
 
 __all__ = ['LMResNet']
 
@@ -655,15 +656,18 @@ class _FeatureGetter(FeatureGetterNet):
 
 
 def _create_lm_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> LMResNet:
-    overlay = kwargs.get('pretrained_cfg_overlay') or {}
-    if 'file' not in overlay and any(overlay.get(source) for source in ('hf_hub_id', 'url', 'state_dict')):
-        kwargs['pretrained_cfg_overlay'] = dict(overlay, file=None)  # timm would prefer a shipped file
-    if not pretrained and not isinstance(kwargs.get('pretrained_cfg'), (dict, PretrainedCfg)):
+    overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
+    given = kwargs.get('pretrained_cfg')
+    cfg = resolve_pretrained_cfg(variant, given, dict(overlay))
+    if 'file' not in overlay and not cfg.source and is_shipped(cfg.file) and (cfg.hf_hub_id or cfg.url):
+        overlay['file'] = None  # a source was asked for, and timm would prefer the shipped file
+    registered = get_arch_pretrained_cfgs(variant).values()
+    if not pretrained and (not isinstance(given, (dict, PretrainedCfg)) or cfg in registered):
         # new weights have no class names: a network trained on other classes would be saved with these names
-        kwargs['pretrained_cfg_overlay'] = dict(label_names=None) | (kwargs.get('pretrained_cfg_overlay') or {})
+        overlay = dict(label_names=None, description=None) | overlay
+    kwargs['pretrained_cfg_overlay'] = overlay
     if pretrained:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        check_shipped(cfg.file)
+        check_shipped(overlay.get('file', cfg.file))
     feature_cls = kwargs.get('feature_cls')
     if isinstance(feature_cls, str):
         feature_cls = feature_cls.lower()
