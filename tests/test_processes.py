@@ -349,6 +349,16 @@ def test_images_that_fit_in_the_memory_of_one_process_alone(driven, output):
     assert not (output / 'little').exists()
 
 
+@pytest.mark.parametrize('name, line', [
+    ('other_data', 'The processes find different data'),
+    ('other_precision', 'Some machines have no instructions for bfloat16 and others have; give --no-amp to all')])
+def test_machines_that_differ_are_told(driven, output, name, line):
+    for facts in driven.facts:
+        code, told = facts[name]
+        assert code == 2 and f'timm-lm: error: {line}' in told
+    assert not (output / name).exists()
+
+
 def test_run_without_a_name_has_one_folder(driven):
     first, second = (facts['unnamed'] for facts in driven.facts)
     assert first == second and '/20000101-000000-000000-lm_resnet20' in first

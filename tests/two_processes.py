@@ -27,6 +27,7 @@ from timm_lm import cli
 from timm_lm import data as data_module
 from timm_lm.errors import UserError
 from timm_lm.loader import IGNORE_LABEL, BatchLoader
+from timm_lm.training import accelerator as accelerator_module
 from timm_lm.training import loop, run_folder
 from timm_lm.training import network as network_module
 from timm_lm.training import train as train_module
@@ -293,6 +294,18 @@ def little_memory(data, output, rank):
         data_module.MEMORY_LIMIT = limit
 
 
+def of_other_data(data, output, rank):
+    """Train where each process finds as many images as the other, but not the same; returns what is told."""
+    split = 'train[128:]' if rank else 'train[:128]'
+    return told(train_command(data, output, 'other_data', *LONG, '--train-split', split))
+
+
+def in_other_precision(data, output, rank):
+    """Train where only the main process has instructions for bfloat16; returns what is told."""
+    with patch.object(accelerator_module, 'no_bfloat16', lambda device_type: 'it has none' if rank else ''):
+        return told(train_command(data, output, 'other_precision', *LONG, '--amp'))
+
+
 def unnamed(data, output, rank):
     """The folder of a run without a name, which has the time in it, by clocks that differ."""
     run_folder.datetime = SimpleNamespace(now=lambda: datetime(2000, 1, 1 + rank))
@@ -365,6 +378,8 @@ def main(data, output, port):
     with watched_statistics(facts['unshared']):
         facts['validating'] = validating(data, output, rank)
     facts['little'] = little_memory(data, output, rank)
+    facts['other_data'] = of_other_data(data, output, rank)
+    facts['other_precision'] = in_other_precision(data, output, rank)
     facts['unnamed'] = unnamed(data, output, rank)
     facts['written'] = [path for path in written if str(output) in path]
     (output / f'facts{rank}.json').write_text(json.dumps(facts))

@@ -1,5 +1,6 @@
 """The training data: splits in memory or read by workers, and the batches made from them."""
 import argparse
+import hashlib
 from functools import partial
 from typing import Any, Dict, Optional, Sequence, Tuple
 
@@ -150,6 +151,9 @@ def load_data(
     if differs(isinstance(train_set, ImageSet)):  # the two kinds are augmented with different seeds
         raise UserError('The training images fit into the memory of some processes and not of others; give --loader '
                         'timm to all of them.')
+    if differs(tuple(_digest(data) for data in (train_set, eval_set) if data is not None)):
+        raise UserError('The processes find different data (the labels or the names of the classes are not the same); '
+                        'give the same to all of them.')
     for data in (train_set, eval_set):
         if data is not None:
             check_class_names(data.class_names, train_set.class_names, of='the training split', may_differ=False)
@@ -158,6 +162,10 @@ def load_data(
         before = checkpoint.state['facts']['pretrained_cfg'].get('label_names')
         check_class_names(train_set.class_names, before, of='the run when it was started', may_differ=False)
     return train_set, eval_set
+
+
+def _digest(data: Split) -> str:
+    return hashlib.sha256(data.labels.cpu().numpy().tobytes() + repr(data.class_names).encode()).hexdigest()
 
 
 def create_loader(args: argparse.Namespace, data: Split, data_config: Dict[str, Any],

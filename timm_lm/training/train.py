@@ -57,6 +57,9 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     folder = run_folder(args)
     remark = settle_precision(args)  # like the rate, before the options are compared with those of the run
     accelerator = create_accelerator(args, folder)
+    if differs(args.amp):
+        raise UserError('Some machines have no instructions for bfloat16 and others have; give --no-amp to all of '
+                        'them.')
     if not (args.experiment or args.resume):
         (folder,) = broadcast_object_list([folder])  # which has the time in its name
     tell = accelerator.on_main_process(partial(print, flush=True))
