@@ -291,6 +291,12 @@ def test_sharded_batch_norms_go_on_with_the_statistics_of_each_process(driven, o
     assert f"Resuming from {output / 'resumed_norms' / 'checkpoints' / 'step-000000002'}: " in driven.out
 
 
+@needs_fsdp2
+def test_run_that_was_sharded_otherwise_is_told(driven):
+    for before, now in (('with FSDP version 2', 'without FSDP'), ('without FSDP', 'with FSDP version 2')):
+        assert f'timm-lm: error: The run was started {before} and cannot resume {now}; start it as' in driven.out
+
+
 # One voice, one writer
 
 

@@ -397,6 +397,11 @@ def main(data, output, port):
         torch.distributed.barrier()
         train_sharded('resumed', *PIECES, *CUTS['two'], '--resume', 'auto')
         train_sharded('resumed_norms', *NORMS, '--resume', 'auto')
+        refused = [told(train_command(data, output, 'sharded_norms', *NORMS, '--resume', 'auto'))]
+        with sharding():
+            refused.append(told(train_command(data, output, 'two', *PIECES, *CUTS['two'], '--resume', 'auto')))
+        if rank == 0:
+            print(*refused, sep='\n')
     poison_one_process()
     return cli.main(train_command(data, output, 'poisoned', '--epochs', '2', '--batch-size', '16'))
 

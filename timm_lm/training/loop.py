@@ -71,6 +71,7 @@ class Training:
         self.store = store
         self.signals = signals
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.fsdp_version = 2 if getattr(accelerator, 'is_fsdp2', False) else int(self.sharded)  # 0 without FSDP
         self.model = model.to(accelerator.device)
         self.two_step_switch = TwoStepSwitch(args, model, self.sharded)
         self.average = create_average(args, model, accelerator)
@@ -159,6 +160,7 @@ class Training:
             seconds=self.seconds,
             sums=self.sums.reduced(self.accelerator).tolist(),
             processes=self.accelerator.num_processes,
+            fsdp=self.fsdp_version,
             images=len(self.loader.data),
             loader=self.loader.kind,
             batches=len(self.loader),
@@ -177,7 +179,8 @@ class Training:
         """Restore the state of a checkpoint.
 
         Raises:
-            UserError: If it is of another number of processes or images, which had other batches.
+            UserError: If it is of another number of processes or images, which had other batches, or of another FSDP,
+                whose states have other names.
         """
         images = checkpoint.state['images']
         if images != len(self.loader.data):
@@ -188,6 +191,10 @@ class Training:
         if processes != self.accelerator.num_processes:
             raise UserError(f'The run was started with {processes} process(es) and cannot resume with '
                             f'{self.accelerator.num_processes}; start the same number.')
+        version = checkpoint.state.get('fsdp', 0)
+        if version != self.fsdp_version:
+            before, now = (f'with FSDP version {n}' if n else 'without FSDP' for n in (version, self.fsdp_version))
+            raise UserError(f'The run was started {before} and cannot resume {now}; start it as before.')
         if self.sharded:
             set_state_dict(
                 self.network, self.plain_optimizer, model_state_dict=dict(checkpoint.group('model')),
