@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +20,13 @@ import psutil
 import pytest
 import torch
 import yaml
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from two_processes import CAN_SHARD, CUTS, LONG, PIECES, identities, loaders, train_command
 
+from timm_lm.errors import UserError
 from timm_lm.loader import IGNORE_LABEL
-from timm_lm.training.accelerator import LONGEST_WAIT, create_accelerator
+from timm_lm.training.accelerator import LONGEST_WAIT, _refuse_hidden_gpus, create_accelerator
 from timm_lm.training.options import parse_options
 from timm_lm.weights_folder import verify_folder
 
@@ -265,6 +267,25 @@ def test_what_processes_are_told_to_do_for_each_other(tmp_path, options, broadca
     accelerator = create_accelerator(parse_options(options), tmp_path)
     assert accelerator.ddp_handler.broadcast_buffers == broadcast
     assert accelerator.init_handler.timeout == LONGEST_WAIT
+
+
+@pytest.mark.parametrize('tasks', [1, 2])
+def test_tasks_of_slurm_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch, tasks):
+    """But not a single one in a job that has room for more."""
+    for name, value in (('SLURM_NTASKS', 2), ('SLURM_PROCID', 0), ('SLURM_STEP_NUM_TASKS', tasks)):
+        monkeypatch.setenv(name, str(value))
+    with nullcontext() if tasks == 1 else pytest.raises(UserError, match='srun started 2 tasks, which would train 2'):
+        create_accelerator(parse_options([]), tmp_path)
+
+
+@pytest.mark.parametrize('seen', [1, 2])
+def test_process_that_does_not_see_its_gpu_is_told(monkeypatch, seen):
+    """The second one of a machine; without GPUs here, by what PyTorch and Accelerate would tell of them."""
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: seen)
+    process = SimpleNamespace(
+        distributed_type=DistributedType.MULTI_GPU, device=torch.device('cuda', 1 % seen), local_process_index=1)
+    with nullcontext() if seen == 2 else pytest.raises(UserError, match=r'Process 2 of this machine sees 1 GPU\(s\)'):
+        _refuse_hidden_gpus(process)
 
 
 def test_rate_follows_the_batch_of_both_processes(driven, output):

@@ -17,6 +17,7 @@ from timm_lm import cli
 from timm_lm.data import load_images
 from timm_lm.image_set import ImageSet
 from timm_lm.loader import MemoryLoader, normalize
+from timm_lm.training.accelerator import create_accelerator
 from timm_lm.training.batches import resolve_input_config
 from timm_lm.training.evaluate import evaluate
 from timm_lm.training.network import create_model
@@ -469,6 +470,15 @@ def test_settings_of_accelerate_do_not_compile(few_digits, tmp_path, command, mo
         '--warmup-epochs', 0, '--output', tmp_path)
     assert code == 0 and re.search(r'(?m)^device .*, eager$', out), err
     assert not torch._dynamo.utils.counters['stats']
+
+
+def test_settings_of_accelerate_do_not_change_what_is_compiled(tmp_path, monkeypatch):
+    args, plugins = parse_options(['--torchcompile', 'aot_eager']), []
+    for setting in ('false', 'true'):
+        for name in ('FULLGRAPH', 'REGIONAL_COMPILATION'):
+            monkeypatch.setenv(f'ACCELERATE_DYNAMO_USE_{name}', setting)
+        plugins.append(create_accelerator(args, tmp_path).state.dynamo_plugin.to_dict())
+    assert plugins[0] == plugins[1]
 
 
 def test_images_that_are_not_square_are_cropped_by_timm(few_digits, tmp_path, command):

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
     InitProcessGroupKwargs,
     TorchDynamoPlugin,
     parse_flag_from_env,
@@ -57,7 +58,8 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         folder: The run folder, where trackers write.
 
     Raises:
-        UserError: If compilation is requested but there is no compiler, or a tracker is not installed.
+        UserError: If compilation is requested but there is no compiler, a tracker is not installed, or the processes
+            were started so that they cannot train together.
     """
     on_cpu = _on_cpu(args)
     _refuse_other_engines()
@@ -79,6 +81,8 @@ def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         )
     except ValueError as e:  # for a precision that the device does not support
         raise UserError(f'Accelerate cannot be set up ({e}); give --no-amp, or change its settings.') from e
+    _refuse_lone_tasks(accelerator)
+    _refuse_hidden_gpus(accelerator)
     if accelerator.device.type in ('cuda', 'xpu') and accelerator.device.index is not None:
         # Accelerate does not do so for ACCELERATE_TORCH_DEVICE; random states are those of the current device
         getattr(torch, accelerator.device.type).set_device(accelerator.device)
@@ -106,7 +110,30 @@ def _dynamo_plugin(args: argparse.Namespace, on_cpu: bool) -> TorchDynamoPlugin:
     if not args.torchcompile:
         return TorchDynamoPlugin(backend='no')  # otherwise Accelerate's own setting applies
     check_compiler(args.torchcompile, args.torchcompile_mode, on_cpu)
-    return TorchDynamoPlugin(backend=args.torchcompile, mode=args.torchcompile_mode or 'default', dynamic=False)
+    plugin = TorchDynamoPlugin(
+        backend=args.torchcompile, mode=args.torchcompile_mode or 'default', fullgraph=False, dynamic=False)
+    if hasattr(plugin, 'use_regional_compilation'):  # not in older Accelerate
+        plugin.use_regional_compilation = False
+    return plugin
+
+
+def _refuse_lone_tasks(accelerator: Accelerator) -> None:
+    # only srun sets it; SLURM_NTASKS is that of the job, also where one process of it trains alone
+    tasks = int(os.environ.get('SLURM_STEP_NUM_TASKS', 1))
+    if tasks > 1 and accelerator.num_processes == 1:
+        raise UserError(f'srun started {tasks} tasks, which would train {tasks} networks, as none knows of the others; '
+                        'start one task (--ntasks=1), or on each machine one with a launcher (srun --ntasks-per-node=1 '
+                        'torchrun ...). If each is to train its own, `unset SLURM_STEP_NUM_TASKS` before.')
+
+
+def _refuse_hidden_gpus(accelerator: Accelerator) -> None:
+    if accelerator.distributed_type != DistributedType.MULTI_GPU or accelerator.device.type != 'cuda':
+        return
+    seen, index = torch.cuda.device_count(), accelerator.local_process_index
+    if index >= seen:
+        raise UserError(f'Process {index + 1} of this machine sees {seen} GPU(s); start no more processes than there '
+                        'are GPUs, and let each see all of its machine (under Slurm by --gpus-per-node, not '
+                        '--gpus-per-task, and --gpu-bind=none).')
 
 
 def _set_up_fsdp(accelerator: Accelerator) -> None:
