@@ -114,8 +114,16 @@ def test_card_says_that_a_recipe_was_chosen_on_the_split(weights, run_folder, op
     args = read_args(run_folder) | dict(tag='best_c10', dataset='hfds/uoft-cs/cifar10', val_split='test') | options
     card = run_card(read_result(run_folder), args, load_model(str(weights)))
     assert ('was chosen with errors on this split in view' in card) == said
-    if options.get('dataset') == 'torch/cifar10':  # the same images
-        assert '| trained on | CIFAR-10 (`uoft-cs/cifar10`), split' in card
+
+
+@pytest.mark.parametrize('dataset, named', [
+    ('torch/cifar10', 'CIFAR-10 (`uoft-cs/cifar10`)'),  # the same images
+    ('torch/fashion_mnist', 'zalando-datasets/fashion_mnist (`zalando-datasets/fashion_mnist`)'),
+    ('torch/KMNIST', 'kmnist'), ('torch/image_folder', 'here'), ('hfds/owner/name', 'owner/name (`owner/name`)')])
+def test_card_names_the_data_set(weights, run_folder, dataset, named):
+    """As on the Hub, or by torchvision's name; folders by their own."""
+    told, args = read_result(run_folder) | dict(folder='here'), read_args(run_folder) | dict(dataset=dataset)
+    assert f'| trained on | {named}, split' in run_card(told, args, load_model(str(weights)))
 
 
 def write_half(folder):

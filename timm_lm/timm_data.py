@@ -21,7 +21,7 @@ from .parser import option_name
 SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'), ('test',))
 # Data sets of torchvision whose test split timm reads for every split name but those of training.
 TRAIN_OR_TEST = {f'torch/{name}' for name in ('cifar10', 'cifar100', 'fashion_mnist', 'kmnist', 'mnist', 'qmnist')}
-_TORCH_FOLDERS = ('torch/folder', 'torch/image_folder')
+TORCH_FOLDERS = ('torch/folder', 'torch/image_folder')
 
 
 # Folders of images
@@ -81,7 +81,7 @@ def _left_out(images: Sequence[Path], root: str, reason: str) -> str:
 
 def is_torch_folder(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
     """Whether the options name a folder of images as timm's ``torch/folder`` or ``torch/image_folder``."""
-    return dataset.lower() in _TORCH_FOLDERS and data_dir is not None and Path(data_dir).is_dir()
+    return dataset.lower() in TORCH_FOLDERS and data_dir is not None and Path(data_dir).is_dir()
 
 
 def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: str, download: bool,

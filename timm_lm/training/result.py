@@ -18,6 +18,7 @@ from timm_lm.model_config import TimmModel, record_data
 from timm_lm.names import saved_model_args, with_default_tag
 from timm_lm.network_size import count_parameters
 from timm_lm.precision import asked_precision
+from timm_lm.timm_data import TORCH_FOLDERS
 from timm_lm.weights_folder import CARD_NAME, load_folder, save_folder
 
 from .evaluate import COUNT_BATCH_SIZE, evaluate
@@ -28,7 +29,10 @@ from .run_folder import RESULT_NAME
 # Entries of a network's config that say where its weights come from.
 _SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'origin_url')
 DATASET_NAMES = {'uoft-cs/cifar10': 'CIFAR-10', 'uoft-cs/cifar100': 'CIFAR-100'}
-_OF_TORCHVISION = {'torch/cifar10': 'uoft-cs/cifar10', 'torch/cifar100': 'uoft-cs/cifar100'}  # the same images
+# The same images on the Hub.
+_OF_TORCHVISION = {
+    'torch/cifar10': 'uoft-cs/cifar10', 'torch/cifar100': 'uoft-cs/cifar100', 'torch/mnist': 'ylecun/mnist',
+    'torch/fashion_mnist': 'zalando-datasets/fashion_mnist'}
 
 
 def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_loader: Optional[BatchLoader],
@@ -176,10 +180,14 @@ def _k_summary(model: TimmModel) -> str:
 
 def _dataset(args: Mapping[str, Any], folder: str) -> Tuple[str, str]:
     """Id on the Hub ('' if it has none) and name of the data set; a folder is named by its last name only."""
-    source = _OF_TORCHVISION.get(args['dataset'].lower()) or args['dataset'].removeprefix('hfds/')
-    if source in DATASET_NAMES or args['dataset'].startswith('hfds/') and not Path(source).is_dir():
-        return source, DATASET_NAMES.get(source, source)
-    return '', folder
+    kind, _, name = args['dataset'].partition('/')
+    hub_id = _OF_TORCHVISION.get(args['dataset'].lower(), '')
+    if kind == 'hfds' and (name in DATASET_NAMES or not Path(name).is_dir()):
+        hub_id = name
+    if hub_id:
+        return hub_id, DATASET_NAMES.get(hub_id, hub_id)
+    is_folder = kind != 'torch' or args['dataset'].lower() in TORCH_FOLDERS
+    return '', folder if is_folder else name.lower()
 
 
 def _hardware(device: torch.device) -> str:
