@@ -486,13 +486,23 @@ def garbled_token(hub):
     return dict(HF_TOKEN='hf_a\tb'), 'holds characters that no token has'
 
 
+def no_identity(hub):
+    return dict(HF_OIDC_RESOURCE='owner/faults', GITHUB_ACTIONS=''), 'HF_OIDC_RESOURCE is set, but gives no token ('
+
+
 def no_right(hub):
-    return dict(HF_TOKEN='hf_of_a_reader'), 'has no right to write to owner/faults'
+    return dict(HF_TOKEN='hf_of_a_reader'), (
+        "does not let the token write to owner/faults (403: You don't have the rights to create")
 
 
 def log_in_fails(hub):
     hub.fail('whoami')
-    return {}, 'is not working as it should (500'
+    return {}, 'is not working as it should (500: the server was told to fail)'
+
+
+def log_in_too_often(hub):
+    hub.fail('whoami', status=429)
+    return {}, 'is not working as it should (429: the server was told to fail)'
 
 
 def creation_fails(hub):
@@ -545,8 +555,9 @@ def upload_stalls(hub):
     return dict(SILENCE='0.3'), 'timed out'
 
 
-FAULTS = [no_token, wrong_token, garbled_token, no_right, log_in_fails, creation_fails, upload_fails, commit_fails,
-          too_many_requests, commit_refused, card_refused, not_a_hub, upload_cut, commit_cut, upload_stalls]
+FAULTS = [no_token, wrong_token, garbled_token, no_right, log_in_fails, log_in_too_often, creation_fails, upload_fails,
+          commit_fails, too_many_requests, commit_refused, card_refused, not_a_hub, upload_cut, commit_cut,
+          upload_stalls] + [no_identity] * hasattr(huggingface_hub.errors, 'OIDCError')
 
 
 @pytest.mark.parametrize('fault', FAULTS)
@@ -629,7 +640,7 @@ def test_pull_request_to_a_gated_repo(hub, refused, folder):
 
 
 @pytest.mark.parametrize('fault, message', [
-    (dict(status=403), 'The token has no right to read owner/faults (403'),
+    (dict(status=403), 'does not let the token read owner/faults (403'),
     (dict(status=403, code='GatedRepo'), 'gives access to owner/faults on request only; ask for it on its page'),
 ])
 def test_who_only_reads_is_told_of_reading(hub, refused, fault, message):

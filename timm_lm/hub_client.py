@@ -20,9 +20,10 @@ from .errors import UserError, one_line
 
 SILENCE = 60  # seconds without a byte before a connection is dropped
 # What a download or an upload may raise. Whichever package makes the requests (requests up to huggingface_hub 0.x), its
-# errors and the Hub's own have the same base. XetError was removed in huggingface_hub 1.19.
+# errors and the Hub's own have the same base. XetError was removed in huggingface_hub 1.19; OIDCError is in 2.x.
 HUB_ERRORS: Tuple[Type[BaseException], ...] = (
-    OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__, getattr(errors, 'XetError', OSError))
+    OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__, getattr(errors, 'XetError', OSError),
+    getattr(errors, 'OIDCError', OSError))
 LOG_IN = 'log in with `hf auth login` (`huggingface-cli login` before huggingface_hub 0.34)'
 AGAIN = 'run the same command again, what is already there is left alone'
 
@@ -95,6 +96,8 @@ def _explain(error: BaseException, repo_id: str, again: str, writes: bool) -> st
                  f'{again}.')
     if any(type(e).__name__ == 'XetAuthenticationError' for e in chain):  # from hf_xet, without a response
         return no_access
+    if type(error).__name__ == 'OIDCError':
+        return f'HF_OIDC_RESOURCE is set, but gives no token ({one_line(error)}); fix that or unset it, and {again}.'
     if answered is None:
         failures = [e for e in chain if isinstance(e, (OSError, *HfHubHTTPError.__bases__))]
         if not failures:
@@ -104,7 +107,8 @@ def _explain(error: BaseException, repo_id: str, again: str, writes: bool) -> st
             return f'The disk is full ({one_line(deepest)}); free some space, and {again}.'
         return f'The connection to {endpoint} failed ({one_line(deepest)}); check the network, and {again}.'
     status = getattr(answered, 'response').status_code  # noqa: B009
-    message = one_line(getattr(answered, 'server_message', None) or answered)
+    # huggingface_hub may raise an error of its own, with its guess of the cause, from that with the server's words
+    message = one_line(next(filter(None, (getattr(e, 'server_message', None) for e in chain)), answered))
     if isinstance(answered, GatedRepoError):
         return f'{endpoint} gives access to {repo_id} on request only; ask for it on its page, and {again}.'
     if isinstance(answered, RepositoryNotFoundError):
@@ -116,8 +120,8 @@ def _explain(error: BaseException, repo_id: str, again: str, writes: bool) -> st
         return no_access
     if status == 403:
         right = f'write to {repo_id}' if writes else f'read {repo_id}'
-        return (f'The token has no right to {right} (403: {message}); use one that has, or another name, and '
-                f'{again}.')
+        return (f'{endpoint} does not let the token {right} (403: {message}); if the token lacks that right, use one '
+                f'that has it, or another name, and {again}.')
     if status == 429 or status >= 500:
         return f'{endpoint} is not working as it should ({status}: {message}); wait a while, and {again}.'
     return f'{endpoint} refused {repo_id} ({status}: {message}); fix that, and {again}.'

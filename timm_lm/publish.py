@@ -181,7 +181,8 @@ def push(
     """
     set_up_client()
     draw_no_bars_into_files()
-    token = get_token()
+    with explained(uploads[0].repo_id):
+        token = get_token()
     owner = uploads[0].repo_id.partition('/')[0]
     if not token:
         raise UserError(f'There is no Hub token; set HF_TOKEN to one with write access to {owner}, or '
