@@ -31,6 +31,7 @@ def sha256(data):
 @dataclass
 class Repo:
     private: bool = False
+    gated: bool = False
     commits: Dict[str, Dict[str, bytes]] = field(default_factory=dict)  # files by path by commit, in order
     refs: Dict[str, str] = field(default_factory=dict)  # branches and pull requests
 
@@ -202,7 +203,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, name, repo, sha, path):
         files = repo.commits[sha]
         self._json(dict(id=name.removeprefix('datasets/'), sha=sha, private=repo.private, tags=[], downloads=0, likes=0,
-                        xetEnabled=False, siblings=[dict(rfilename=name) for name in sorted(files)]))
+                        gated='auto' if repo.gated else False, xetEnabled=False,
+                        siblings=[dict(rfilename=name) for name in sorted(files)]))
 
     def _tree(self, name, repo, sha, path):
         self._json([_file_info(path, data) for path, data in sorted(repo.commits[sha].items())])

@@ -405,13 +405,15 @@ def test_folders_elsewhere_are_not_recorded(done, tree, folder):
     assert (record.read_bytes() if record.exists() else None) == before
 
 
-def test_private_repos(hub, done, refused, tree):
+def test_repos_that_not_everyone_can_load_from(hub, done, refused, tree):
     small = tree / 'lm_resnet20.small'
     record = tree / 'published.json'
     before = record.read_bytes() if record.exists() else None
     assert 'recorded' not in done('push', small, '--repo-id', 'owner/secret', '--private')
     assert hub.repos['owner/secret'].private
     assert 'nothing to do' in done('push', small, '--repo-id', 'owner/secret', '--private')
+    hub.add('owner/on-request', small).gated = True
+    assert 'recorded' not in done('push', small, '--repo-id', 'owner/on-request')
     assert (record.read_bytes() if record.exists() else None) == before
     assert 'There is no owner/secret' in refused('verify', 'hf-hub:owner/secret', HF_TOKEN='')
 

@@ -5,13 +5,15 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import jinja2
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token, metadata_load
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
-from yaml import YAMLError
 
 from . import __version__
 from .card import CARD_TEMPLATE, recorded_error
@@ -64,11 +66,12 @@ def prepare(folder: Union[str, Path], repo_id: str) -> Upload:
     _check_repo_id(repo_id)
     folder = Path(folder)
     verify_folder(folder)
-    card = published_card(_read_card(folder), repo_id, is_ours(read_config(folder)['architecture']))
+    text = _read_card(folder)
+    card = published_card(text, repo_id, is_ours(read_config(folder)['architecture']))
     files: Dict[str, Union[Path, bytes]] = {name: folder / name for name in FILES}
     files[CARD_NAME] = card.encode()
     remarks = []
-    if not (metadata_load(folder / CARD_NAME) or {}).get('datasets'):
+    if not ModelCard(text).data.to_dict().get('datasets'):
         remarks.append('the card names no data set of the Hub')
     if recorded_error(folder) is None:
         remarks.append('the card records no test error')
@@ -107,12 +110,13 @@ def _read_card(folder: Path) -> str:
     """The text of a card whose front matter survives a round trip through huggingface_hub's classes."""
     path = folder / CARD_NAME
     try:
-        text = path.read_text(encoding='utf-8')
-        written = metadata_load(path) or {}
+        text = path.read_text(encoding='utf-8-sig')
+        block = REGEX_YAML_BLOCK.search(text)
+        written = yaml.safe_load(block.group(2) if block else '') or {}
         understood = ModelCard(text).data.to_dict()
     except FileNotFoundError:
         raise UserError(f'{folder} has no {CARD_NAME}; weights are published with their card, restore it.') from None
-    except (OSError, ValueError, TypeError, KeyError, YAMLError) as e:
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as e:
         raise UserError(f'The front matter of {path} is not readable ({one_line(e)}); fix it.') from e
     missing = [key for key in CARD_KEYS if not written.get(key)]
     if missing:
@@ -205,11 +209,12 @@ def push(
 def _push(api: HfApi, upload: Upload, private: bool, revision: Optional[str], create_pr: bool) -> str:
     repo_id = upload.repo_id
     with explained(repo_id):
-        is_private = _find_or_create(api, repo_id, private, create_pr)
+        is_open = _find_or_create(api, repo_id, private, create_pr)
         there = _digests(api, repo_id, revision)
         if there is None and not create_pr:
             api.create_branch(repo_id, branch=str(revision), exist_ok=True)
             there = _digests(api, repo_id, revision)  # those of main
+        foreign = sorted((there or {}).keys() - {*FILES, '.gitattributes'})
         new = {name: content for name, content in upload.files.items()
                if (there or {}).get(name) not in _possible_digests(content)}
         if new:
@@ -226,14 +231,16 @@ def _push(api: HfApi, upload: Upload, private: bool, revision: Optional[str], cr
         else:
             sha = str(api.model_info(repo_id, revision=revision).sha)
             line = f'{repo_id}: nothing to do, commit {sha} is identical'
+    if foreign:
+        line += f'; also there, delete what is of another model: {some(foreign)}'
     is_proposed = new and create_pr or (revision or '').startswith('refs/pr/')
-    if not is_private and not is_proposed and _record(upload.folder, repo_id, sha):
+    if is_open and not is_proposed and _record(upload.folder, repo_id, sha):
         line += f'; recorded in {PUBLISHED_NAME}'
     return line
 
 
 def _find_or_create(api: HfApi, repo_id: str, private: bool, create_pr: bool) -> bool:
-    """Find or create a repo; returns whether it is private."""
+    """Find or create a repo; returns whether everyone can load from it."""
     try:
         there = api.model_info(repo_id)
     except GatedRepoError:  # it exists
@@ -247,17 +254,17 @@ def _find_or_create(api: HfApi, repo_id: str, private: bool, create_pr: bool) ->
         there = api.model_info(repo_id)
     if private and not there.private:
         raise UserError(f'{repo_id} exists and is public; make it private in its settings, or push without --private.')
-    return bool(there.private)
+    return not there.private and not there.gated
 
 
 def _digests(api: HfApi, repo_id: str, revision: Optional[str]) -> Optional[Dict[str, str]]:
-    """Digests of the published files in a repo, by path; None if there is no such revision."""
+    """Digests of the files in a repo, by path; None if there is no such revision."""
     try:
-        infos: List[Any] = api.get_paths_info(repo_id, list(FILES), revision=revision)
+        files = [info for info in api.list_repo_tree(repo_id, recursive=True, revision=revision)
+                 if isinstance(info, RepoFile)]
     except RevisionNotFoundError:
         return None
-    return {info.path: info.lfs.sha256 if getattr(info, 'lfs', None) else getattr(info, 'blob_id', '')
-            for info in infos}
+    return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
 
 
 def _possible_digests(content: Union[Path, bytes]) -> Tuple[str, str]:
