@@ -209,6 +209,12 @@ def test_a_section_on_use_of_the_author_stays():
     assert published_card(text, 'owner/name') == text
 
 
+def test_paper_is_cited_for_the_networks_of_this_package_alone():
+    assert 'https://arxiv.org/abs/1710.10121' in small_card()  # the Hub links it
+    card = small_card(name='resnet18.mine')
+    assert '## Citation' not in card and card.endswith('for other images are meaningless.')
+
+
 def test_local_cards_are_as_before():
     section = re.compile(r'(?s)## Use\n.*?(?=## Training)')
     shipped = section.search((SHIPPED / CARD_NAME).read_text()).group()
@@ -607,6 +613,7 @@ def test_training_from_a_repo_keeps_the_arguments_of_its_network(hub, done, tree
          'train[:64]', '--val-split', '', '--batch-size', 64, '--epochs', 1, '--warmup-epochs', 0, '--lr', 1e-30,
          '--weight-decay', 0, '--output', tmp_path, '--experiment', 'run')
     published = load_file(tree / 'lm_resnet20.small' / 'model.safetensors')
+    assert ModelCard.load(tmp_path / 'run' / 'weights' / CARD_NAME).data.base_model == 'owner/small'
     [checkpoint] = (tmp_path / 'run' / 'checkpoints').iterdir()
     for made in (tmp_path / 'run' / 'weights', Path(done('weights', checkpoint).strip())):
         assert json.loads((made / 'config.json').read_text())['model_args']['layers'] == [1, 1, 1]

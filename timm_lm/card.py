@@ -18,6 +18,7 @@ def render_card(
         split: str,
         error: Optional[float],
         license: str = 'apache-2.0',
+        base_model: Optional[str] = None,
         **fields: Any,
 ) -> str:
     """Render the card's template.
@@ -29,6 +30,7 @@ def render_card(
         split: The split that was evaluated.
         error: Top-1 error on it in %, none if None.
         license: License of the weights, as the Hub's identifier or timm's.
+        base_model: Id of the repo that the training started from, None if there is none.
         **fields: The other fields of the template.
     """
     results = None
@@ -48,7 +50,8 @@ def render_card(
     data = ModelCardData(
         **named, library_name='timm', pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm-lm', 'transformers'],
-        datasets=[dataset] if dataset else None, metrics=['accuracy'], model_name=name, eval_results=results)
+        datasets=[dataset] if dataset else None, metrics=['accuracy'], model_name=name, eval_results=results,
+        base_model=base_model)
     architecture, _, tag = name.partition('.')
     ours = is_ours(architecture)
     return str(ModelCard.from_template(

@@ -15,7 +15,7 @@ from timm_lm.layers.two_step import k_values
 from timm_lm.loader import BatchLoader
 from timm_lm.machine import processor_name, usable_cores
 from timm_lm.model_config import TimmModel, record_data
-from timm_lm.names import saved_model_args, with_default_tag
+from timm_lm.names import is_repo_name, saved_model_args, with_default_tag
 from timm_lm.network_size import count_parameters
 from timm_lm.precision import asked_precision
 from timm_lm.timm_data import TORCH_FOLDERS
@@ -150,6 +150,7 @@ def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel,
         saved_in=saved_in,
         precision=asked_precision(args),
         license=model.pretrained_cfg.get('license') or 'unknown',
+        base_model=_base_model(args),
         chosen_on_test=(dataset or told['folder']) in (*DATASET_NAMES, 'cifar10', 'cifar100') and (
             args['val_split'] == 'test' and args['tag'] in CHOSEN_ON_TEST),
         of_epochs=told.get('of_epochs'),
@@ -166,6 +167,14 @@ def _start(args: Mapping[str, Any]) -> str:
     said = ((start_word(args['model'], grown), grown), ('starting from', source),
             ('distilled from', args['kd_model_name']))
     return ', '.join(f'{how} the weights of `{last_name(with_default_tag(name))}`' for how, name in said if name)
+
+
+def _base_model(args: Mapping[str, Any]) -> Optional[str]:
+    """The repo of the Hub whose weights a run starts from, None if they are others."""
+    others = args['initial_checkpoint'] or args['pretrained_path']
+    if not args['pretrained'] or others or not is_repo_name(args['model']):
+        return None
+    return str(args['model']).removeprefix('hf-hub:').partition('@')[0]
 
 
 def mean_k(model: TimmModel) -> List[float]:
