@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Dict, List, Optional, Set
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
+DATASET_TYPE = re.compile(r'(?:[\w-]+/)?[\w.-]+', re.ASCII)  # what the Hub accepts in the model-index of a card
 LARGE = ('.safetensors', '.bin', '.parquet')  # what the Hub's .gitattributes keep in LFS
 
 
@@ -171,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
         if parts == ['api', 'repos', 'create']:
             return self._create()
         if parts == ['api', 'validate-yaml']:
-            return self._json(dict(errors=[], warnings=[]))
+            return self._validate_card()
         if parts[0] == 'api':
             name = '/'.join(parts[2:4] if parts[1] == 'models' else parts[1:4])
             rest = parts[4:]
@@ -221,6 +224,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, data, {'ETag': f'"{etag}"', 'X-Repo-Commit': sha})
 
     # Writing
+
+    def _validate_card(self):
+        data = yaml.safe_load(json.loads(self.body)['content'].split('---\n')[1])
+        types = [result['dataset']['type'] for model in data.get('model-index', ()) for result in model['results']]
+        wrong = [f'"dataset.type" with value "{name}" fails to match the required pattern' for name in types
+                 if not DATASET_TYPE.fullmatch(name)]
+        answer = json.dumps(dict(errors=[dict(message=message) for message in wrong], warnings=[])).encode()
+        self._send(400 if wrong else 200, answer, {'Content-Type': 'application/json'})
 
     def _create(self):
         asked = json.loads(self.body)

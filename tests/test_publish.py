@@ -81,9 +81,9 @@ def small_network():
     return timm.create_model('lm_resnet20', layers=(1, 1, 1))
 
 
-def small_card(error=12.5, dataset='owner/digits', name='lm_resnet20.small'):
+def small_card(error=12.5, dataset='owner/digits', name='lm_resnet20.small', dataset_name='digits'):
     return render_card(
-        name, dataset=dataset, dataset_name='digits', split='test', error=error, error_count=45,
+        name, dataset=dataset, dataset_name=dataset_name, split='test', error=error, error_count=45,
         num_images=360, parameters=76_000, input_size=(3, 32, 32), train_split='train', command='timm-lm train',
         epochs=1, seed=0, minutes=0.1, hardware='CPU', precision='float32', versions='timm-lm', seen_error=None,
         saved_in='float32', k='')
@@ -359,6 +359,28 @@ def test_published_weights_are_those_of_the_folder(hub, done, tree, client_env, 
     result = subprocess.run([sys.executable, '-c', code, str(SHIPPED)], text=True, capture_output=True, cwd=tmp_path,
                             env=dict(client_env, PYTHONPATH=str(tmp_path)))
     assert result.stdout == f'{repo_id}@{sha}\nTrue True\n', result.stderr
+
+
+def test_card_in_any_words_is_accepted(hub, done, folder):
+    """Of data in a folder with a name that is no identifier; written by an editor that begins files with a mark."""
+    card = small_card(dataset='', dataset_name='Blüten: gelb')
+    (folder / CARD_NAME).write_text(card, encoding='utf-8-sig')
+    assert 'records no test error' not in done('push', folder, '--repo-id', 'owner/words')
+    published = hub.repos['owner/words'].files()[CARD_NAME].decode()
+    assert published == published_card(card, 'owner/words')
+    assert front_matter(published)['model-index'][0]['results'][0]['dataset'] == dict(
+        name='Blüten: gelb', type='Bl-ten-gelb', split='test')
+
+
+def test_files_of_another_model_are_told(hub, done, folder, tmp_path):
+    """transformers reads some of them before the config."""
+    (tmp_path / 'other').mkdir()
+    for name in ('config.json', '.gitattributes', 'preprocessor_config.json', 'pytorch_model.bin'):
+        (tmp_path / 'other' / name).write_text('{}')
+    hub.add('owner/reused', tmp_path / 'other')
+    told = '; also there, delete what is of another model: preprocessor_config.json, pytorch_model.bin\n'
+    for said in ('replaced: config.json', 'is identical'):
+        assert done('push', folder, '--repo-id', 'owner/reused').endswith(said + told)
 
 
 def test_all_leaves_what_is_equal_and_uploads_what_changed(hub, done, refused, tree):

@@ -1,4 +1,5 @@
 """The card of a weights folder: rendered from its template, and read for the error it records."""
+import re
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
 
@@ -37,7 +38,7 @@ def render_card(
     if error is not None:
         common: Dict[str, Any] = dict(
             task_type='image-classification', task_name='Image Classification',
-            dataset_type=dataset or dataset_name, dataset_name=dataset_name, dataset_split=split)
+            dataset_type=dataset or _identifier(dataset_name), dataset_name=dataset_name, dataset_split=split)
         results = [
             EvalResult(metric_type='accuracy', metric_name='Top-1 accuracy (%)',
                        metric_value=round(100 - error, 2), **common),
@@ -60,13 +61,18 @@ def render_card(
         error=error, **fields))
 
 
+def _identifier(name: str) -> str:
+    """A name as the Hub takes it for the type of a data set: it refuses cards with other characters there."""
+    return re.sub('[^A-Za-z0-9_.-]+', '-', name).strip('-') or 'unknown'
+
+
 def recorded_error(folder: Union[str, Path]) -> Optional[float]:
     """The top-1 error in % that a folder's card records for the split it names, None if it records none."""
     path = Path(folder) / CARD_NAME
     if not path.is_file():
         return None
     try:
-        results = ModelCard.load(path).data.eval_results or []
-        return next((float(r.metric_value) for r in results if r.metric_type == 'error'), None)
+        data: Any = ModelCard(path.read_text(encoding='utf-8-sig')).data
+        return next((float(r.metric_value) for r in data.eval_results or [] if r.metric_type == 'error'), None)
     except (OSError, TypeError, ValueError, YAMLError):
         return None  # an unreadable card records nothing
