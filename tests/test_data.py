@@ -307,7 +307,16 @@ def test_missing_data_is_named(tmp_path, images):
         find_parquet(tmp_path, 'test')
 
 
-def test_broken_files_are_named(tmp_path, images):
+@pytest.mark.parametrize('cell', ['cat/0.png', dict(bytes=None, path='cat/0.png')], ids=['string', 'struct'])
+def test_paths_in_the_place_of_images_are_named(tmp_path, cell):
+    """As the package datasets writes a folder of images to Parquet."""
+    pq.write_table(pa.table(dict(image=[cell] * 2, label=[0, 1])), tmp_path / 'test.parquet')
+    for load in (load_images, open_images):
+        with pytest.raises(UserError, match="'image' of .* holds paths of images, not the images; give the folder"):
+            load('test', tmp_path)
+
+
+def test_broken_files_are_named(tmp_path, images, monkeypatch):
     write_parquet(tmp_path / 'row' / 'test.parquet', [images[0], b'no image'])
     with pytest.raises(UserError, match='Row 1 of .* is not a readable image'):
         load_images('test', tmp_path / 'row')
@@ -317,8 +326,13 @@ def test_broken_files_are_named(tmp_path, images):
     with pytest.raises(UserError, match='not a readable Parquet file'):
         load_images('test', tmp_path / 'cut')
     write_parquet(tmp_path / 'text' / 'test.parquet', images, labels=list('abcdef'))
-    with pytest.raises(UserError, match='does not hold class numbers'):
-        load_images('test', tmp_path / 'text')
+    for limit in (0, data_module.MEMORY_LIMIT):  # through datasets, and by ourselves
+        monkeypatch.setattr(data_module, 'MEMORY_LIMIT', limit)
+        with pytest.raises(UserError, match=r"holds string, not class numbers; .*class_encode_column\('label'\)"):
+            open_images('test', tmp_path / 'text')
+    write_parquet(tmp_path / 'none' / 'test.parquet', images, labels=[*range(5), None])
+    with pytest.raises(UserError, match='has no class number in 1 rows; remove these'):
+        load_images('test', tmp_path / 'none')
     write_parquet(tmp_path / 'column' / 'test.parquet', images, column='picture')
     with pytest.raises(UserError, match='no input column .*--input-key'):
         load_images('test', tmp_path / 'column')

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from timm_lm import data as data_module
 from timm_lm.data import open_images
+from timm_lm.errors import UserError
 from timm_lm.models._weights import weights_dir
 from timm_lm.training.batches import create_loader, load_split
 from timm_lm.training.options import parse_options
@@ -122,7 +124,7 @@ def test_pipeline_prepares_the_image_and_names_the_classes(photo):
 
 def test_large_parquet_through_datasets(tmp_path, monkeypatch):
     """As it is read from 4 GiB on: the same images and labels, also of a part and in batches."""
-    needs('datasets')
+    datasets, = needs('datasets')
     folder = tmp_path / 'Images'  # older timm turns names into lower case
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -158,6 +160,10 @@ def test_large_parquet_through_datasets(tmp_path, monkeypatch):
     assert theirs[0] == own[0] and len(own[1]) == 3
     for (images, labels), (expected, wanted) in zip(theirs[1], own[1], strict=True):
         assert torch.equal(images, expected) and torch.equal(labels, wanted)
+    query = Mock(side_effect=datasets.arrow_dataset.query_table)
+    monkeypatch.setattr('datasets.arrow_dataset.query_table', query)
+    open_images('train', folder)
+    assert query.call_count == 1  # all labels at once: one by one, 100,000 take minutes
 
 
 def test_large_parquet_that_is_damaged_is_named(tmp_path, monkeypatch, fails):
@@ -174,6 +180,10 @@ def test_large_parquet_that_is_damaged_is_named(tmp_path, monkeypatch, fails):
         line = fails('train', '--data-dir', paths[0].parent, '--loader', 'timm', '--val-split', '', '--num-classes', 1,
                      '--model', 'lm_resnet20', '--dry-run')
         assert message in line
+    for path in paths:
+        pq.write_table(table.set_column(1, 'label', pa.array([0, 0, 0, None])), path)
+    with pytest.raises(UserError, match="timm could not open the split 'train'"):
+        open_images('train', paths[0].parent)
 
 
 # segmentation-models-pytorch

@@ -171,10 +171,17 @@ def find_columns(schema: Any, input_key: Optional[str], target_key: Optional[str
     """The columns of images and of class numbers, guessed if they are not named.
 
     Raises:
-        UserError: If there are none, or several.
+        UserError: If there are none, or several, or that of class numbers holds something else.
     """
-    return (_find_column(schema, input_key, 'input', ('image', 'img'), path),
-            _find_column(schema, target_key, 'target', ('label', 'labels', 'fine_label'), path))
+    import pyarrow as pa
+    images = _find_column(schema, input_key, 'input', ('image', 'img'), path)
+    labels = _find_column(schema, target_key, 'target', ('label', 'labels', 'fine_label'), path)
+    kind = schema.field(labels).type
+    if not pa.types.is_integer(kind):
+        raise UserError(f"The column '{labels}' of {path} holds {kind}, not class numbers; number the classes, such as "
+                        f"with class_encode_column('{labels}') of the package datasets, or name another column with "
+                        '--target-key.')
+    return images, labels
 
 
 @contextmanager
@@ -202,9 +209,9 @@ def open_parquet(paths: List[Path], mode: str, input_key: Optional[str], target_
     """The images of some Parquet files, held encoded.
 
     Raises:
-        UserError: If one is not Parquet, lacks a column, or has labels that are not integers, or all of them are empty.
+        UserError: If one is not Parquet, lacks a column, or has labels that are not integers or paths instead of
+            images, or all of them are empty.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
     names, columns, labels, class_names = [], [], [], None
     for path in paths:
@@ -216,13 +223,17 @@ def open_parquet(paths: List[Path], mode: str, input_key: Optional[str], target_
         names.append(image_column)
         columns.append(table.column(image_column))
         column = table.column(label_column)
-        if not pa.types.is_integer(column.type) or column.null_count:
-            raise UserError(f"The column '{label_column}' of {path} does not hold class numbers; name another with "
-                            '--target-key.')
+        if column.null_count:
+            raise UserError(f"The column '{label_column}' of {path} has no class number in {column.null_count} rows; "
+                            'remove these, or name another column with --target-key.')
         labels.append(column.to_numpy())
     images = _ParquetImages(paths, names, columns)
     if not images.starts[-1]:
         raise UserError(f'{paths[0].parent} has no rows in the split; give a folder that has some.')
+    if images.holds_paths():
+        raise UserError(f"The column '{names[0]}' of {paths[0]} holds paths of images, not the images; give the folder "
+                        "of the images itself, or embed them: images.with_format('arrow').map(datasets.table."
+                        'embed_table_storage, batched=True).to_parquet(...).')
     return EncodedImages(
         images.read, torch.from_numpy(np.concatenate(labels).astype(np.int64)), class_names, mode, images.place)
 
@@ -246,13 +257,22 @@ class _ParquetImages:
         file = int(np.searchsorted(self.starts, index, side='right')) - 1
         return file, index - int(self.starts[file])
 
-    def read(self, index: int) -> Image.Image:
+    def _cell(self, index: int) -> Any:
+        """What is stored of an image: its bytes, or its path, or a struct with one or both."""
         if self.columns is None:
             import pyarrow.parquet as pq
             self.columns = [
                 pq.read_table(path, columns=[name]).column(name) for path, name in zip(self.paths, self.names)]
         file, row = self._locate(index)
-        cell = self.columns[file][row].as_py()
+        return self.columns[file][row].as_py()
+
+    def holds_paths(self) -> bool:
+        """Whether the first row has the path of its image only, as the package datasets writes those of files."""
+        cell = self._cell(0)
+        return isinstance(cell, str) or isinstance(cell, dict) and cell.get('bytes') is None and bool(cell.get('path'))
+
+    def read(self, index: int) -> Image.Image:
+        cell = self._cell(index)
         return Image.open(io.BytesIO((cell.get('bytes') if isinstance(cell, dict) else cell) or b''))
 
     def place(self, index: int) -> str:

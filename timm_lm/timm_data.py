@@ -115,6 +115,7 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
             raise TypeError('it can be read from end to end only; give Parquet, a folder of images, or a data set '
                             'of torch/ or hfds/')
         len(images)
+        labels = _dataset_labels(images)
     except (AssertionError, EOFError, ImportError, KeyError, OSError, PickleError, RuntimeError, TarError, TypeError,
             ValueError) as e:
         reason = one_line(e, 1000).replace('download=True', '--dataset-download')
@@ -131,7 +132,6 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
             where = f'in {odd[-1]}' if odd[-1] else 'beside its folders of classes'
             raise UserError(f'{root} has images {where}, which would be a class; move them away.')
         remarks += [unread_images(root, read), unnamed_images(root, read, numbers) if class_map else '']
-    labels = _dataset_labels(images)
     if not class_map and not dataset.startswith(('hfds/', 'torch/')):
         numbers, labels = _in_one_order(numbers, labels)
     source = _TimmImages(images)
@@ -208,5 +208,5 @@ def _dataset_labels(images: Any) -> torch.Tensor:
         return torch.tensor([int(label) for _, label in samples])
     table: Any = getattr(reader, 'dataset', None)  # of the package datasets
     if hasattr(table, 'column_names'):
-        return torch.as_tensor(table[reader.label_key]).long()
+        return torch.as_tensor(table[reader.label_key][:]).long()  # at once: newer ones give them one by one
     return torch.tensor([int(label) for _, label in images])
