@@ -36,6 +36,17 @@ def test_classes_without_names_and_images_left_out_are_told(tmp_path, dry):
     assert '1 image in' in dry(data, '--num-classes', 9, '--input-key', '.png;.webp')
 
 
+def test_folder_in_that_of_a_class_is_named(tmp_path, fails):
+    """Which timm takes for a class of its own."""
+    data = image_folder(tmp_path / 'data', 16)
+    first = min((data / 'train').rglob('*.png'))
+    (first.parent / 'crops').mkdir()
+    shutil.move(first, first.parent / 'crops')
+    line = fails('train', '-c', 'finetune', '--data-dir', data, '--val-split', '', '--no-torchcompile', '--dry-run')
+    assert 'labels up to 10, but the network has 10 classes' in line
+    assert line.endswith(f"(its classes: crops, {', '.join(NAMES)}).")
+
+
 @pytest.mark.parametrize('limit', [1 << 30, 0], ids=['in memory', 'by workers'])
 def test_validation_tells_of_images_left_out(tmp_path, command, monkeypatch, limit):
     monkeypatch.setattr(data_module, 'MEMORY_LIMIT', limit)

@@ -12,7 +12,7 @@ from timm.data import create_transform
 from tqdm import tqdm
 
 from .encoded import EncodedImages, image_mode
-from .errors import UserError, some
+from .errors import UserError, one_line, some
 from .files import files_below, sha256
 from .image_set import ImageSet, cache_path, read_cache, stamp, write_cache
 from .parquet import (
@@ -287,8 +287,10 @@ def check_labels(data: Split, num_classes: int) -> None:
         raise UserError(f'The data has labels from {low} on, like a split whose labels are unknown; choose another '
                         'split or another --target-key.')
     if high >= num_classes:
+        names = f" (its classes: {one_line(', '.join(data.class_names), 500)})" if data.class_names else ''
         raise UserError(f'The data has labels up to {high}, but the network has {num_classes} classes; train one '
-                        f'with --num-classes {high + 1}, or choose another label column with --target-key.')
+                        f'with --num-classes {high + 1}, or take out what is no class, or (Parquet) choose another '
+                        f'label column with --target-key{names}.')
 
 
 def check_class_names(found: Optional[Sequence[str]], names: Optional[Sequence[str]], of: str,
