@@ -678,7 +678,8 @@ def test_dry_run_shows_the_plan_and_makes_nothing(few_digits, tmp_path, command)
     assert code == 0, err
     assert not (tmp_path / 'output').exists()
     lines = dict(re.match(r'(\S+(?: folder)?)\s+(.*)', line).groups() for line in out.splitlines()[:6])
-    assert lines['network'].startswith('lm_resnet20: 77,658 parameters, 10 classes, images 1x16x16')
+    assert lines['network'].startswith('lm_resnet20: 77,658 parameters, 10 classes, images 1x16x16, ')
+    assert lines['network'].endswith(', new weights')
     assert lines['data'] == '256 images to train on (in memory), 64 to validate on'
     assert lines['batches'] == '64 images x 2 accumulated, 2 updates an epoch'
     assert lines['device'] == 'cpu, float32, eager'
