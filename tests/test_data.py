@@ -220,8 +220,9 @@ def test_images_outside_the_folders_of_classes_are_no_class(classes, images):
     hidden = classes / 'train' / '.ipynb_checkpoints' / '0.png'
     hidden.parent.mkdir()
     hidden.write_bytes(png(images[0]))
-    with pytest.raises(UserError, match=r'has images in \.ipynb_checkpoints, which would be a class; move'):
-        load_images('train', classes)
+    for dataset in ('', 'torch/image_folder'):
+        with pytest.raises(UserError, match=r'has images in \.ipynb_checkpoints, which would be a class; move'):
+            load_images('train', classes, dataset=dataset)
     hidden.rename(classes / 'train' / '0.png')
     with pytest.raises(UserError, match='has images beside its folders of classes, which would be a class; move'):
         load_images('train', classes)
@@ -229,15 +230,35 @@ def test_images_outside_the_folders_of_classes_are_no_class(classes, images):
 
 def test_only_endings_that_are_not_read_are_told(classes, images):
     (classes / 'train' / 'dog' / '1.webp').write_bytes(png(images[4]))
-    assert '1 image in ' in load_images('train', classes).remark
-    loaded = load_images('train', classes, input_key='.png;.webp')
-    assert (loaded.remark, len(loaded)) == ('', 4)
+    Image.fromarray(images[5]).save(classes / 'train' / 'dog' / '2.jpg')
+    remark = load_images('train', classes).remark
+    assert '1 image in ' in remark
+    advice, = re.findall("--input-key '(.+)'", remark)
+    for endings in (advice, advice.upper()):
+        loaded = load_images('train', classes, input_key=endings)
+        assert (loaded.remark, len(loaded)) == ('', 5)
+
+
+def test_endings_that_are_not_read_are_told_where_no_image_is_left(classes):
+    for path in sorted(classes.rglob('*.png')):
+        path.rename(path.with_suffix('.BMP'))
+    with pytest.raises(UserError, match='Found 0 images .* 3 images in .* left out, as timm does not read .bmp by def'):
+        load_images('train', classes)
+
+
+@pytest.mark.parametrize('dataset', ['', 'torch/image_folder'])
+def test_16_bits_of_a_folder_are_scaled(tmp_path, dataset):
+    (tmp_path / 'test' / 'cat').mkdir(parents=True)
+    Image.fromarray(np.full((32, 32), 2 << 8, np.uint16)).save(tmp_path / 'test' / 'cat' / '0.png')
+    assert load_images('test', tmp_path, dataset=dataset).images.unique().tolist() == [2]
 
 
 @pytest.mark.parametrize('dataset, options, message', [
     ('torch/mnist', {}, "torch/mnist has no split 'trian'; there are train and test"),
     ('torch/CIFAR10', {}, "has no split 'trian'"),
     ('torch/image_folder', {}, "has no split 'trian' .it has: train"),
+    ('torch/image_folder', dict(split=''), "has no split '' .it has: train"),
+    ('', dict(split=''), "has no split '' .it has: train"),
     ('ImageFolder', {}, "no kind 'ImageFolder' of data sets; --dataset begins with hfds/ or torch/. Leave it out"),
     ('torch/image_folder', dict(split='train', class_map='classes.txt'), 'timm takes no --class-map for torch/'),
 ])

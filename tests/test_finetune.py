@@ -286,7 +286,8 @@ def test_folder_without_the_split_is_refused(tmp_path, fails):
     data = image_folder(tmp_path / 'data', 16)
     assert "has no split 'test' (it has: train, validation)" in fails('validate', SHIPPED, '--data-dir', data)
     train = ['train', '--pretrained', '--data-dir', data, '--output', tmp_path / 'runs', *QUICK]
-    assert "has no split 'part'" in fails(*train, '--train-split', 'part')
+    for split in ('part', ''):
+        assert f"has no split '{split}'" in fails(*train, '--train-split', split)
     shutil.move(data / 'validation', data / 'test')
     assert "has no split 'validation' (it has: test, train); name one of these" in fails(*train)
     # timm would train on what is to be validated too

@@ -40,7 +40,7 @@ def check_split_folder(folder: Union[str, Path], split: str, required: bool = Fa
         UserError: If the folder has only other splits, or none although one is required.
     """
     names = next((names for names in SPLIT_NAMES if split in names), ())
-    if any((Path(folder) / name).is_dir() for name in (split, *names)):
+    if any((Path(folder) / name).is_dir() for name in (split, *names) if name):
         return
     folders = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
     others = [name for name in folders if name.lower() in sum(SPLIT_NAMES, ())]
@@ -59,9 +59,9 @@ def unread_images(root: str, read: Set[str]) -> str:
     """A remark on the images of a folder that timm reads only if their extensions are named, '' if there are none."""
     kinds = {*Image.registered_extensions(), '.heic', '.heif'} - get_img_extensions(as_set=True) - read  # of phones
     left_out = [path for path in files_below(root) if path.suffix.lower() in kinds]
-    endings = ', '.join(sorted({path.suffix.lower() for path in left_out}))
-    return _left_out(left_out, root, f'timm does not read {endings} by default; convert them, or name all '
-                                    "extensions, as in --input-key '.png;.webp'")
+    endings = {path.suffix.lower() for path in left_out}
+    return _left_out(left_out, root, f"timm does not read {', '.join(sorted(endings))} by default; convert them, or "
+                                    f"name all extensions: --input-key '{';'.join(sorted(read | endings))}'")
 
 
 def unnamed_images(root: str, read: Set[str], numbers: Mapping[str, int]) -> str:
@@ -93,15 +93,16 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
     """
     root = None if data_dir is None else str(data_dir)
     is_folder = not dataset and data_dir is not None and Path(data_dir).is_dir()  # of images, as it has no Parquet
+    is_torch = is_torch_folder(data_dir, dataset)
     if split_of_part(split) != split and not dataset.startswith('hfds/'):  # timm's torch/ would read the test split
         raise UserError(f"'{split}' is a part of a split, which only Parquet has; name a whole split.")
-    if is_folder or is_torch_folder(data_dir, dataset):
+    if is_folder or is_torch:
         check_split_folder(str(data_dir), split)
     if dataset.lower() in TRAIN_OR_TEST and split not in sum(SPLIT_NAMES, ()):
         raise UserError(f"{dataset} has no split '{split}'; there are train and test.")
     if dataset.startswith('torch/') and class_map:
         raise UserError(f'timm takes no --class-map for {dataset}; leave it out.')
-    keys = {name: key for name, key in dict(input_key=input_key, target_key=target_key).items() if key}
+    keys: Dict[str, Any] = {name: key for name, key in dict(input_key=input_key, target_key=target_key).items() if key}
     remarks = []
     if not dataset.startswith('hfds/'):
         # names of columns, which a recipe may give; for a folder of images timm takes extensions instead
@@ -109,6 +110,11 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
         told = ' and '.join(f'{option_name(name)} {keys.pop(name)}' for name in columns)
         if told:
             remarks.append(f'{told} ignored, as {dataset or root} has no columns.')
+    if is_folder and 'input_key' in keys:  # timm compares lower-case extensions
+        keys['input_key'] = keys['input_key'].lower()
+    if is_torch:  # torchvision's own loader converts to RGB, which clips 16 bits
+        keys['loader'] = Image.open
+    read = set(keys['input_key'].split(';')) if 'input_key' in keys else get_img_extensions(as_set=True)
     try:
         images = _create_dataset(dataset, root, split, class_map, download, keys)
         if isinstance(images, IterableDataset):
@@ -116,22 +122,22 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
                             'of torch/ or hfds/')
         len(images)
         labels = _dataset_labels(images)
-    except (AssertionError, EOFError, ImportError, KeyError, OSError, PickleError, RuntimeError, TarError, TypeError,
-            ValueError) as e:
+    except (AssertionError, AttributeError, EOFError, ImportError, KeyError, OSError, PickleError, RuntimeError,
+            TarError, TypeError, ValueError) as e:  # AttributeError: older timm (1.0.26), of labels without names
         reason = one_line(e, 1000).replace('download=True', '--dataset-download')
-        raise UserError(
-            f"timm could not open the split '{split}' of the data set '{dataset or root}' ({reason}).") from e
+        hint = unread_images(str(root), read) if is_folder else ''
+        raise UserError(f"timm could not open the split '{split}' of the data set '{dataset or root}' ({reason}). "
+                        f'{hint}'.rstrip()) from e
     reader = getattr(images, 'reader', images)
     numbers = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}  # of a tar file
-    if is_folder:
-        root = getattr(getattr(images, 'reader', None), 'root', '')
-        endings = keys.get('input_key')
-        read = set(endings.lower().split(';')) if endings else get_img_extensions(as_set=True)
+    if is_folder or is_torch:
+        root = str(reader.root)
         odd = sorted(name for name in numbers if not name or name.startswith('.'))
         if odd and not class_map:
             where = f'in {odd[-1]}' if odd[-1] else 'beside its folders of classes'
             raise UserError(f'{root} has images {where}, which would be a class; move them away.')
-        remarks += [unread_images(root, read), unnamed_images(root, read, numbers) if class_map else '']
+    if is_folder:
+        remarks += [unread_images(str(root), read), unnamed_images(str(root), read, numbers) if class_map else '']
     if not class_map and not dataset.startswith(('hfds/', 'torch/')):
         numbers, labels = _in_one_order(numbers, labels)
     source = _TimmImages(images)
@@ -142,7 +148,7 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
 
 
 def _create_dataset(dataset: str, root: Optional[str], split: str, class_map: str, download: bool,
-                    keys: Dict[str, str]) -> Any:
+                    keys: Dict[str, Any]) -> Any:
     if dataset.startswith('hfds/'):  # older timm's (1.0.26) create_dataset lowercases the whole name
         from timm.data.readers.reader_hfds import ReaderHfds  # isort: skip  # says how to install datasets
         from datasets.exceptions import DatasetGenerationError

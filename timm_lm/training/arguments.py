@@ -31,7 +31,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--dataset-download', action=argparse.BooleanOptionalAction, default=False,
                        help='allow torch/ data sets to be downloaded')
     group.add_argument('--class-map', metavar='FILE', default='', help='file of class names or numbers')
-    group.add_argument('--input-key', metavar='NAME', help='column of the images (default: image or img)')
+    group.add_argument('--input-key', metavar='NAME',
+                       help='column of the images (default: image or img); for a folder of images the extensions to '
+                            'read, such as .png;.webp')
     group.add_argument('--target-key', metavar='NAME',
                        help='column of the class numbers (default: label, labels or fine_label)')
 
