@@ -14,6 +14,7 @@ import pytest
 import timm
 import timm.data
 import torch
+from forked import Command
 from PIL import Image
 
 from timm_lm import data as data_module
@@ -71,6 +72,15 @@ def test_crabs_of_cifar100_on_the_hub_have_their_name(tmp_path, images):
         assert loaded.class_names == known
     found = load_images('test', tmp_path / '100').class_names
     assert check_class_names(found, shared, of='lm_resnet20.best_c100') == ''
+
+
+def test_reading_parquet_does_not_import_pandas(tmp_path, images):
+    """Which pyarrow does where it is installed, and which takes 40 MiB."""
+    write_parquet(tmp_path / 'train-00000-of-00001.parquet', images)
+    script = tmp_path / 'script.py'
+    script.write_text('import sys\nfrom timm_lm.data import load_images\n'
+                      "print(len(load_images('train', sys.argv[1])), 'pandas' in sys.modules)\n")
+    assert Command(tmp_path, script=script).wait() == (0, f'{len(images)} False\n', '')
 
 
 def test_part_by_a_share_and_a_number_is_refused(tmp_path, images):

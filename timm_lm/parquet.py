@@ -218,7 +218,7 @@ def open_parquet(paths: List[Path], mode: str, input_key: Optional[str], target_
         with _readable(path):
             schema = pq.read_schema(path)
             image_column, label_column = find_columns(schema, input_key, target_key, path)
-            table = pq.read_table(path, columns=[image_column, label_column])
+            table = _read_columns(path, [image_column, label_column])
         class_names = class_names or stored_class_names(schema, label_column)
         names.append(image_column)
         columns.append(table.column(image_column))
@@ -226,7 +226,7 @@ def open_parquet(paths: List[Path], mode: str, input_key: Optional[str], target_
         if column.null_count:
             raise UserError(f"The column '{label_column}' of {path} has no class number in {column.null_count} rows; "
                             'remove these, or name another column with --target-key.')
-        labels.append(column.to_numpy())
+        labels += map(np.from_dlpack, column.chunks)  # to_numpy would import pandas
     images = _ParquetImages(paths, names, columns)
     if not images.starts[-1]:
         raise UserError(f'{paths[0].parent} has no rows in the split; give a folder that has some.')
@@ -236,6 +236,16 @@ def open_parquet(paths: List[Path], mode: str, input_key: Optional[str], target_
                         'embed_table_storage, batched=True).to_parquet(...).')
     return EncodedImages(
         images.read, torch.from_numpy(np.concatenate(labels).astype(np.int64)), class_names, mode, images.place)
+
+
+def _read_columns(path: Path, columns: List[str]) -> Any:
+    """Columns of a file as a table, like ``pq.read_table``, which imports pandas."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    with pq.ParquetFile(path) as file:
+        # one by one: all at once, a struct of more than 2 GiB is not readable
+        groups = [file.read_row_group(i, columns=columns) for i in range(file.num_row_groups)]
+        return pa.concat_tables(groups or [file.read(columns=columns)])
 
 
 class _ParquetImages:
@@ -260,9 +270,7 @@ class _ParquetImages:
     def _cell(self, index: int) -> Any:
         """What is stored of an image: its bytes, or its path, or a struct with one or both."""
         if self.columns is None:
-            import pyarrow.parquet as pq
-            self.columns = [
-                pq.read_table(path, columns=[name]).column(name) for path, name in zip(self.paths, self.names)]
+            self.columns = [_read_columns(path, [name]).column(name) for path, name in zip(self.paths, self.names)]
         file, row = self._locate(index)
         return self.columns[file][row].as_py()
 

@@ -43,8 +43,8 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
         command: The command line, for the card.
 
     Returns:
-        The run folder. It holds ``args.yaml``, ``summary.csv``, ``metrics.jsonl``, ``curves.png``, ``k.png``,
-        ``checkpoints/`` and the weights folder ``weights/``; with ``dry_run`` it is not created.
+        The run folder. It holds ``args.yaml``, ``summary.csv``, ``metrics.jsonl``, ``result.json``, ``curves.png``,
+        ``k.png``, ``checkpoints/`` and the weights folder ``weights/``; with ``dry_run`` it is not created.
 
     Raises:
         UserError: If options and data do not fit together, or the loss is no longer finite.
@@ -131,6 +131,7 @@ def _run(
     _start_trackers(args, accelerator, folder)
 
     # Epochs
+    release_freed_memory()  # of decoding
     if accelerator.device.type == 'cpu':
         keep_freed_memory()
     evaluation: Optional[Dict[str, float]] = None
