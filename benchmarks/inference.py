@@ -2,8 +2,8 @@
 
     python benchmarks/inference.py [--model lm_resnet50 --peer resnetv2_50 --batch-sizes 1 64 --device cuda]
 
-All take turns in one process, in float32 (bfloat16 with --amp); the figures are medians. The least ratio, for a peer of
-the same depth, follows from the bytes that the updates of the network as created must move: one state more than sums,
+All take turns in one process, in float32 (bfloat16 with --amp); the figures are medians. The ratio by bytes, for a
+peer of the same depth, follows from what the updates of the network as created move at least: one state more than sums,
 at the bandwidth of a copy.
 """
 import argparse
@@ -40,7 +40,7 @@ def main() -> None:
             f'{name}, compiled': torch.compile(networks[name], mode=mode, dynamic=False)  # type: ignore[dict-item]
             for name in (args.peer, f'{args.model}, optimize()')}
 
-    rows = [('network', 'batch', 'ms', f'of {args.peer}', 'least ratio')]
+    rows = [('network', 'batch', 'ms', f'of {args.peer}', 'ratio by bytes')]
     second = pass_seconds(args.device)
     size = network.pretrained_cfg['input_size']
     layers, of_peer = (sum(isinstance(m, torch.nn.Conv2d) for m in net.modules()) for net in (network, plain))
@@ -50,10 +50,10 @@ def main() -> None:
             images = torch.randn(batch_size, *size, device=args.device)
             peers = {name: partial(net, images) for name, net in networks.items()}
             seconds = take_turns(peers, args.rounds, args.device)
-            least = {args.model: 1 + history_bytes(network, peers[args.model]) * second / seconds[args.peer]
-                     } if layers == of_peer else {}
+            by_bytes = {args.model: 1 + history_bytes(network, peers[args.model]) * second / seconds[args.peer]
+                        } if layers == of_peer else {}
             rows += [(name, str(batch_size), f'{1e3 * value:.1f}', f'{value / seconds[args.peer]:.3f}',
-                      f'{least[name]:.3f}' if name in least else '') for name, value in seconds.items()]
+                      f'{by_bytes[name]:.3f}' if name in by_bytes else '') for name, value in seconds.items()]
     settings = dict(device=args.device, amp=args.amp, input='x'.join(map(str, size)), rounds=args.rounds)
     print_result('inference', settings, rows, args.device, args.json)
 

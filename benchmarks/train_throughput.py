@@ -8,7 +8,7 @@ In one run, on the same Parquet data and machine, in turns and each in its own p
 - timm's script with the same recipe, hence the same precision, memory layout and compilation (float32 on a device
   without bfloat16, where `timm-lm train` would not use the recipe's precision);
 - timm's script with the recipe minus these, that is with timm's defaults: float32, contiguous, eager, 4 workers;
-- a bare loop of the same steps on random pixels, which no engine exceeds without other kernels (`one_training.py`).
+- a bare loop of the same steps on random pixels, about as fast as these kernels allow (`one_training.py`).
 
 An epoch is `--steps` batches of the training split. Both engines measure the seconds of an epoch of training, from
 requesting its first batch to its last update. The first epoch, which compiles, does not count; the rate is that of the

@@ -76,7 +76,7 @@ def test_checkpointing_keeps_less(tmp_path):
     options = ('--depths', '20', '--batch-size', '4', '--rounds', '1')
     plain, lm = figures(tmp_path, 'training.py', *options)['rows']
     assert (plain['network'], lm['network']) == ('preact_resnet20', 'lm_resnet20')
-    assert 1 < float(lm['bytes ratio']) < 1.1 and float(lm['least ratio']) >= float(plain['least ratio']) == 1
+    assert 1 < float(lm['bytes ratio']) < 1.1 and float(lm['ratio by bytes']) >= float(plain['ratio by bytes']) == 1
     assert float(lm['peak KiB an image']) > float(plain['peak KiB an image']) > 100
     options = ('--depths', '20', '--plain-depth', '20', *options[2:])
     less = figures(tmp_path, 'training.py', *options, '--grad-checkpointing')['rows']
@@ -106,7 +106,7 @@ def test_inference(tmp_path):
                      '--rounds', '1')
     assert [row['network'] for row in result['rows']] == [
         'resnetv2_18', 'lm_resnet18', 'lm_resnet18, optimize()', 'resnetv2_18, channels_last']
-    assert [bool(row['least ratio']) for row in result['rows']] == [False, True, False, False]
+    assert [bool(row['ratio by bytes']) for row in result['rows']] == [False, True, False, False]
     assert all(float(row['of resnetv2_18']) > 0 for row in result['rows']) and result['machine']['cores'] > 0
 
 

@@ -193,7 +193,8 @@ def _push(argv: List[str]) -> None:
     parser.add_argument('--repo-id', metavar='OWNER/NAME', help='the repo, created if it does not exist')
     parser.add_argument('--all', action='store_true', help='publish all weights folders, each in a repo named after it')
     parser.add_argument('--owner', metavar='OWNER', help='with --all: user or organization of the repos')
-    parser.add_argument('--private', action='store_true', help='make newly created repos private')
+    parser.add_argument('--private', action='store_true',
+                        help='create repos as private ones; public ones that exist are refused')
     parser.add_argument('--revision', metavar='BRANCH', help='branch to commit to (default: main)')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request instead')
     parser.add_argument('--dry-run', action='store_true', help='check, show what would be uploaded, and exit')
@@ -241,7 +242,9 @@ def _predict(argv: List[str]) -> int:
     parser.add_argument('--model', metavar='NAME_OR_FOLDER', default='lm_resnet20',
                         help=f'{_WHICH} (default: lm_resnet20)')
     parser.add_argument('--topk', type=int, default=3, metavar='N', help='classes per image (default: 3)')
-    parser.add_argument('--json', action='store_true', help='print a line of JSON for each image')
+    parser.add_argument('--json', action='store_true',
+                        help='print a line of JSON for each image: its path, and classes with '
+                             'probabilities from 0 to 1, or an error')
     parser.add_argument('-b', '--batch-size', type=int, default=64, metavar='N', help='images per batch (default: 64)')
     parser.add_argument('--device', metavar='NAME', default='cpu', help='where the network runs (default: cpu)')
     args = parser.parse_args(argv)

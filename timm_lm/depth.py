@@ -59,7 +59,8 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
         The deep network.
 
     Raises:
-        UserError: If one of them is not a network of this package, their tensors differ in more than depth, or the deep
+        UserError: If one of them is not a network of this package or is optimized for inference, a stage of the deep
+            one has fewer blocks or repeats one of a single block, their tensors differ in more than depth, or the deep
             one's weights are computed from others, as by weight norm or pruning. Activations are not compared.
 
     Source: Chang et al., ICLR 2018, https://arxiv.org/abs/1710.10348; the treatment of ``k`` is ours.

@@ -1,4 +1,4 @@
-"""The error that this package raises for bad input, and helpers for its one-line messages."""
+"""The error that commands raise for bad input, and helpers for its one-line messages."""
 from typing import Sequence
 
 # How to resume a training run, for messages.
@@ -6,9 +6,9 @@ RESUME = 'with --resume auto, or, without --experiment, with --resume RUN/checkp
 
 
 class UserError(RuntimeError):
-    """Bad input. The message is one line that says what was wrong and what to do.
+    """Bad input to a command, or to a function that names it.
 
-    The command line prints it and exits with code 2.
+    The message is one line that says what was wrong and what to do. The command line prints it and exits with code 2.
     """
 
 

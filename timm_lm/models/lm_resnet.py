@@ -521,7 +521,8 @@ class LMResNet(nn.Module):
             intermediates_only: Return only the intermediates.
 
         Returns:
-            The intermediates, or (final features, intermediates).
+            The intermediates, or (final features, intermediates); with ``stop_early`` the former are the last state
+            that was computed, without the final norm if that is not of the last stage.
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         intermediates: List[torch.Tensor] = []
@@ -587,11 +588,14 @@ class LMResNet(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Logits (N, num_classes) of features (N, num_features, H, W), or the pooled features if ``pre_logits``."""
+        """Logits (N, num_classes) of features (N, num_features, H, W), or the pooled features if ``pre_logits``.
+
+        With ``global_pool=''`` both keep the shape of the features, (..., H, W).
+        """
         return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (N, num_classes) of images (N, in_chans, H, W)."""
+        """Logits (N, num_classes) of images (N, in_chans, H, W); as ``forward_head``."""
         return self.forward_head(self.forward_features(x))
 
 

@@ -191,7 +191,8 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--mixup-switch-prob', type=float, default=0.5, metavar='P',
                        help='probability of cutmix if both are on')
     group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares one draw')
-    group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixing from this epoch on')
+    group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N',
+                       help='no mixing from this epoch on, counted from 0')
     group.add_argument('--train-interpolation', default='random', metavar='NAME',
                        help='interpolation of random resized crops')
 
