@@ -278,7 +278,8 @@ def left_alone_with_worker(few_digits, tmp_path_factory):
 
 
 @pytest.mark.parametrize('number, code, start', [
-    (signal.SIGTERM, 143, 'fork'), (signal.SIGINT, 130, 'forkserver')])  # as Python 3.14 starts workers
+    (signal.SIGTERM, 143, 'fork'), (signal.SIGTERM, 143, 'forkserver'),  # as Python 3.14 starts workers
+    (signal.SIGINT, 130, 'forkserver')])
 def test_signal_to_the_whole_group_leaves_the_workers_their_work(
         few_digits, left_alone_with_worker, tmp_path, command, number, code, start):
     """As `timeout`, Slurm and a launcher send it, to the processes that read images too."""
@@ -293,6 +294,30 @@ def test_signal_to_the_whole_group_leaves_the_workers_their_work(
     got, _, err = command(*words)
     assert got == 0, err
     assert final_state(tmp_path) == final_state(left_alone_with_worker)
+
+
+def test_worker_ends_with_the_training(tmp_path):
+    """Also if another process forked it, which PyTorch watches instead."""
+    script = tmp_path / 'script.py'
+    script.write_text("""
+import multiprocessing, os, signal, time
+from timm_lm.loader import _leave_signals_to_the_parent
+
+def work(ready):
+    _leave_signals_to_the_parent(0)
+    ready.set()
+    time.sleep(60)
+
+context = multiprocessing.get_context('fork')
+ready = context.Event()
+context.Process(target=work, args=(ready,)).start()
+ready.wait()
+os.kill(os.getpid(), signal.SIGKILL)
+""")
+    process = Command(script=script, own_group=True)
+    code, _, err = process.wait()
+    assert code == -signal.SIGKILL, err
+    assert not process.group_lives()
 
 
 @pytest.mark.parametrize('number, several, code', [

@@ -267,6 +267,8 @@ class WorkerLoader(BatchLoader):
             for first, indices in slices
         ]
         self.plan[:] = batches
+        if self.loader.num_workers:
+            _start_fork_server()
         try:
             for (_, indices), (images, labels) in zip(slices, self.loader):
                 if not len(indices):
@@ -277,11 +279,28 @@ class WorkerLoader(BatchLoader):
             raise UserError(message) from e.with_traceback(None)  # its frames would keep workers alive
 
 
+def _start_fork_server() -> None:
+    """Start the process that forks workers, as from Python 3.14 on, so that it outlives a signal to its whole group.
+
+    Otherwise the workers would end with it.
+    """
+    if multiprocessing.get_start_method() != 'forkserver' or not hasattr(signal, 'sigwaitinfo'):
+        return
+    from multiprocessing import forkserver, resource_tracker
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    for start in (resource_tracker.ensure_running, forkserver.ensure_running):
+        # new processes inherit it; again, as older Python unblocks SIGTERM in the first
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGHUP])
+        start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_the_parent(_worker: int) -> None:
     """Keep a worker process alive when its whole group is sent a signal, as by `timeout`, Slurm or a launcher.
 
     The training process finishes the step and saves, for which it may need more batches. SIGTERM is obeyed if it comes
-    from that process. On macOS and Windows the sender is unknown, and a worker ends at once.
+    from that process. A worker also ends with it; PyTorch watches only the process that forked the worker. On macOS and
+    Windows the sender is unknown, and a worker ends at once.
     """
     for name in ('SIGINT', 'SIGHUP'):
         if hasattr(signal, name):
@@ -292,8 +311,9 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
     def obey_the_parent() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid:
-            pass
+        told = None
+        while parent.is_alive() and (told is None or told.si_pid != parent.pid):
+            told = signal.sigtimedwait([signal.SIGTERM], 1)
         os._exit(0)
 
     threading.Thread(target=obey_the_parent, daemon=True).start()
