@@ -120,6 +120,32 @@ def test_gpu_without_bfloat16_trains_in_float32(monkeypatch):
     assert accelerator.settle_precision(args) == '' and args.amp
 
 
+def test_what_gpus_of_apple_lack_is_left_out(few_digits, command, monkeypatch):
+    """By what PyTorch and Accelerate would tell of one."""
+    monkeypatch.delenv('ACCELERATE_USE_CPU', raising=False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    for supported in (torch.__version__ >= '2.6', False):
+        monkeypatch.setattr(precision, 'is_bf16_available', lambda s=supported: s)
+        args = parse_options(['-c', 'demo_digits'])
+        notes = accelerator.settle_precision(args), accelerator.settle_layout(args)
+        assert args.amp == supported and ('bfloat16 on this GPU needs macOS 14' in notes[0]) == (not supported)
+        assert not args.channels_last and 'channels_last on this GPU' in notes[1]
+    args = parse_options(['-c', 'demo_digits', '--device', 'cpu'])
+    assert accelerator.settle_layout(args) == '' and args.channels_last
+    monkeypatch.setattr(accelerator, '_device_type', lambda args: 'mps')
+    code, out, err = command('train', '-c', 'demo_digits', '--data-dir', few_digits, '--device', 'cpu', '--dry-run')
+    assert code == 0, err
+    assert all(f'note: {note}' in out for note in notes)
+
+
+def test_gpus_of_intel_are_found_by_older_pytorch(monkeypatch):
+    monkeypatch.delenv('ACCELERATE_USE_CPU', raising=False)
+    monkeypatch.delattr(torch, 'accelerator', raising=False)
+    assert accelerator._on_cpu(parse_options([])) == (not torch.cuda.is_available())
+    monkeypatch.setattr(torch.xpu, 'is_available', lambda: True)
+    assert not accelerator._on_cpu(parse_options([]))
+
+
 @pytest.mark.parametrize('name', ['momentum', 'lookahead_momentum'])
 def test_fused_momentum_begins_by_zero(name):
     model = torch.nn.Linear(2, 2)

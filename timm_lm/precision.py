@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any, Mapping
 
 import torch
+from accelerate.utils import is_bf16_available
 
 # Instructions for bfloat16, by the names that PyTorch and Linux give them: AVX-512's, AMX's, Arm's.
 _BFLOAT16 = ('avx512_bf16', 'amx_bf16', 'bf16')
 _SLOW_CPU = 'this CPU has no instructions for bfloat16, which is many times slower than float32 without them'
 _SLOW_GPU = 'this GPU has no instructions for bfloat16 (NVIDIA has them from compute capability 8.0 on)'
+_OLD_MPS = 'bfloat16 on this GPU needs macOS 14, PyTorch 2.6 and Accelerate 1.11, or newer ones'
 
 
 def asked_precision(args: Mapping[str, Any]) -> str:
@@ -20,12 +22,14 @@ def no_bfloat16(device_type: str) -> str:
     """Why a device should not use bfloat16, '' if it may.
 
     Args:
-        device_type: Such as 'cpu' or 'cuda'. PyTorch emulates bfloat16 on GPUs without it.
+        device_type: Such as 'cpu', 'cuda' or 'mps'. PyTorch emulates bfloat16 on GPUs without it.
     """
     if device_type == 'cpu':
         return '' if cpu_has_bfloat16() else _SLOW_CPU
     if device_type == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False):
         return _SLOW_GPU
+    if device_type == 'mps' and (torch.__version__ < '2.6' or not is_bf16_available()):
+        return _OLD_MPS
     return ''
 
 

@@ -38,16 +38,31 @@ def settle_precision(args: argparse.Namespace) -> str:
     """
     if not args.amp:
         return ''
-    on_cpu = _on_cpu(args)
+    device_type = _device_type(args)
     if args.amp_dtype == 'float16':
-        if on_cpu:
+        if device_type == 'cpu':
             raise UserError('--amp in float16 is for GPUs; on the CPU give --amp-dtype bfloat16, or --no-amp.')
         return ''
-    reason = no_bfloat16('cpu' if on_cpu else 'cuda' if torch.cuda.is_available() else 'another')
+    reason = no_bfloat16(device_type)
     if not reason:
         return ''
     turn_off(args, 'amp')
     return f'{reason}; training in float32, as with --no-amp.'
+
+
+def settle_layout(args: argparse.Namespace) -> str:
+    """Turn off ``--channels-last``, which every shipped recipe asks for, on Apple's GPUs.
+
+    Batch norms have no backward pass there in this layout, or a wrong one, before PyTorch of mid-2026
+    (https://github.com/pytorch/pytorch/issues/175189).
+
+    Returns:
+        A note for the user, '' if nothing was changed.
+    """
+    if not args.channels_last or _device_type(args) != 'mps':
+        return ''
+    args.channels_last = False
+    return 'batch norms may get wrong gradients in channels_last on this GPU; training as with --no-channels-last.'
 
 
 def create_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
@@ -173,5 +188,14 @@ def _on_cpu(args: argparse.Namespace) -> bool:
 
 
 def _has_accelerator() -> bool:
-    return torch.cuda.is_available() or torch.backends.mps.is_available() or (
+    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available() or (
         hasattr(torch, 'accelerator') and torch.accelerator.is_available())
+
+
+def _device_type(args: argparse.Namespace) -> str:
+    """Of the device that Accelerate will choose: 'cpu', 'mps', 'cuda' or 'another'."""
+    if _on_cpu(args):
+        return 'cpu'
+    if torch.backends.mps.is_available():
+        return 'mps'
+    return 'cuda' if torch.cuda.is_available() else 'another'

@@ -21,7 +21,7 @@ from timm_lm.files import writing
 from timm_lm.loader import BatchLoader
 from timm_lm.model_config import TimmModel
 
-from .accelerator import create_accelerator, settle_precision
+from .accelerator import create_accelerator, settle_layout, settle_precision
 from .batches import check_input, create_loader, load_data, resolve_input_config
 from .checkpoint import Checkpoint, CheckpointStore, Progress
 from .loop import Training
@@ -55,7 +55,8 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
 
     # Device, precision and processes
     folder = run_folder(args)
-    remark = settle_precision(args)  # like the rate, before the options are compared with those of the run
+    # like the rate, before the options are compared with those of the run
+    remarks = [settle_precision(args), settle_layout(args)]
     accelerator = create_accelerator(args, folder)
     if differs(args.amp):
         raise UserError('Some machines have no instructions for bfloat16 and others have; give --no-amp to all of '
@@ -63,7 +64,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     if not (args.experiment or args.resume):
         (folder,) = broadcast_object_list([folder])  # which has the time in its name
     tell = accelerator.on_main_process(partial(print, flush=True))
-    if remark:
+    for remark in filter(None, remarks):
         tell(f'note: {remark}')
     set_learning_rate(args, accelerator.num_processes)
 
