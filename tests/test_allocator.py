@@ -50,6 +50,14 @@ def test_settings_of_the_environment_stand(name, value, monkeypatch):
     assert allocator.keep_freed_memory() is False
 
 
+def test_interpreter_is_not_read_on_windows(monkeypatch):
+    """As that of the Microsoft Store cannot be opened."""
+    monkeypatch.setattr(sys, 'platform', 'win32')
+    monkeypatch.setattr(sys, 'executable', 'nowhere')
+    assert allocator.keep_freed_memory() is False
+    allocator.release_freed_memory()
+
+
 def test_training_and_validation_keep_freed_memory(few_digits, weights, tmp_path, command, monkeypatch):
     kept = []
     for module in ('timm_lm.training.train', 'timm_lm.validate'):

@@ -2,6 +2,7 @@
 import ctypes
 import os
 import platform
+import sys
 
 # Names of malloc.h
 _M_TRIM_THRESHOLD = -1
@@ -25,7 +26,7 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether the setting is in effect.
     """
-    if platform.libc_ver()[0] != 'glibc' or any(name in os.environ for name in _SETTINGS):
+    if not _has_glibc() or any(name in os.environ for name in _SETTINGS):
         return False
     mallopt = ctypes.CDLL(None).mallopt
     kept = any(mallopt(_M_MMAP_THRESHOLD, size) for size in (LARGEST_KEPT, _LARGEST_KEPT_BEFORE_2_35))
@@ -34,5 +35,10 @@ def keep_freed_memory() -> bool:
 
 def release_freed_memory() -> None:
     """Return glibc's freed blocks to the system once, as between training and validation, which use different ones."""
-    if platform.libc_ver()[0] == 'glibc':
+    if _has_glibc():
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _has_glibc() -> bool:
+    # the name is searched in the interpreter's file, which on Windows may not be readable
+    return sys.platform == 'linux' and platform.libc_ver()[0] == 'glibc'
