@@ -80,3 +80,12 @@ def test_what_compiling_for_a_gpu_needs_is_told(monkeypatch, missing, message):
         monkeypatch.setattr(sysconfig, 'get_path', lambda name, scheme='': 'nowhere')
     with pytest.raises(UserError, match=message):
         check_compiler('inductor', None, on_cpu=False)
+    if missing == 'ccache gcc':  # which triton brings along on Windows
+        monkeypatch.setattr(sys, 'platform', 'win32')
+        check_compiler('inductor', None, on_cpu=False)
+
+
+def test_python_that_pytorch_can_not_compile_for_is_told(monkeypatch):
+    monkeypatch.setattr(sys, 'version_info', (3, 99))
+    with pytest.raises(UserError, match=r'Python 3\.\d+\+ not yet supported .*; run eagerly with --no-torchcompile'):
+        check_compiler('inductor', None, on_cpu=True)

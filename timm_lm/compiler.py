@@ -14,7 +14,7 @@ from typing import Optional
 import torch
 from accelerate.utils import DynamoBackend
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 
 def check_compiler(backend: str, mode: Optional[str], on_cpu: bool) -> None:
@@ -23,6 +23,10 @@ def check_compiler(backend: str, mode: Optional[str], on_cpu: bool) -> None:
     Raises:
         UserError: If there is no such backend or mode, or a compiler, triton, a newer GPU or a newer PyTorch is needed.
     """
+    try:
+        torch._dynamo.eval_frame.check_if_dynamo_supported()
+    except RuntimeError as e:  # for a version of Python
+        raise UserError(f'--torchcompile does not work here ({one_line(e)}); run eagerly with --no-torchcompile.') from e
     backends = [name for name in torch._dynamo.list_backends(exclude_tags=())
                 if name.upper() in DynamoBackend.__members__]  # those that Accelerate knows
     if backend not in backends:
@@ -83,7 +87,9 @@ def _check_triton() -> None:
     if importlib.util.find_spec('triton') is None:
         raise UserError('--torchcompile needs the package triton on this GPU; install it, or run eagerly with '
                         '--no-torchcompile.')
-    compilers = [os.environ['CC']] if 'CC' in os.environ else ['gcc', 'clang', 'cl']  # as Triton looks for them
+    if sys.platform == 'win32':  # where triton brings its own
+        return
+    compilers = [os.environ['CC']] if 'CC' in os.environ else ['gcc', 'clang']  # as Triton looks for them
     if not any(map(shutil.which, compilers)):
         raise UserError(f"--torchcompile needs a C compiler for this GPU and there is no '{compilers[0]}'; install "
                         'gcc, name another one in the variable CC, or run eagerly with --no-torchcompile.')
