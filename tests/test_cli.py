@@ -158,6 +158,28 @@ def test_usage_version_and_a_closed_pipe(command):
     assert Command('recipe', 'paper_c10', read=False).wait() == (0, '', '')
 
 
+def test_a_pipe_closed_on_windows(tmp_path):
+    """Where writing to it is an invalid argument."""
+    script = tmp_path / 'script.py'
+    script.write_text("""
+import errno, io, sys
+from timm_lm import cli
+from timm_lm.training import streams
+
+class Output(io.FileIO):
+    def write(self, data):
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise OSError(errno.EINVAL, 'Invalid argument')
+
+streams._NO_READER = (errno.EINVAL,)
+sys.stdout = io.TextIOWrapper(io.BufferedWriter(Output(1, 'w', closefd=False)))
+sys.exit(cli.main(['recipe', 'paper_c10']))
+""")
+    assert Command(script=script, read=False).wait() == (0, '', '')
+
+
 def test_demo_runs_the_whole_job(tmp_path, capsys, with_pictures):
     from timm_lm.demo import demo
     run = demo(tmp_path / 'demo', ['--epochs', '2', '--warmup-epochs', '0', '--model-kwargs', 'layers=(2,2,2)'])

@@ -441,14 +441,18 @@ def test_memory_that_does_not_suffice_is_told(fails, monkeypatch):
         fails('list')
 
 
-@pytest.mark.parametrize('kind', [RuntimeError, getattr(torch, 'AcceleratorError', RuntimeError)])
-def test_device_that_failed_is_told(fails, monkeypatch, kind):
+@pytest.mark.parametrize('kind, said', [
+    (RuntimeError, 'CUDA error: an illegal memory access was encountered'),
+    (getattr(torch, 'AcceleratorError', RuntimeError), 'CUDA error: an illegal memory access was encountered'),
+    (RuntimeError, 'HIP error: the operation cannot be performed'), (RuntimeError, 'miopenStatusUnknownError'),
+    (RuntimeError, 'Triton Error [HIP]: Code: 1')])
+def test_device_that_failed_is_told(fails, monkeypatch, kind, said):
     def work(argv):
-        raise kind('CUDA error: an illegal memory access was encountered\nFor debugging consider passing ...')
+        raise kind(f'{said}\nFor debugging consider passing ...')
 
     monkeypatch.setitem(cli.COMMANDS, 'list', work)
     line = fails('list')
-    assert 'The device failed (CUDA error: an illegal memory access was encountered' in line
+    assert f'The device failed ({said}' in line
     assert 'A training resumes with --resume auto' in line
 
 

@@ -23,6 +23,7 @@ from .models._weights import weights_dir
 from .names import is_repo_name, load_model, model_tags, names_folder, our_models, timm_source, with_scheme
 from .network_size import count_macs, count_parameters, network_size
 from .parser import Parser
+from .training.streams import reader_is_gone
 from .weights_folder import verify_folder
 
 EXIT_USER_ERROR = 2
@@ -356,7 +357,8 @@ _FAILURES: Tuple[Tuple[Tuple[str, ...], Tuple[str, ...], str], ...] = (
      'The processes that read images failed ({}), perhaps for lack of memory or of space in /dev/shm; use fewer '
      f'--workers. A training resumes {RESUME}.'),
     # where it is raised says little, as the host runs ahead
-    (('AcceleratorError',), ('CUDA error', 'CUDA driver error', 'cuDNN error', 'Triton Error [CUDA]'),
+    (('AcceleratorError',),
+     ('CUDA error', 'CUDA driver error', 'cuDNN error', 'HIP error', 'miopenStatus', 'Triton Error ['),
      f'The device failed ({{}}), perhaps because of another process on it; start again. A training resumes {RESUME}.'),
 )
 
@@ -462,9 +464,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         _tell('timm-lm: interrupted')
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader closed the pipe, as `head` does; the rest is discarded
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (MemoryError, RuntimeError) as e:
         said = _failure(e)
         if not said:
@@ -472,6 +471,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         _tell(f'timm-lm: error: {said}')
         return EXIT_USER_ERROR
     except OSError as e:
+        if reader_is_gone(e):  # the rest is discarded
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         _tell(f'timm-lm: error: {e}; check the path, its permissions, the free space and the connection.')
         return EXIT_USER_ERROR
 

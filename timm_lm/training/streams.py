@@ -5,7 +5,13 @@ import sys
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, Iterator
 
-_GONE = (errno.EPIPE, errno.EIO, errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC))
+_NO_READER = (errno.EPIPE, errno.EINVAL) if os.name == 'nt' else (errno.EPIPE,)  # on Windows mostly the latter
+_GONE = (errno.EIO, errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC))
+
+
+def reader_is_gone(error: OSError) -> bool:
+    """Whether a pipe was written to after its reader had closed it, as `head` does."""
+    return error.errno in _NO_READER and error.filename is None
 
 
 class _Outlasting:
@@ -32,7 +38,7 @@ class _Outlasting:
             self._go_on(e)
 
     def _go_on(self, error: OSError) -> None:
-        if error.errno not in _GONE:
+        if error.errno not in _GONE and not reader_is_gone(error):
             raise error
         with open(os.devnull, 'w') as nowhere:
             os.dup2(nowhere.fileno(), self.stream.fileno())  # what is still in its buffer goes there, too
