@@ -302,7 +302,7 @@ def test_folder_without_the_split_is_refused(tmp_path, fails):
     assert "has no split 'train' (it has: validation); name one of these" in fails(*train)
     shutil.move(data / 'validation', data / 'training_set')
     shutil.move(data / 'training_set', data / 'train')
-    assert "has no split 'validation' (it has: train); add the images, or skip validation with --val-split ''" \
+    assert "has no split 'validation' (it has: train); add the images, or give --val-split= to skip validation" \
         in fails(*train)
     assert "has no split 'part' (it has: train); name one of these" in fails(*train, '--train-split', 'part')
     assert not (tmp_path / 'runs').exists()
@@ -312,8 +312,8 @@ def test_folder_of_images_by_a_recipe_of_another_data_set(tmp_path, fails, comma
     data = image_folder(tmp_path / 'data', 16)
     train = ['train', '-c', 'paper_c10', '--data-dir', data, '--dry-run', '--val-split', 'validation',
              '--batch-size', 8]
-    assert "add --dataset ''" in fails(*train)
-    code, out, err = command(*train, '--dataset', '')
+    assert 'add --dataset=' in fails(*train)
+    code, out, err = command(*train, '--dataset=')
     assert code == 0 and '--input-key img and --target-key label ignored' in out, err
 
 

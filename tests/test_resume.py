@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 from argparse import Namespace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from unittest.mock import Mock
 
 import numpy as np
@@ -35,7 +35,7 @@ from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
 from timm_lm.training.run_folder import _compare_options, own_run_folder
 from timm_lm.training.run_log import EVALUATION, RunLog
-from timm_lm.training.signals import StopSignals
+from timm_lm.training.signals import Interrupted, StopSignals
 from timm_lm.training.train import train
 from timm_lm.weights_folder import verify_folder
 
@@ -341,6 +341,11 @@ with StopSignals(several={several}) as signals:
     assert got == code and out.startswith(f'noted {int(number)}\n'), err
     assert ('went on' in out) == (several or number == signal.SIGHUP)
     assert ('KeyboardInterrupt' in err) == (number == signal.SIGINT)
+
+
+def test_shells_of_windows_take_the_checkpoint_as_it_is_told():
+    message = str(Interrupted(signal.SIGTERM, PureWindowsPath(r'C:\runs\run\checkpoints\step-000000004')))
+    assert message.endswith(' --resume C:/runs/run/checkpoints/step-000000004')
 
 
 def test_handlers_that_are_not_of_python_are_no_error():

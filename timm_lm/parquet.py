@@ -62,8 +62,8 @@ def find_parquet(folder: Union[str, Path], split: str) -> List[Path]:
     splits = _parquet_splits(folder)
     if not splits:
         raise UserError(f'The data folder {folder} has no Parquet files; give a folder in the Hub\'s layout, with '
-                        'files such as train-00000-of-00001.parquet. For a folder of images with a recipe that names a '
-                        "data set, add --dataset ''.")
+                        'files such as train-00000-of-00001.parquet, or add --dataset= for a folder of images with a '
+                        'recipe that names a data set.')
     found = [where for where, name in splits if name == split]
     if not found:
         names = ', '.join(sorted({name for _, name in splits}))

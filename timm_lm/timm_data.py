@@ -47,12 +47,12 @@ def check_split_folder(folder: Union[str, Path], split: str, required: bool = Fa
     if others:
         advice = 'name one of these (--val-split; in training also --train-split), or add the images'
         if required and not is_training and [name.lower() in SPLIT_NAMES[0] for name in others] == [True]:
-            advice = "add the images, or skip validation with --val-split ''"
+            advice = 'add the images, or give --val-split= to skip validation'
         raise UserError(f"The data folder {folder} has no split '{split}' (it has: {', '.join(others)}); {advice}.")
     if required:
         raise UserError(f"The data folder {folder} has no folder '{split}' (it has: {some(folders)}), so training "
                         'and validation images would be the same; make train/ and validation/, name others with '
-                        "--train-split and --val-split, or skip validation with --val-split ''.")
+                        '--train-split and --val-split, or give --val-split= to skip validation.')
 
 
 def unread_images(root: str, read: Set[str]) -> str:

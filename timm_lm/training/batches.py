@@ -94,7 +94,8 @@ def load_split(
         check_split_folder(args.data_dir, split, required=bool(args.val_split), is_training=is_training)
     if args.val_split and is_archive(args.data_dir, args.dataset):
         raise UserError(f"{args.data_dir} is one archive without splits, so training and validation images would be "
-                        "the same; unpack it into folders train and validation, or give --val-split ''.")
+                        'the same; unpack it into folders train and validation, or give --val-split= to skip '
+                        'validation.')
     source = data_source(vars(args))
     _, height, width = data_config['input_size']
     one_by_one = is_training and (not_in_memory(args) or height != width and not args.no_aug)  # timm's crops are square

@@ -16,7 +16,7 @@ class Interrupted(Exception):
     """
 
     def __init__(self, number: int, checkpoint: Optional[Path]):
-        how = ('run the same command with --resume ' + shlex.quote(str(checkpoint)) if checkpoint else
+        how = ('run the same command with --resume ' + shlex.quote(checkpoint.as_posix()) if checkpoint else
                'there is no checkpoint yet, start again (with --resume auto in a folder named by --experiment)')
         super().__init__(f'Stopped by {signal.Signals(number).name}; {how}')
         self.exit_code = 128 + number

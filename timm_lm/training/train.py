@@ -199,7 +199,7 @@ def _tell_best(training: Training) -> None:
     if best is None:
         return
     path = training.store.folder / best['checkpoint']  # gone if the run was resumed before it and found no better one
-    where = f' (`timm-lm weights {shlex.quote(str(path))}` writes its weights)' if path.is_dir() else ''
+    where = f' (`timm-lm weights {shlex.quote(path.as_posix())}` writes its weights)' if path.is_dir() else ''
     tqdm.write(f"best {best['metric']} {best['value']:.4g} after epoch {best['epoch'] + 1}{where}; the weights saved "
                'are those of the last epoch')
 
