@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from timm_lm.errors import UserError
-from timm_lm.files import write_text
+from timm_lm.files import atomic_folder, write_text
 from timm_lm.image_set import ImageSet, write_cache
 from timm_lm.precision import cpu_has_bfloat16
 from timm_lm.run_row import read_run
@@ -744,11 +744,13 @@ def test_files_have_the_rights_of_any_new_file(tmp_path):
             1, Progress(0, 1), {}, dict(state={}, param_groups=[]), [random_states()], {})
         write_text(tmp_path / 'page.md', 'caf\udce9')  # of a folder whose name is not UTF-8
         write_cache(tmp_path / 'cache.safetensors', ImageSet(torch.zeros(1, 1, 2, 2), torch.zeros(1)))
+        with atomic_folder(tmp_path / 'new') as new:  # from the start, as Windows keeps what a folder is made with
+            assert new.stat().st_mode & 0o777 == 0o750
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob('*')}
-    assert modes == {'step-000000001': 0o750, 'state.json': 0o640, 'state.safetensors': 0o640, 'page.md': 0o640,
-                     'cache.safetensors': 0o640}
+    assert modes == {'new': 0o750, 'step-000000001': 0o750, 'state.json': 0o640, 'state.safetensors': 0o640,
+                     'page.md': 0o640, 'cache.safetensors': 0o640}
     assert (tmp_path / 'page.md').read_text() == 'caf\\udce9'
 
 

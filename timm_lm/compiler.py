@@ -26,7 +26,7 @@ def check_compiler(backend: str, mode: Optional[str], on_cpu: bool) -> None:
     try:
         torch._dynamo.eval_frame.check_if_dynamo_supported()
     except RuntimeError as e:  # for a version of Python
-        raise UserError(f'--torchcompile does not work here ({one_line(e)}); run eagerly with --no-torchcompile.') from e
+        raise UserError(f'--torchcompile cannot work here ({one_line(e)}); run eagerly with --no-torchcompile.') from e
     backends = [name for name in torch._dynamo.list_backends(exclude_tags=())
                 if name.upper() in DynamoBackend.__members__]  # those that Accelerate knows
     if backend not in backends:

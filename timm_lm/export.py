@@ -1,7 +1,6 @@
 """Export of networks to ONNX, torch.export and TorchScript, each file checked against the network."""
 import io
 import os
-import tempfile
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Callable, Dict, Tuple
 import torch
 
 from .errors import UserError, one_line
+from .files import temporary_folder
 from .model_config import TimmModel, image_config
 
 TOLERANCE = 1e-4  # of the largest logit: other kernels add in another order
@@ -100,8 +100,8 @@ def export_model(model: TimmModel, kind: str, path: Path) -> float:
     images = torch.randn(5, *image_config(model)['input_size'], generator=generator)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
-            temporary = Path(folder) / path.with_suffix(ending).name  # weights outside an ONNX file are named after it
+        with temporary_folder(path.parent, f'.{path.name}.') as folder:
+            temporary = folder / path.with_suffix(ending).name  # weights outside an ONNX file are named after it
             run = _write(model, images[:2], temporary, kind)
             difference = 0.
             for batch in (images[:1], images[:2], images):
@@ -111,7 +111,7 @@ def export_model(model: TimmModel, kind: str, path: Path) -> float:
                     raise UserError(f'The exported file computes something else (difference {found.item():.1e} of the '
                                     'largest logit); nothing was written. Try another --format.')
                 difference = max(difference, found.item())
-            beside = [data for data in Path(folder).iterdir() if data != temporary]
+            beside = [data for data in folder.iterdir() if data != temporary]
             for data in beside:  # weights stored outside a large ONNX file
                 os.replace(data, path.parent / data.name)
             os.replace(temporary, path)

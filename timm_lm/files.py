@@ -2,6 +2,7 @@
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -154,12 +155,30 @@ def writing(what: str, cure: str) -> Iterator[None]:
 
 
 @contextmanager
+def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder, removed when the block ends if it is still there.
+
+    Those of ``tempfile`` are their owner's alone, which on Windows also what is moved out of them remains.
+
+    Args:
+        parent: Where to make it.
+        prefix: Prefix of its name.
+    """
+    folder = parent / f'{prefix}{secrets.token_hex(4)}'
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+@contextmanager
 def atomic_folder(folder: Union[str, Path]) -> Iterator[Path]:
     """A new folder to write into, which replaces ``folder`` when the block ends without an error."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
-    try:
+    with temporary_folder(folder.parent, f'.{folder.name}.') as temporary:
         yield temporary
         for path in (*temporary.rglob('*'), temporary):
             give_usual_rights(path)
@@ -167,9 +186,6 @@ def atomic_folder(folder: Union[str, Path]) -> Iterator[Path]:
             sync(path)
         _put_in_place(temporary, folder)
         sync(folder.parent)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
 
 
 def own_memory(tensors: Dict[str, torch.Tensor]) -> None:

@@ -3,14 +3,13 @@ import json
 import math
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional
 
 from timm.utils import update_summary
 from tqdm import tqdm
 
 from timm_lm.errors import RESUME
-from timm_lm.files import save_figure, sync, write_text, writing
+from timm_lm.files import save_figure, sync, temporary_folder, write_text, writing
 
 MAKE_ROOM = f'Make room, then resume {RESUME}.'
 # What evaluate() returns, in its order.
@@ -137,8 +136,8 @@ class RunLog:
         if not self.path.exists():
             return
         rows = [row for row in self.rows() if row['epoch'] < epochs]
-        with self._writing(), TemporaryDirectory(dir=self.folder) as temporary:
-            summary = Path(temporary) / self.summary.name
+        with self._writing(), temporary_folder(self.folder, '.summary.') as temporary:
+            summary = temporary / self.summary.name
             for row in rows:
                 _add_to_summary(summary, row)
             write_text(self.path, ''.join(map(_line, rows)))
