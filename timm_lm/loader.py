@@ -288,11 +288,13 @@ def _start_fork_server() -> None:
         return
     from multiprocessing import forkserver, resource_tracker
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    for start in (resource_tracker.ensure_running, forkserver.ensure_running):
-        # new processes inherit it; again, as older Python unblocks SIGTERM in the first
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGHUP])
-        start()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        for start in (resource_tracker.ensure_running, forkserver.ensure_running):
+            # new processes inherit it; again, as older Python unblocks SIGTERM in the first
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGHUP])
+            start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
