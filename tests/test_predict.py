@@ -178,6 +178,34 @@ def test_damaged_picture_of_any_kind_is_named(pictures, weights, tmp_path, comma
         paths, err.splitlines(), strict=True)] == [True] * len(paths)
 
 
+def test_no_program_is_started_for_an_image(pictures, weights, tmp_path, command):
+    """Pillow reads PostScript through Ghostscript, whatever the file is called, also within another format."""
+    with Image.open(pictures / '0.png') as image:
+        image.save(tmp_path / '0.eps')
+    eps = (tmp_path / '0.eps').read_bytes()
+    fields = {(3, 60): b'\1\0', (3, 20): b'\x08', (3, 30): b'\x08', (3, 120): b'\5', (8, 10): eps}
+    iptc = b''.join(struct.pack('>BBBH', 28, *tag, len(value)) + value for tag, value in fields.items())
+    for kind, content in (('EPS', eps), ('IPTC', iptc)):
+        (tmp_path / '0.png').write_bytes(content)
+        code, _, err = command('predict', tmp_path / '0.png', '--model', weights)
+        assert code == 1 and err == f"timm-lm: {tmp_path / '0.png'} is not a readable image ({kind} is not read)\n"
+
+
+def test_names_that_command_the_terminal(pictures, weights, few_digits, tmp_path, command):
+    """A line is a line, and a name cannot erase others."""
+    folder = shutil.copytree(weights, tmp_path / 'named')
+    config = json.loads((folder / 'config.json').read_text())
+    config['label_names'] = [f'\x1b[2J{i}\nwolf é' for i in range(10)]
+    (folder / 'config.json').write_text(json.dumps(config))
+    code, out, err = command('predict', pictures / '0.png', '--model', folder)
+    assert code == 0 and out.count('\n') == 1 and out.count(r'\nwolf é ') == out.count(r' \x1b[2J') == 3, err
+    code, _, err = command('validate', folder, '--data-dir', few_digits)
+    assert code == 0 and err.count('\n') == 1 and r'those of' in err and r'\x1b[2J0\nwolf é, ' in err
+    image = shutil.copy(folder / 'config.json', tmp_path / '\x1b[2J.png')
+    code, _, err = command('predict', image, tmp_path / 'a\nb.png', '--model', weights)
+    assert code == 1 and err.count('\n') == 2 and '\x1b' not in err
+
+
 def test_names_that_the_terminal_can_not_show(pictures, weights, tmp_path, monkeypatch):
     path = shutil.copy(pictures / '0.png', tmp_path / 'süß.png')
     written = io.BytesIO()

@@ -16,7 +16,7 @@ import torch
 
 from . import __version__
 from .card import recorded_error
-from .errors import RESUME, UserError, one_line
+from .errors import RESUME, UserError, one_line, printable
 from .layers.two_step import k_values
 from .model_config import TimmModel, image_config
 from .models._weights import weights_dir
@@ -259,17 +259,17 @@ def _predict(argv: List[str]) -> int:
         sys.stdin.reconfigure(errors='surrogateescape')  # file names that are not in the terminal's encoding
     paths = find_images(args.images, sys.stdin)
     model = load_model(args.model).to(_device(args.device))
-    width = max(map(len, map(str, paths)), default=0)
+    width = max(map(len, map(printable, paths)), default=0)
     failed = False
     for found in predict(model, paths, args.topk, args.batch_size):
         if found.error is not None:
             failed = True
-            print(f'timm-lm: {found.path} is not a readable image ({found.error})', file=sys.stderr)
+            print(f'timm-lm: {printable(found.path)} is not a readable image ({found.error})', file=sys.stderr)
         if args.json:
             print(json.dumps(found.as_dict()))
         elif found.error is None:
-            classes = '  '.join(f'{name} {100 * probability:.1f} %' for name, probability in found.classes)
-            print(f'{found.path:<{width}}  {classes}')
+            classes = '  '.join(f'{printable(name)} {100 * share:.1f} %' for name, share in found.classes)
+            print(f'{printable(found.path):<{width}}  {classes}')
     return 1 if failed else 0
 
 
@@ -425,7 +425,7 @@ def _tell(line: str) -> None:
     """
     if int(os.environ.get('LOCAL_RANK') or 0) > 0:
         time.sleep(PATIENCE)
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 def _usage() -> str:

@@ -15,6 +15,7 @@ from .errors import UserError, one_line
 UNREADABLE_IMAGE = (
     UnidentifiedImageError, Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, TarError, TypeError,
     ValueError)
+_NOT_READ = ('EPS', 'IPTC')  # Pillow starts Ghostscript for the first, which the second may hold
 _TIFF_BITS = 258  # the TIFF tag BitsPerSample
 
 
@@ -34,7 +35,12 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
 
     16-bit values are scaled to 8 bits, as are the 12-bit values of some TIFF files; Pillow itself clips them at 255.
     Negative values become black.
+
+    Raises:
+        UnidentifiedImageError: If another program would have to read it.
     """
+    if image.format in _NOT_READ:
+        raise UnidentifiedImageError(f'{image.format} is not read')
     bits = image.tag_v2.get(_TIFF_BITS) if isinstance(image, TiffImageFile) else None
     # 'I' is the mode of PNG in older Pillow, of PGM, and of TIFF with signed values
     if image.mode.startswith('I;16') or image.mode == 'I' and (image.format in ('PNG', 'PPM') or bits == (16,)):
