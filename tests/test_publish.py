@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
@@ -20,8 +21,8 @@ from huggingface_hub.utils import _http
 from safetensors.torch import load_file, save_file
 
 import timm_lm
-from timm_lm import hub_client
-from timm_lm.card import render_card
+from timm_lm import hub_client, publish
+from timm_lm.card import recorded_error, render_card
 from timm_lm.models._weights import weights_dir, write_digests
 from timm_lm.publish import FILES, published_card
 from timm_lm.weights_folder import CARD_NAME, CHECK_NAME, save_folder
@@ -226,15 +227,17 @@ def test_local_cards_are_as_before():
     ('library_name: timm\n', 'library_name: keras\n', "library_name 'keras'; it must be timm"),
     ('      name: CIFAR-10\n', '      name: CIFAR-10\n      note: mine\n', 'under model-index that huggingface_hub'),
     ('    metrics:\n', '    measures:\n', 'is not readable'),
+    ('    metrics:\n', '    source: mine\n    metrics:\n', 'is not readable'),
     ('tags:\n', 'tags: [\n', 'is not readable'),
     ('---\n', '', 'lacks library_name, license, tags, metrics'),
-], ids=['license', 'library', 'lost', 'index', 'yaml', 'none'])
+], ids=['license', 'library', 'lost', 'index', 'source', 'yaml', 'none'])
 def test_bad_card_is_named(folder, fails, old, new, message):
     text = (folder / CARD_NAME).read_text()
     assert old in text
     (folder / CARD_NAME).write_text(text.replace(old, new))
     line = fails('push', folder, '--repo-id', 'owner/name', '--dry-run')
     assert message in line and str(folder / CARD_NAME) in line
+    assert recorded_error(folder) in (None, recorded_error(SHIPPED))
 
 
 # Without a network
@@ -423,6 +426,13 @@ def test_all_are_published_where_that_can_not_be_recorded(hub, done, refused, tr
         record.with_suffix('.aside').replace(record)
     assert f'owner/{NAME} is published, but {record} cannot be written' in line
     assert all(hub.repos[f'owner/{name}'].find('unrecorded') for name in (NAME, 'lm_resnet20.small'))
+
+
+def test_records_that_are_written_at_once_are_all_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, 'weights_dir', lambda: tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: publish._record(tmp_path / name, 'owner/name', 'a1'), map(str, range(40))))
+    assert len(json.loads((tmp_path / 'published.json').read_text())) == 40
 
 
 def test_folders_elsewhere_are_not_recorded(done, tree, folder):

@@ -74,5 +74,5 @@ def recorded_error(folder: Union[str, Path]) -> Optional[float]:
     try:
         data: Any = ModelCard(path.read_text(encoding='utf-8-sig')).data
         return next((float(r.metric_value) for r in data.eval_results or [] if r.metric_type == 'error'), None)
-    except (OSError, TypeError, ValueError, YAMLError):
+    except (OSError, TypeError, AttributeError, ValueError, YAMLError):
         return None  # an unreadable card records nothing

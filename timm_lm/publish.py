@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from . import __version__
 from .card import CARD_TEMPLATE, recorded_error
 from .errors import UserError, one_line, some
-from .files import whole_entries, write_text
+from .files import locked, whole_entries, write_text
 from .hub_client import AGAIN, LOG_IN, draw_no_bars_into_files, explained, set_up_client
 from .models._weights import PUBLISHED_NAME, WEIGHTS_NAME, weights_dir
 from .names import is_ours
@@ -116,7 +116,7 @@ def _read_card(folder: Path) -> str:
         understood = ModelCard(text).data.to_dict()
     except FileNotFoundError:
         raise UserError(f'{folder} has no {CARD_NAME}; weights are published with their card, restore it.') from None
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as e:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as e:
         raise UserError(f'The front matter of {path} is not readable ({one_line(e)}); fix it.') from e
     missing = [key for key in CARD_KEYS if not written.get(key)]
     if missing:
@@ -280,12 +280,13 @@ def _record(folder: Path, repo_id: str, revision: str) -> bool:
         return False
     path = tree / PUBLISHED_NAME
     try:
-        published = json.loads(path.read_text()) if path.is_file() else {}
-        record = dict(repo_id=repo_id, revision=revision)
-        if published.get(folder.resolve().name) == record:
-            return False
-        published[folder.resolve().name] = record
-        write_text(path, json.dumps(dict(sorted(published.items())), indent=2) + '\n')
+        with locked(tree):
+            published = json.loads(path.read_text()) if path.is_file() else {}
+            record = dict(repo_id=repo_id, revision=revision)
+            if published.get(folder.resolve().name) == record:
+                return False
+            published[folder.resolve().name] = record
+            write_text(path, json.dumps(dict(sorted(published.items())), indent=2) + '\n')
     except (OSError, ValueError, AttributeError, TypeError) as e:  # the last two if it is not a dict of dicts
         raise NotRecorded(f'{repo_id} is published, but {path} cannot be written ({one_line(e)}); fix that and '
                         f'{AGAIN}.') from e

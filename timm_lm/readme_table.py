@@ -7,7 +7,7 @@ import timm
 
 from .card import recorded_error
 from .errors import UserError
-from .files import write_text
+from .files import locked, write_text
 from .models._weights import weights_dir
 from .names import model_tags, our_models
 from .network_size import network_size
@@ -87,5 +87,7 @@ def write_table(results: Path, page: Path) -> None:
     Raises:
         UserError: As ``split_page``.
     """
-    before, after = split_page(page)
-    write_text(page, '\n'.join([before, '', *network_table(results), '', after]))
+    table = network_table(results)
+    with locked(page.parent):
+        before, after = split_page(page)
+        write_text(page, '\n'.join([before, '', *table, '', after]))
