@@ -19,6 +19,7 @@ from timm_lm.results_page import finished, read_frame, write_report
 from timm_lm.run_row import add_runs, read_run
 from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
+from timm_lm.training.run_folder import read_args, read_result
 
 RESULTS = Path(__file__).resolve().parents[1] / 'results'
 
@@ -236,6 +237,17 @@ def test_places_of_a_machine_are_not_recorded(run_folder, few_digits, tmp_path):
         assert read_run(run)['model'] == 'lm_resnet20.demo_digits'
     (run / 'args.yaml').write_text(yaml.safe_dump(options | dict(grow_from='runs/shallow/weights')))
     assert read_run(run)['recipe'] == 'demo_digits with grow_from shallow'
+
+
+@pytest.mark.parametrize('dataset', ['', 'torch/image_folder'])
+def test_data_of_a_run_is_named_as_on_its_card(run_folder, tmp_path, dataset):
+    """By the last name of its folder, which no file elsewhere can have."""
+    run = shutil.copytree(run_folder, tmp_path / 'run')
+    options, result = read_args(run), read_result(run)
+    (run / 'args.yaml').write_text(yaml.safe_dump(options | dict(dataset=dataset)))
+    assert read_run(run)['dataset'] == result['folder']
+    (run / 'result.json').write_text(json.dumps(result | dict(folder='../../elsewhere')))
+    assert add_runs([run], tmp_path / 'a' / 'results') == [tmp_path / 'a' / 'results' / 'elsewhere.csv']
 
 
 @pytest.mark.parametrize('text', ['', 'model: lm_resnet20', '- a'])

@@ -8,6 +8,7 @@ import yaml
 from .errors import UserError
 from .precision import asked_precision
 from .results import COLUMNS, Row, add_rows, check_rows
+from .timm_data import TORCH_FOLDERS
 from .training.checkpoint import CheckpointStore
 from .training.option_rules import unread
 from .training.options import parse_options
@@ -99,8 +100,9 @@ def _recipe(args: Dict[str, Any], processes: int) -> str:
 
 
 def _dataset(args: Dict[str, Any], told: Mapping[str, Any]) -> str:
-    name = args['dataset'].removeprefix('hfds/')
-    return folder_name(name) if name else told.get('folder') or folder_name(args['data_dir'] or '')
+    kind = args['dataset'].partition('/')[0]
+    is_folder = kind not in ('hfds', 'torch') or args['dataset'].lower() in TORCH_FOLDERS
+    return folder_name((told.get('folder') or args['data_dir'] or '') if is_folder else args['dataset'])
 
 
 def add_runs(folders: Sequence[Union[str, Path]], results: Path) -> List[Path]:
