@@ -403,7 +403,7 @@ def test_pretrained_weights_from_a_file(run, plain, model, classes):
     assert load_folder(folder / 'weights').num_classes == classes
 
 
-@pytest.mark.parametrize('content', [b'', b'no weights', pickle.dumps(dict(state_dict=1))])
+@pytest.mark.parametrize('content', [b'', b'no weights', pickle.dumps(dict(state_dict=1)), b'aa: {}', b'M\1'])
 @pytest.mark.parametrize('option', ['--initial-checkpoint', '--pretrained-path'])
 def test_file_that_holds_no_weights_is_named(tmp_path, fails, option, content):
     path = tmp_path / 'weights.pth'
@@ -500,6 +500,8 @@ def test_resumed_states_have_the_layout_of_their_weights(run, tmp_path, monkeypa
     (['--device', 'gpu'], '--device gpu is not a PyTorch device'),
     (['--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1', '--input-size', '1', '32', '32'],
      'vit_tiny_patch16_224 does not take images of 1x32x32 (Input height (32) doesn'),
+    (['--model', 'vit_tiny_patch16_224', '--model-kwargs', 'num_heads=0'], 'made with these options (integer'),
+    (['--model', 'convnext_atto', '--model-kwargs', 'depths=(2,2)'], 'made with these options (tuple index'),
     (['--class-map', 'map.txt'], '--class-map numbers the classes of folders of images; the Parquet files in'),
     (['--aug-repeats', '2'], '--aug-repeats repeats images over processes, but there is only one'),
     (['--resume', 'a/run/checkpoints/step-1', '--experiment', 'other'], 'in the folder of the checkpoint, a/run, not'),

@@ -177,6 +177,9 @@ def test_bad_files_and_arguments(tmp_path):
     broken.write_text('a: [')
     with pytest.raises(UserError, match='not readable YAML'):
         parse_options(['-c', str(broken)])
+    broken.write_text('tag: 2024-30-06')
+    with pytest.raises(UserError, match='not readable YAML .month must be'):
+        parse_options(['-c', str(broken)])
     broken.write_text('epochs: 3\nlr: 0.1\nepochs: 4\n')
     with pytest.raises(UserError, match="not readable YAML .'epochs' is there twice"):
         parse_options(['-c', str(broken)])
@@ -303,8 +306,9 @@ def test_values_that_mean_nothing_new_pass(tmp_path):
 
 
 def test_words_among_pairs_are_those_of_recipes():
-    kwargs = parse_options(['--opt-kwargs', 'a=false', 'b=True', 'c=null', 'd=falsely', 'e=1e-3']).opt_kwargs
-    assert kwargs == dict(a=False, b=True, c=None, d='falsely', e=1e-3)
+    words = ['a=false', 'b=True', 'c=null', 'd=falsely', 'e=1e-3', 'f={[1]: 2}']
+    kwargs = parse_options(['--opt-kwargs', *words]).opt_kwargs
+    assert kwargs == dict(a=False, b=True, c=None, d='falsely', e=1e-3, f='{[1]: 2}')
 
 
 @pytest.mark.parametrize('word', ['--local_rank', '--train-steps-per-epoch'])

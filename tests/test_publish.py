@@ -502,9 +502,12 @@ def test_pull_requests_are_not_recorded(done, tree):
     (dict(architectures=['ViTModel'], hidden_size=8), "its config has no 'architecture'); give a repo of a timm model"),
     (dict(architecture='lm_resnet20', pretrained_cfg={}, model_args=dict(depth=3)), "unexpected keyword argument"),
     (dict(architecture='lm_resnet20', pretrained_cfg={}, model_args=dict(global_pool='nope')), 'could not be loaded ('),
+    (dict(architecture='convnext_atto', pretrained_cfg={}, model_args=dict(depths=[2, 2])), 'list index out of range'),
+    (dict(architecture='lm_resnet20', pretrained_cfg={}), 'could not be loaded ('),  # by its weights
 ])
 def test_repos_of_other_kinds_are_told(hub, refused, tmp_path, config, message):
     (tmp_path / 'config.json').write_text(json.dumps(config))
+    (tmp_path / 'pytorch_model.bin').touch()
     name = f'owner/foreign{len(hub.repos)}'
     hub.add(name, tmp_path)
     line = refused('export', f'hf-hub:{name}', '--output', tmp_path / 'network.onnx')

@@ -208,6 +208,12 @@ def unknown_network(folder):
     (folder / 'config.json').write_text(json.dumps(dict(config, architecture='lm_resnet21')))
 
 
+def short_arguments(folder):
+    config = json.loads((folder / 'config.json').read_text())
+    config |= dict(architecture='convnext_atto', model_args=dict(depths=[2, 2]))
+    (folder / 'config.json').write_text(json.dumps(config))
+
+
 def pickled_weights(folder):
     (folder / 'model.safetensors').write_bytes(pickle.dumps({'stem.conv.weight': [1.0]}))
 
@@ -229,6 +235,7 @@ def broken_config(folder):
     (flipped_weights, 'damaged or was changed'),
     (other_network, "another network than the 'lm_resnet32'"),
     (no_arguments, 'lm_resnet20'),  # in older timm only the weights do not fit
+    (short_arguments, 'does not fit the network convnext_atto (list index'),
     (unknown_network, "architecture 'lm_resnet21', which timm does not know"),
     (pickled_weights, 'damaged or no safetensors file'),
     (torch_weights, 'damaged or no safetensors file'),

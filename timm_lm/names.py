@@ -3,6 +3,8 @@ import difflib
 import os
 import re
 from pathlib import Path
+from pickle import PickleError
+from struct import error as StructError
 from typing import Any, Dict, List, Tuple, Type
 
 import timm
@@ -13,7 +15,9 @@ from .hub_client import HUB_ERRORS
 from .model_config import TimmModel
 from .weights_folder import CONFIG_NAME, load_folder, read_config
 
-_NOT_LOADED: Tuple[Type[BaseException], ...] = (*HUB_ERRORS, AssertionError, AttributeError, TypeError, SafetensorError)
+_NOT_LOADED: Tuple[Type[BaseException], ...] = (
+    *HUB_ERRORS, ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, TypeError, PickleError,
+    SafetensorError, StructError)
 
 
 def our_models() -> List[str]:

@@ -177,7 +177,7 @@ def load_folder(folder: Union[str, Path], **kwargs: Any) -> TimmModel:
         raise UserError(f'{folder} has no {WEIGHTS_NAME}; other formats are not read, convert them to safetensors.')
     try:
         model = timm.create_model(f'local-dir:{folder}', pretrained=False, **kwargs)
-    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise UserError(f'The config of {folder} does not fit the network {architecture} ({one_line(e)}).') from e
     if not kwargs:
         _compare_header(weights, model, architecture)

@@ -3,6 +3,7 @@ import argparse
 import importlib
 from pathlib import Path
 from pickle import PickleError
+from struct import error as StructError
 from typing import Any, Dict, Mapping, Optional
 
 import timm
@@ -19,9 +20,9 @@ from timm_lm.model_config import TimmModel
 from timm_lm.names import load_model, timm_source
 from timm_lm.parser import option_name
 
-# Errors of loading a file of weights.
-_UNREADABLE = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, PickleError,
-               SafetensorError)
+# Errors of loading a file of weights, and of making a network.
+_UNREADABLE = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+               PickleError, SafetensorError, StructError)
 # Options that are keywords of a network, by the keyword.
 _OPTIONS = dict(num_classes='num_classes', in_chans='in_chans', drop_rate='drop', drop_path_rate='drop_path',
                 drop_block_rate='drop_block', global_pool='gp')

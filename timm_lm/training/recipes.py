@@ -76,7 +76,7 @@ def read_recipe(path: Path, actions: Dict[str, argparse.Action]) -> Dict[str, An
     """
     try:
         values = yaml.load(path.read_text(encoding='utf-8'), _Loader) or {}  # a safe one
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
+    except (yaml.YAMLError, ValueError, OSError) as e:  # not UTF-8, or a date that there is not
         raise UserError(f'The recipe {path} is not readable YAML ({one_line(e)}).') from e
     if not isinstance(values, dict):
         raise UserError(f'The recipe {path} must hold "option: value" lines.')
