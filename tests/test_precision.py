@@ -141,7 +141,9 @@ def test_what_gpus_of_apple_lack_is_left_out(few_digits, command, monkeypatch):
 def test_gpus_of_intel_are_found_by_older_pytorch(monkeypatch):
     monkeypatch.delenv('ACCELERATE_USE_CPU', raising=False)
     monkeypatch.delattr(torch, 'accelerator', raising=False)
-    assert accelerator._on_cpu(parse_options([])) == (not torch.cuda.is_available())
+    for kind in (torch.cuda, torch.backends.mps, torch.xpu):
+        monkeypatch.setattr(kind, 'is_available', lambda: False)
+    assert accelerator._on_cpu(parse_options([]))
     monkeypatch.setattr(torch.xpu, 'is_available', lambda: True)
     assert not accelerator._on_cpu(parse_options([]))
 

@@ -15,7 +15,7 @@ from .errors import UserError, one_line
 UNREADABLE_IMAGE = (
     UnidentifiedImageError, Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, TarError, TypeError,
     ValueError)
-_NOT_READ = ('EPS', 'IPTC')  # Pillow starts Ghostscript for the first, which the second may hold
+NOT_READ = ('EPS', 'IPTC')  # Pillow starts Ghostscript for the first, which the second may hold
 _TIFF_BITS = 258  # the TIFF tag BitsPerSample
 
 
@@ -39,7 +39,7 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
     Raises:
         UnidentifiedImageError: If another program would have to read it.
     """
-    if image.format in _NOT_READ:
+    if image.format in NOT_READ:
         raise UnidentifiedImageError(f'{image.format} is not read')
     bits = image.tag_v2.get(_TIFF_BITS) if isinstance(image, TiffImageFile) else None
     # 'I' is the mode of PNG in older Pillow, of PGM, and of TIFF with signed values

@@ -11,7 +11,7 @@ from timm.data import ImageDataset, create_dataset, get_img_extensions
 from timm.utils import natural_key
 from torch.utils.data import IterableDataset
 
-from .encoded import EncodedImages
+from .encoded import NOT_READ, EncodedImages
 from .errors import UserError, one_line, some
 from .files import files_below
 from .parquet import split_of_part
@@ -57,7 +57,9 @@ def check_split_folder(folder: Union[str, Path], split: str, required: bool = Fa
 
 def unread_images(root: str, read: Set[str]) -> str:
     """A remark on the images of a folder that timm reads only if their extensions are named, '' if there are none."""
-    kinds = {*Image.registered_extensions(), '.heic', '.heif'} - get_img_extensions(as_set=True) - read  # of phones
+    known = {ending for ending, kind in Image.registered_extensions().items() if kind not in NOT_READ}
+    kinds = known | {'.heic', '.heif'}  # of phones
+    kinds -= get_img_extensions(as_set=True) | read
     left_out = [path for path in files_below(root) if path.suffix.lower() in kinds]
     endings = {path.suffix.lower() for path in left_out}
     return _left_out(left_out, root, f"timm does not read {', '.join(sorted(endings))} by default; convert them, or "
