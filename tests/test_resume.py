@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from timm_lm.errors import UserError
-from timm_lm.files import atomic_folder, write_text
+from timm_lm.files import atomic_folder, save_figure, write_text
 from timm_lm.image_set import ImageSet, write_cache
 from timm_lm.precision import cpu_has_bfloat16
 from timm_lm.run_row import read_run
@@ -579,7 +579,20 @@ def test_metrics_cut_short_are_written_anew(few_digits, left_alone, tmp_path):
     assert final_state(tmp_path) == final_state(left_alone)
 
 
-def test_metrics_that_are_not_finite_are_null_in_json(tmp_path, with_pictures):
+@pytest.fixture
+def drawn(with_pictures, monkeypatch):
+    """Heights of the curves that are drawn, for each diagram of a picture, by the picture's name."""
+    found = {}
+
+    def noted(figure, path):
+        save_figure(figure, path)
+        found[path.name] = [[list(line.get_ydata()) for line in axes.lines] for axes in figure.axes]
+
+    monkeypatch.setattr('timm_lm.training.run_log.save_figure', noted)
+    return found
+
+
+def test_metrics_that_are_not_finite_are_null_in_json(tmp_path, drawn):
     log = RunLog(tmp_path)
     log.append(0, dict(loss=1., top1=10.), dict.fromkeys(EVALUATION, 5.) | dict(loss=math.nan), 0.1, {})
     log.truncate(1)
@@ -589,14 +602,18 @@ def test_metrics_that_are_not_finite_are_null_in_json(tmp_path, with_pictures):
     assert math.isnan(row['eval']['loss']) and row['eval']['top1'] == 5
     log.plot()
     assert (tmp_path / 'curves.png').stat().st_size > 10_000 and not (tmp_path / 'k.png').exists()
+    errors, losses = drawn['curves.png']
+    assert errors == [[90], [95]] and losses == [[1], [pytest.approx(math.nan, nan_ok=True)]]
 
 
-def test_pictures_of_a_run_without_a_validation(tmp_path, with_pictures):
+def test_pictures_of_a_run_without_a_validation(tmp_path, drawn):
     """Of a deep network, with one k a channel."""
     log = RunLog(tmp_path)
-    log.append(0, dict(loss=1., top1=10.), None, 0.1, {f'blocks.{number}': [0.1, 0.2] for number in range(13)})
+    log.append(0, dict(loss=1., top1=10.), None, 0.1, {f'blocks.{i}': [i, i + 1] for i in range(13)})
     log.plot()
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ('curves.png', 'k.png'))
+    assert drawn['curves.png'] == [[[90], []], [[1], []]]
+    assert drawn['k.png'] == [[*([i + 0.5] for i in range(13)), [0, 0]]]
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='the system has no /dev/full')
@@ -754,7 +771,7 @@ def test_files_have_the_rights_of_any_new_file(tmp_path):
     assert (tmp_path / 'page.md').read_text() == 'caf\\udce9'
 
 
-def test_other_options_are_refused_by_name(few_digits, left_alone, fails):
+def test_other_options_are_refused_by_name(few_digits, left_alone, tmp_path, fails):
     line = fails(*arguments(few_digits, left_alone, '--resume', 'auto', '--seed', '7'))
     assert 'seed (was 42, is 7)' in line
     assert 'name it with --experiment' in fails('train', '-c', 'demo_digits', '--data-dir', few_digits,
@@ -769,6 +786,10 @@ def test_other_options_are_refused_by_name(few_digits, left_alone, fails):
         with pytest.raises(UserError, match='other options: ') as e:
             _compare_options(Namespace(**options | dict.fromkeys(names, 'other')), left_alone / 'run')
         assert set(re.findall(r'(\w+) \(was ', str(e.value))) == names
+    saved = yaml.safe_load((left_alone / 'run' / 'args.yaml').read_text())
+    del saved['two_step_epoch']  # as if it were new
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(saved))
+    _compare_options(Namespace(**options), tmp_path)
 
 
 def test_of_two_runs_that_start_at_once_one_is_refused(few_digits, left_alone, tmp_path):
