@@ -73,7 +73,9 @@ def test_table_has_names_and_shares(pictures, command):
     code, out, err = command('predict', pictures / '0.png', '--model', 'lm_resnet20')
     assert code == 0, err
     (line,) = out.splitlines()
-    assert line.startswith(f"{pictures / '0.png'}  ") and line.count('%') == 3
+    _, out, _ = command('predict', pictures / '0.png', '--model', 'lm_resnet20', '--json')
+    shares = [f"{entry['class']} {100 * entry['probability']:.1f} %" for entry in json.loads(out)['classes']]
+    assert line == '  '.join([str(pictures / '0.png'), *shares]) and len(shares) == 3
     assert sum(name in line for name in (
         'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')) == 3
 
