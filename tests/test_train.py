@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from timm_lm.training.evaluate import evaluate
 from timm_lm.training.network import create_model
 from timm_lm.training.options import parse_options
 from timm_lm.training.places import command_line
-from timm_lm.training.result import describe_trained
+from timm_lm.training.result import describe_trained, run_facts
 from timm_lm.training.train import train
 from timm_lm.weights_folder import load_folder, verify_folder
 
@@ -63,11 +64,15 @@ def test_training_learns_the_digits(digits, tmp_path, command):
     assert code == 0, err
     result = json.loads((tmp_path / 'run' / 'result.json').read_text())
     assert result['top1'] > 80
-    code, out, err = command('validate', tmp_path / 'run' / 'weights', '--data-dir', digits)
+    weights, error = tmp_path / 'run' / 'weights', f"{100 * result['errors'] / 359:.2f} %"
+    assert f"\n{weights}: error {error} ({result['errors']} of 359 images, float32, eager, on the CPU)\n" in out
+    code, out, err = command('validate', weights, '--data-dir', digits)
     assert code == 0, err
-    assert f"{result['errors']} errors of 359 images" in out and 'images/s' in out and 'top-5' in out
+    assert out.startswith(f"{weights}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss "
+                          f"{result['loss']:.4f}, {result['errors']} errors of 359 images ({error}), ")
+    assert out.endswith(' images/s\n')
     # what timm gives back makes the same errors
-    model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'weights'}", pretrained=True).eval()
+    model = timm.create_model(f'local-dir:{weights}', pretrained=True).eval()
     data = load_images('test', digits, input_size=(1, 16, 16))
     with torch.inference_mode():
         logits = model(normalize(data.images, [0.3053 * 255], [0.3760 * 255]))
@@ -129,10 +134,14 @@ def test_same_seed_gives_the_same_weights(few_digits, tmp_path, command):
 
 @pytest.mark.parametrize('average', [False, True])
 def test_weights_of_checkpoints(average, few_digits, tmp_path, command, fails, monkeypatch):
+    (tmp_path / 'mine.py').touch()
+    monkeypatch.syspath_prepend(tmp_path)
     code, out, err = command(
         'train', '-c', 'demo_digits', '--data-dir', few_digits, *SMALL, '--recovery-interval', 1, '--output', tmp_path,
-        '--experiment', 'run', '--batch-size', 128, *(['--model-ema', '--model-ema-decay', 0.5] if average else []))
+        '--experiment', 'run', '--batch-size', 128, '--device-modules', 'mine',
+        *(['--model-ema', '--model-ema-decay', 0.5] if average else []))
     assert code == 0, err
+    del sys.modules['mine']  # as in another process
     run = tmp_path / 'run'
     best = re.search('`timm-lm (weights .*/step-[0-9]+)`', out)[1].split()
     steps = sorted((run / 'checkpoints').glob('step-*'))
@@ -142,6 +151,7 @@ def test_weights_of_checkpoints(average, few_digits, tmp_path, command, fails, m
         code, out, err = command('weights', step)
         folder = run / f'weights-{step.name}'
         assert (code, out) == (0, f'{folder}\n'), err
+        assert sys.modules.pop('mine')
         verify_folder(folder)
         assert (folder / 'config.json').read_bytes() == (run / 'weights' / 'config.json').read_bytes()
         made[step.name[-1]] = load_file(folder / 'model.safetensors')
@@ -244,6 +254,14 @@ def test_fine_tuning_starts_from_pretrained_weights(weights, few_digits, tmp_pat
     before = load_file(weights / 'model.safetensors')
     after = load_file(tmp_path / 'run' / 'weights' / 'model.safetensors')
     torch.testing.assert_close(after['stem.conv.weight'], before['stem.conv.weight'], rtol=1e-4, atol=1e-6)
+    card = (tmp_path / 'run' / 'weights' / 'README.md').read_text()
+    assert '1 epoch, starting from the weights of `model.safetensors`, seed 42, ' in card
+
+
+def test_start_from_a_network_without_a_tag_is_told_with_the_default_one():
+    args = parse_options(['-c', 'demo_digits', '--model', 'lm_resnet20', '--pretrained'])
+    facts = run_facts(args, create_model(args), '', torch.device('cpu'), 1, {})
+    assert facts['start'] == 'starting from the weights of `lm_resnet20.distill_c10`'
 
 
 # Bad input
