@@ -107,6 +107,10 @@ def checkpoints(folder):
     return sorted(path.name for path in (folder / 'checkpoints').glob('step-*'))
 
 
+def last_row(folder):
+    return json.loads((folder / 'metrics.jsonl').read_text().splitlines()[-1])
+
+
 def error_lines(err):
     return [line for line in err.splitlines() if 'timm-lm: ' in line]
 
@@ -212,7 +216,7 @@ def test_validation_counts_each_image_once_where_nothing_divides(few_digits, kin
 
 def test_validation_by_two_processes_is_that_of_one(driven, output):
     """The last batches are not full: 64 images for two processes in batches of 24."""
-    last = json.loads((output / 'alone' / 'metrics.jsonl').read_text().splitlines()[-1])['eval']
+    last = last_row(output / 'alone')['eval']
     by_one = json.loads((output / 'alone' / 'result.json').read_text())
     assert last['images'] == by_one['images'] == 64
     assert last['errors'] == by_one['errors']
@@ -232,6 +236,9 @@ def test_gradient_is_the_mean_of_the_processes(driven):
 def test_two_processes_make_the_updates_of_one(driven, one_process, output, cut):
     """A global batch of 64 in two pieces, or in four with accumulation, on a network without batch statistics."""
     assert largest_difference(final_state(output / cut), one_process) < 1e-5
+    told, expected = (last_row(output / name)['train'] for name in (cut, 'one'))
+    assert told['loss'] == pytest.approx(expected['loss'], rel=1e-4)
+    assert told['top1'] == pytest.approx(expected['top1'], abs=0.4)  # one of the 256 images
 
 
 @pytest.fixture(scope='module')
@@ -299,6 +306,9 @@ def test_sharded_training_ends_like_that_of_one_process(driven, one_process, out
     """FSDP2, and a sharded run that was cut back to the middle of an epoch and gone on with."""
     verify_folder(output / name / 'weights')
     assert largest_difference(final_state(output / name), one_process) < 1e-5
+    told, expected = ({block: torch.tensor(k) for block, k in last_row(output / run)['k'].items()}
+                      for run in (name, 'one'))
+    assert largest_difference(told, expected) < 1e-5
     if name == 'resumed':
         assert f"Resuming from {output / 'resumed' / 'checkpoints' / 'step-000000006'}: epoch 2, batch 3" in driven.out
         assert largest_difference(final_state(output / name), final_state(output / 'sharded')) == 0
