@@ -287,7 +287,7 @@ def test_loss_is_left_out_of_what_is_compiled(run, monkeypatch):
 
 
 def rates_of_timm(*options):
-    """The rate at the end of each epoch, where timm's train.py stepped its schedule."""
+    """The rate after each update, where timm's train.py stepped its schedule."""
     args = parse_options([*BASE, *map(str, options)])
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
     updates_per_epoch = 256 // args.batch_size
@@ -298,7 +298,7 @@ def rates_of_timm(*options):
         for _ in range(updates_per_epoch):
             num_updates += 1
             scheduler.step_update(num_updates=num_updates)
-        found.append(optimizer.param_groups[0]['lr'])
+            found.append(optimizer.param_groups[0]['lr'])
         scheduler.step(epoch + 1, None)
     return found
 
@@ -326,8 +326,12 @@ LATER_SCHEDULES = dict(
 def test_rates_are_those_of_timm(run, options, epochs, different):
     options = [*options, '--batch-size', 128]
     folder, *_ = run('run', *options, '--val-split', '')
-    assert rates(folder) == pytest.approx(rates_of_timm(*options), rel=1e-12)
+    expected = rates_of_timm(*options)
+    assert rates(folder) == pytest.approx(expected[1::2], rel=1e-12)
     assert len(rates(folder)) == epochs and len(set(rates(folder))) >= different
+    args = parse_options([*BASE, *map(str, options)])
+    drawn = plan.rates(args, 2)  # before each update, or of each epoch
+    assert drawn[1:] == pytest.approx(expected[:-1] if args.sched_on_updates else expected[3::2], rel=1e-12)
 
 
 def tell_at_validations(monkeypatch, metric, values):
@@ -398,6 +402,7 @@ def test_pretrained_weights_from_a_file(run, plain, model, classes):
     heads = [(state.pop('head.fc.weight'), state.pop('head.fc.bias')) for state in (found, before)]
     assert equal(found, before)
     assert heads[0][0].shape == (classes, 64, 1, 1) and not torch.equal(heads[0][0][:10], heads[1][0])
+    assert 'epoch, starting from the weights of `model.safetensors`, ' in (folder / 'weights/README.md').read_text()
     config = (folder / 'weights' / 'config.json').read_text()
     assert f'"num_classes": {classes}' in config and str(path) not in config
     assert load_folder(folder / 'weights').num_classes == classes
@@ -754,6 +759,9 @@ def test_rate_and_time_left(run, plain, tmp_path, monkeypatch):
     assert [row['train']['images_per_second'] for row in metrics(resumed)] == [128] * 2
     assert [values[:2] + values[-2:] for values in shown] == [
         (0, 3, 128, 2.5), (0, 4, 128, 2), *((1, step, 128, (4 - step) / 2 + 3) for step in (1, 2, 3, 4))]
+    for epoch, step, loss, error, *_ in shown:  # of the epoch so far
+        total, right = state(plain, 4 * epoch + step)['sums']
+        assert (loss, error) == pytest.approx((total / step, 100 - 100 * right / (64 * step)))
 
 
 def test_one_line_on_a_terminal(run, monkeypatch):
@@ -818,11 +826,12 @@ def test_wandb_keeps_an_offline_run(run, tmp_path, monkeypatch):
         return init(**kwargs)
 
     monkeypatch.setattr(wandb, 'init', noted)
-    folder, *_ = run('run', '--epochs', 2, '--log-wandb', '--wandb-project', 'digits', '--wandb-tags', 'short', 'small')
+    folder, *_ = run('run', '--epochs', 2, '--log-wandb', '--wandb-project', 'digits', '--wandb-tags', 'short', 'small',
+                     '--wandb-resume-id', 'earlier', '--resume', 'auto')
     wandb.teardown()  # its process writes the rest
     (kwargs,) = asked
     assert (kwargs['project'], kwargs['tags'], kwargs['dir']) == ('digits', ['short', 'small'], str(folder))
-    assert kwargs['name'] == folder.name == 'run'
+    assert kwargs['name'] == folder.name == 'run' and (kwargs['id'], kwargs['resume']) == ('earlier', 'must')
     (file,) = folder.glob('wandb/offline-run-*/run-*.wandb')
     content = file.read_bytes()
     assert all(word in content for word in (b'eval_top1', b'train_loss', b'epoch', b'digits'))
