@@ -119,11 +119,14 @@ def test_card_says_that_a_recipe_was_chosen_on_the_split(weights, run_folder, op
 @pytest.mark.parametrize('dataset, named', [
     ('torch/cifar10', 'CIFAR-10 (`uoft-cs/cifar10`)'),  # the same images
     ('torch/fashion_mnist', 'zalando-datasets/fashion_mnist (`zalando-datasets/fashion_mnist`)'),
-    ('torch/KMNIST', 'kmnist'), ('torch/image_folder', 'here'), ('hfds/owner/name', 'owner/name (`owner/name`)')])
-def test_card_names_the_data_set(weights, run_folder, dataset, named):
+    ('torch/KMNIST', 'kmnist'), ('torch/image_folder', 'here'), ('hfds/owner/name', 'owner/name (`owner/name`)'),
+    ('hfds/{few_digits}', 'here')])
+def test_card_names_the_data_set(weights, run_folder, few_digits, dataset, named):
     """As on the Hub, or by torchvision's name; folders by their own."""
+    dataset = dataset.format(few_digits=few_digits)
     told, args = read_result(run_folder) | dict(folder='here'), read_args(run_folder) | dict(dataset=dataset)
-    assert f'| trained on | {named}, split' in run_card(told, args, load_model(str(weights)))
+    card = run_card(told, args, load_model(str(weights)))
+    assert f'| trained on | {named}, split' in card and str(few_digits.parent) not in card
 
 
 def write_half(folder):
