@@ -5,12 +5,12 @@ import json
 import pytest
 import timm
 import torch
-from accelerate import Accelerator
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import LogitDistillationTask
 
 from timm_lm.errors import UserError
 from timm_lm.model_config import record_data
+from timm_lm.training.accelerator import create_accelerator
 from timm_lm.training.losses import Distillation, create_criterion, create_loss, load_teacher
 from timm_lm.training.options import parse_options
 from timm_lm.weights_folder import save_folder
@@ -140,12 +140,12 @@ def test_teacher_of_a_folder(teachers, name):
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
-def test_loss_of_the_options_renormalizes_for_its_teacher(teachers):
+def test_loss_of_the_options_renormalizes_for_its_teacher(teachers, tmp_path):
     args = parse_options(['--kd-model-name', str(teachers / 'preact_resnet20'), '--kd-temperature', '3',
                           '--task-loss-weight', '0.3', '--distill-loss-weight', '0.6', '--smoothing', '0'])
     student = timm.create_model('lm_resnet20', num_classes=CLASSES, layers=(1, 1, 1))
     config = dict(STUDENT_NORM, input_size=(3, 32, 32))
-    accelerator = Accelerator(cpu=True)
+    accelerator = create_accelerator(args, tmp_path)
     loss = create_loss(args, student, config, accelerator)
     assert loss.autocast == accelerator.autocast
     by_hand = Distillation(
@@ -194,9 +194,9 @@ def test_teacher_of_another_size_of_images_is_refused(tmp_path):
     record_data(teacher, input_size=(3, 16, 16), **TEACHER_NORM)
     save_folder(teacher, tmp_path, '', dict(depth=1, img_size=16))
     student = timm.create_model('lm_resnet20', num_classes=CLASSES, layers=(1, 1, 1))
+    args = parse_options(['--kd-model-name', str(tmp_path)])
     with pytest.raises(UserError, match=r'The teacher .* does not take images of 3x32x32 \(Input height'):
-        create_loss(parse_options(['--kd-model-name', str(tmp_path)]), student,
-                    dict(STUDENT_NORM, input_size=(3, 32, 32)), Accelerator(cpu=True))
+        create_loss(args, student, dict(STUDENT_NORM, input_size=(3, 32, 32)), create_accelerator(args, tmp_path))
 
 
 def test_teacher_that_is_not_there_is_named():
@@ -219,8 +219,9 @@ def test_teacher_computes_in_the_precision_of_the_training():
 
 
 @pytest.mark.parametrize('options, compiled', [([], False), (['--torchcompile', 'eager'], True)])
-def test_teacher_is_compiled_as_the_network_is(teachers, options, compiled):
+def test_teacher_is_compiled_as_the_network_is(teachers, tmp_path, options, compiled):
     args = parse_options(['--kd-model-name', str(teachers / 'preact_resnet20'), *options])
     student = timm.create_model('lm_resnet20', num_classes=CLASSES, layers=(1, 1, 1))
-    loss = create_loss(args, student, dict(STUDENT_NORM, input_size=(3, 32, 32)), Accelerator(cpu=True))
+    config = dict(STUDENT_NORM, input_size=(3, 32, 32))
+    loss = create_loss(args, student, config, create_accelerator(args, tmp_path))
     assert hasattr(loss.teacher, '_orig_mod') == compiled
