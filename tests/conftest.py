@@ -16,6 +16,8 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 ASSETS = tempfile.TemporaryDirectory(prefix='timm-lm-assets-')
 os.environ['HF_ASSETS_CACHE'] = ASSETS.name
 os.environ['HF_DATASETS_CACHE'] = os.path.join(ASSETS.name, 'datasets')
+os.environ['NO_PROXY'] = os.environ['no_proxy'] = '127.0.0.1'  # where the tests have their Hub
+os.environ['MATPLOTLIBRC'] = os.devnull  # pictures by the settings that matplotlib has by itself
 sys.path.insert(0, str(Path(__file__).parent))
 
 

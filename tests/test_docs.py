@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,14 +111,11 @@ def commands(hub, tmp_path_factory):
     """Runs a block in a folder, and returns what it prints."""
     home = tmp_path_factory.mktemp('home')
     (home / 'bin').mkdir()
-    address = str(home / 'socket')
     stub = home / 'bin' / 'timm-lm'
-    stub.write_text(STUB.format(python=sys.executable, address=address))
-    stub.chmod(0o755)
     checkouts = home / 'torch' / 'hub'
     checkouts.mkdir(parents=True)
     (checkouts / 'OWNER_timm-lm_main').symlink_to(ROOT)
-    env = {name: value for name, value in os.environ.items() if not name.startswith('HF_')}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(('HF_', 'HUGGING'))}
     env.update(HF_ENDPOINT=hub.endpoint, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET='1', HF_HOME=str(home / 'hf'),
                TORCH_HOME=str(home / 'torch'), PATH=f"{home / 'bin'}:{env['PATH']}")
 
@@ -129,11 +127,15 @@ def commands(hub, tmp_path_factory):
         assert result.returncode == 0, f'line {block.line}:\n{block.code}\n{result.stdout}\n{result.stderr}'
         return result.stdout
 
-    with subprocess.Popen([sys.executable, '-c', SERVER, address, BUDGET], env=env, cwd=home, text=True,
-                          stdout=subprocess.PIPE) as server:
-        assert server.stdout.readline() == 'ready\n'
-        yield run
-        server.kill()
+    with tempfile.TemporaryDirectory() as folder:  # as the address of a socket must be short
+        address = f'{folder}/socket'
+        stub.write_text(STUB.format(python=sys.executable, address=address))
+        stub.chmod(0o755)
+        with subprocess.Popen([sys.executable, '-c', SERVER, address, BUDGET], env=env, cwd=home, text=True,
+                              stdout=subprocess.PIPE) as server:
+            assert server.stdout.readline() == 'ready\n'
+            yield run
+            server.kill()
 
 
 def image_folder(folder):

@@ -108,7 +108,7 @@ def no_faults_left(request):
 @pytest.fixture(scope='module')
 def client_env(hub, package, tmp_path_factory):
     """The environment of a process that uses the Hub on loopback and the copy of the package."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith('HF_')}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(('HF_', 'HUGGING'))}
     home = tmp_path_factory.mktemp('home')
     return dict(env, HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE='0', HF_HUB_DISABLE_XET='1', HF_HOME=str(home),
                 PYTHONPATH=str(package), TIMM_LM_AUTOLOAD='0')

@@ -80,7 +80,7 @@ def fresh_python(code, *args, cwd, **env):
     The home folder and the caches are in `cwd`.
     """
     inherited = {name: value for name, value in os.environ.items()
-                 if not name.startswith(('HF_', 'TORCH_')) and name != 'TIMM_LM_AUTOLOAD'}
+                 if not name.startswith(('HF_', 'HUGGING', 'TORCH_')) and name != 'TIMM_LM_AUTOLOAD'}
     result = subprocess.run(
         [sys.executable, '-c', code, *map(str, args)], cwd=cwd, capture_output=True, text=True,
         env=inherited | dict(HF_HOME=str(cwd / 'hf'), TORCH_HOME=str(cwd / 'torch')) | env)
