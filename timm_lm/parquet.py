@@ -213,7 +213,8 @@ def open_parquet(paths: List[Path], mode: str, input_key: Optional[str], target_
             images, or all of them are empty.
     """
     import pyarrow.parquet as pq
-    names, columns, labels, class_names = [], [], [], None
+    names, columns, class_names = [], [], None
+    labels: List[np.ndarray] = []
     for path in paths:
         with _readable(path):
             schema = pq.read_schema(path)
