@@ -243,7 +243,7 @@ def test_only_endings_that_are_not_read_are_told(classes, images):
     Image.fromarray(images[5]).save(classes / 'train' / 'dog' / '2.jpg')
     remark = load_images('train', classes).remark
     assert '1 image in ' in remark
-    advice, = re.findall("--input-key '(.+)'", remark)
+    advice, = re.findall('--input-key "(.+)"', remark)
     for endings in (advice, advice.upper()):
         loaded = load_images('train', classes, input_key=endings)
         assert (loaded.remark, len(loaded)) == ('', 5)

@@ -471,7 +471,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         _tell(f'timm-lm: error: {said}')
         return EXIT_USER_ERROR
     except OSError as e:
-        if reader_is_gone(e):  # the rest is discarded
+        if argv[0] not in ('train', 'demo') and reader_is_gone(e):  # the rest is discarded; those two go on without
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         _tell(f'timm-lm: error: {e}; check the path, its permissions, the free space and the connection.')

@@ -25,6 +25,7 @@ from .names import is_ours
 from .weights_folder import CARD_NAME, CHECK_NAME, CONFIG_NAME, read_config, verify_folder
 
 FILES = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, CHECK_NAME)  # the only files that are published
+LOADED = ('.json', '.safetensors', '.bin', '.pt', '.pth')  # what libraries look for in a repo
 CARD_KEYS = ('library_name', 'license', 'tags', 'metrics')  # required in the front matter of a card
 LOCAL_SOURCE = 'local-dir:FOLDER'  # the source of the network in a local card
 
@@ -214,7 +215,7 @@ def _push(api: HfApi, upload: Upload, private: bool, revision: Optional[str], cr
         if there is None and not create_pr:
             api.create_branch(repo_id, branch=str(revision), exist_ok=True)
             there = _digests(api, repo_id, revision)  # those of main
-        foreign = sorted((there or {}).keys() - {*FILES, '.gitattributes'})
+        foreign = sorted(name for name in there or () if name not in FILES and name.endswith(LOADED))
         new = {name: content for name, content in upload.files.items()
                if (there or {}).get(name) not in _possible_digests(content)}
         if new:

@@ -87,7 +87,6 @@ def write_table(results: Path, page: Path) -> None:
     Raises:
         UserError: As ``split_page``.
     """
-    table = network_table(results)
     with locked(page.parent):
         before, after = split_page(page)
-        write_text(page, '\n'.join([before, '', *table, '', after]))
+        write_text(page, '\n'.join([before, '', *network_table(results), '', after]))

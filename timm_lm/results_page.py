@@ -54,17 +54,17 @@ def write_report(results: Path, page: Path) -> None:
         UserError: If a file cannot be read, or there is nothing to report.
     """
     tables, remarks = read_frame(results)
-    published = read_rows(results / PUBLISHED_NAME)
-    runs = {path.stem: read_rows(path) for path in sorted(results.glob('*.csv')) if path.name != PUBLISHED_NAME}
-    if not tables and not any(runs.values()):
-        raise UserError(f'{results} has no record of runs; add some with --add, or name a record with --results.')
-    lines = ['# Results', '', '<!-- made by `timm-lm report`; change results/ and run it again -->', '']
-    lines += [*_summary(tables, runs, published)] if tables else []
-    lines += ['## Remarks', '', remarks, ''] if remarks else []
-    for table in tables:
-        lines += _section(table, runs.get(table['dataset'], []), published)
     page.parent.mkdir(parents=True, exist_ok=True)
-    with locked(page.parent):  # another report may be written at the same time
+    with locked(page.parent):  # one report after the other, so that the last one has all rows
+        published = read_rows(results / PUBLISHED_NAME)
+        runs = {path.stem: read_rows(path) for path in sorted(results.glob('*.csv')) if path.name != PUBLISHED_NAME}
+        if not tables and not any(runs.values()):
+            raise UserError(f'{results} has no record of runs; add some with --add, or name a record with --results.')
+        lines = ['# Results', '', '<!-- made by `timm-lm report`; change results/ and run it again -->', '']
+        lines += [*_summary(tables, runs, published)] if tables else []
+        lines += ['## Remarks', '', remarks, ''] if remarks else []
+        for table in tables:
+            lines += _section(table, runs.get(table['dataset'], []), published)
         for dataset in PLOTTED:
             if plot_errors(runs.get(dataset, []), published, dataset, page.parent / f'error_{dataset}.png'):
                 lines += [f'![Error against parameters on {dataset}](error_{dataset}.png)', '']

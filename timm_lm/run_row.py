@@ -100,9 +100,11 @@ def _recipe(args: Dict[str, Any], processes: int) -> str:
 
 
 def _dataset(args: Dict[str, Any], told: Mapping[str, Any]) -> str:
-    kind = args['dataset'].partition('/')[0]
-    is_folder = kind not in ('hfds', 'torch') or args['dataset'].lower() in TORCH_FOLDERS
-    return folder_name((told.get('folder') or args['data_dir'] or '') if is_folder else args['dataset'])
+    dataset = args['dataset']
+    kind = dataset.partition('/')[0]
+    if kind not in ('hfds', 'torch') or dataset.lower() in TORCH_FOLDERS:
+        return folder_name(told.get('folder') or args['data_dir'] or '')
+    return folder_name(dataset.lower() if kind == 'torch' else dataset)
 
 
 def add_runs(folders: Sequence[Union[str, Path]], results: Path) -> List[Path]:

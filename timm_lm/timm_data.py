@@ -22,6 +22,7 @@ SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'ev
 # Data sets of torchvision whose test split timm reads for every split name but those of training.
 TRAIN_OR_TEST = {f'torch/{name}' for name in ('cifar10', 'cifar100', 'fashion_mnist', 'kmnist', 'mnist', 'qmnist')}
 TORCH_FOLDERS = ('torch/folder', 'torch/image_folder')
+_OWN_LOADER = ('torch/imagenet', 'torch/places365')  # more that torchvision reads from files with a loader
 
 
 # Folders of images
@@ -57,13 +58,14 @@ def check_split_folder(folder: Union[str, Path], split: str, required: bool = Fa
 
 def unread_images(root: str, read: Set[str]) -> str:
     """A remark on the images of a folder that timm reads only if their extensions are named, '' if there are none."""
-    known = {ending for ending, kind in Image.registered_extensions().items() if kind not in NOT_READ}
+    known = {ending for ending, kind in Image.registered_extensions().items()
+             if kind in Image.OPEN and kind not in NOT_READ}
     kinds = known | {'.heic', '.heif'}  # of phones
     kinds -= get_img_extensions(as_set=True) | read
     left_out = [path for path in files_below(root) if path.suffix.lower() in kinds]
     endings = {path.suffix.lower() for path in left_out}
     return _left_out(left_out, root, f"timm does not read {', '.join(sorted(endings))} by default; convert them, or "
-                                    f"name all extensions: --input-key '{';'.join(sorted(read | endings))}'")
+                                    f'name all extensions: --input-key "{";".join(sorted(read | endings))}"')
 
 
 def unnamed_images(root: str, read: Set[str], numbers: Mapping[str, int]) -> str:
@@ -114,7 +116,7 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
             remarks.append(f'{told} ignored, as {dataset or root} has no columns.')
     if is_folder and 'input_key' in keys:  # timm compares lower-case extensions
         keys['input_key'] = keys['input_key'].lower()
-    if is_torch:  # torchvision's own loader converts to RGB, which clips 16 bits
+    if is_torch or dataset.lower() in _OWN_LOADER:  # torchvision's loader converts to RGB, which clips 16 bits
         keys['loader'] = Image.open
     read = set(keys['input_key'].split(';')) if 'input_key' in keys else get_img_extensions(as_set=True)
     try:

@@ -659,14 +659,20 @@ class _FeatureGetter(FeatureGetterNet):
         self.model.set_grad_checkpointing(enable)
 
 
+def _is_registered(variant: str, given: Any) -> bool:
+    """Whether a config is that of one of the network's tags, and not a user's own."""
+    is_name = not isinstance(given, (dict, PretrainedCfg))
+    return is_name or resolve_pretrained_cfg(variant, given) in get_arch_pretrained_cfgs(variant).values()
+
+
 def _create_lm_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> LMResNet:
     overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
     given = kwargs.get('pretrained_cfg')
     cfg = resolve_pretrained_cfg(variant, given, dict(overlay))
-    if 'file' not in overlay and not cfg.source and is_shipped(cfg.file) and (cfg.hf_hub_id or cfg.url):
+    if 'file' not in overlay and not cfg.source and is_shipped(cfg.file) and (
+            cfg.hf_hub_id or cfg.url or cfg.state_dict):
         overlay['file'] = None  # a source was asked for, and timm would prefer the shipped file
-    registered = get_arch_pretrained_cfgs(variant).values()
-    if not pretrained and (not isinstance(given, (dict, PretrainedCfg)) or cfg in registered):
+    if not pretrained and _is_registered(variant, given):
         # new weights have no class names: a network trained on other classes would be saved with these names
         overlay = dict(label_names=None, description=None) | overlay
     kwargs['pretrained_cfg_overlay'] = overlay

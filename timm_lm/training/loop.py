@@ -191,7 +191,7 @@ class Training:
         if processes != self.accelerator.num_processes:
             raise UserError(f'The run was started with {processes} process(es) and cannot resume with '
                             f'{self.accelerator.num_processes}; start the same number.')
-        version = checkpoint.state.get('fsdp', 0)
+        version = checkpoint.state.get('fsdp', self.fsdp_version)
         if version != self.fsdp_version:
             before, now = (f'with FSDP version {n}' if n else 'without FSDP' for n in (version, self.fsdp_version))
             raise UserError(f'The run was started {before} and cannot resume {now}; start it as before.')
