@@ -46,7 +46,7 @@ from timm_lm.errors import UserError
 from timm_lm.machine import usable_cores
 from timm_lm.parquet import find_parquet
 from timm_lm.precision import asked_precision, no_bfloat16
-from timm_lm.training.optimizer import can_fuse
+from timm_lm.training.optimizer import has_fused_kernel
 from timm_lm.training.options import parse_options
 
 ONE_TRAINING = Path(__file__).resolve().parent / 'one_training.py'
@@ -235,7 +235,7 @@ def write_bare_options(options: List[str], device: str, images: int, steps: int,
         num_classes=args.num_classes or (cfg.num_classes if cfg else 1000),
         steps=steps,
         epochs=epochs,
-        opt_kwargs=dict(fused=True) | args.opt_kwargs if can_fuse(args.opt, device) else args.opt_kwargs,
+        opt_kwargs=dict(fused=True) | args.opt_kwargs if has_fused_kernel(args.opt, device) else args.opt_kwargs,
     )
     path.write_text(json.dumps(bare, default=str))
     return path

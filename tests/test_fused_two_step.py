@@ -1,5 +1,4 @@
 """Updates that Triton kernels compute: the kernels themselves, in Triton's interpreter, and which updates they take."""
-import importlib
 import json
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from helpers import OUR_PATH, fresh_python
 
 from timm_lm.eager import runs_eagerly
 from timm_lm.layers import fused_two_step as module
-from timm_lm.layers import two_step
+from timm_lm.layers import steps, two_step
 
 TESTS = Path(__file__).parent
 SIZE = 64  # elements of a large state, in these tests
@@ -76,8 +75,7 @@ def test_others_are_not_fused(can_fuse, name):
 def test_no_transform_sees_a_fused_update(can_fuse, monkeypatch):
     f, x, x_prev, k = states(2, 4, 3, 3)
     asked, fused = [], []
-    two_step_module = importlib.import_module('timm_lm.layers.two_step')
-    monkeypatch.setattr(two_step_module, 'fused_two_step', lambda *states: fused.append(states) or states[0])
+    monkeypatch.setattr(steps, 'fused_two_step', lambda *states: fused.append(states) or states[0])
 
     def update(f):
         asked.append(f)

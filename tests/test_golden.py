@@ -10,7 +10,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from timm_lm.layers.two_step import two_steps
+from timm_lm.layers.steps import two_steps
 
 TOLERANCE = 1e-10  # relative to the largest value, float64
 

@@ -30,7 +30,7 @@ from timm_lm.run_row import read_run
 from timm_lm.training import checkpoint as checkpoint_module
 from timm_lm.training import train as train_module
 from timm_lm.training.checkpoint import CheckpointStore, Progress, random_states, restore_random_states
-from timm_lm.training.option_rules import unread
+from timm_lm.training.option_rules import without_effect
 from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
 from timm_lm.training.run_folder import _compare_options, own_run_folder
@@ -780,7 +780,7 @@ def test_other_options_are_refused_by_name(few_digits, left_alone, tmp_path, fai
     free = {'config', 'resume', 'output', 'experiment', 'data_dir', 'dataset_download', 'log_interval',
             'recovery_interval', 'checkpoint_hist', 'workers', 'pin_mem', 'dry_run', 'log_tensorboard', 'log_wandb',
             'wandb_project', 'wandb_tags', 'wandb_resume_id'}
-    idle = {name for names, _ in unread(options) for name in names}
+    idle = {name for names, _ in without_effect(options) for name in names}
     _compare_options(Namespace(**options | dict.fromkeys(free, 'other')), left_alone / 'run')
     for names in ({'sched'}, options.keys() - {'sched', *free, *idle}):  # another schedule leaves more of them idle
         with pytest.raises(UserError, match='other options: ') as e:

@@ -24,7 +24,7 @@ from timm_lm.training.evaluate import evaluate
 from timm_lm.training.network import create_model
 from timm_lm.training.options import parse_options
 from timm_lm.training.places import command_line
-from timm_lm.training.result import describe_trained, run_facts
+from timm_lm.training.result import record_trained_on, run_facts
 from timm_lm.training.train import train
 from timm_lm.weights_folder import load_folder, verify_folder
 
@@ -204,7 +204,7 @@ def test_licence_of_the_weights_that_were_fine_tuned(weights, few_digits, tmp_pa
                 ([*small, '--initial-checkpoint', start / 'model.safetensors'], 'unknown')):
             args = parse_options(['-c', 'demo_digits', *map(str, start_from)])
             model = create_model(args)
-            describe_trained(args, model, resolve_input_config(args, model), None)
+            record_trained_on(args, model, resolve_input_config(args, model), None)
             assert (model.pretrained_cfg.get('license') or 'unknown') == expected
         code, _, err = command(
             'train', '-c', 'demo_digits', '--data-dir', few_digits, '--train-split', 'train[:64]', '--model', start,

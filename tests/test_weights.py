@@ -24,7 +24,7 @@ from timm_lm.errors import UserError
 from timm_lm.files import atomic_folder, sha256, sync, write_text
 from timm_lm.model_config import record_data
 from timm_lm.models import _weights
-from timm_lm.names import load_model, names_folder
+from timm_lm.names import is_folder_name, load_model
 from timm_lm.training.result import run_card
 from timm_lm.training.run_folder import read_args, read_result
 from timm_lm.weights_folder import CHECK_NAME, save_folder, verify_folder
@@ -519,4 +519,4 @@ def test_disks_that_do_not_sync_folders(tmp_path, monkeypatch, code, is_told):
     ('lm_resnet20', False), ('C:/runs/w', True),
     ('./w', True), ('w/', True)])
 def test_names_of_folders(name, is_folder):
-    assert names_folder(name) == is_folder
+    assert is_folder_name(name) == is_folder

@@ -128,9 +128,9 @@ def gradient(data, accelerator, folder):
     model = create_model(args).to(memory_format=torch.channels_last)
     plain = deepcopy(model).train()
     training = loop.Training(args, accelerator, model, loader, config, CheckpointStore(folder), StopSignals())
-    training._update = lambda epoch, step: None
+    training._update = lambda epoch, batch: None
     training.network.train()
-    training.step(*next(iter(loader)), epoch=0, step=0, is_update=True)
+    training.step(*next(iter(loader)), epoch=0, batch=0, is_update=True)
     means, own = [torch.zeros_like(p) for p in plain.parameters()], None
     for rank in range(accelerator.num_processes):
         other = copy(loader)

@@ -17,10 +17,10 @@ import torch
 from . import __version__
 from .card import recorded_error
 from .errors import RESUME, UserError, one_line, printable
-from .layers.two_step import k_values
+from .layers.steps import k_values
 from .model_config import TimmModel, image_config
 from .models._weights import weights_dir
-from .names import is_repo_name, load_model, model_tags, names_folder, our_models, timm_source, with_scheme
+from .names import is_folder_name, is_repo_name, load_model, model_tags, our_models, timm_source, with_scheme
 from .network_size import count_macs, count_parameters, network_size
 from .parser import Parser
 from .training.streams import reader_is_gone
@@ -288,7 +288,7 @@ def _export(argv: List[str]) -> None:
     model = load_model(args.model, **(dict(scriptable=True) if args.format == 'torchscript' else {}))
     ending = FORMATS[args.format][1]
     source = Path(args.model.rpartition(':')[2])
-    if names_folder(args.model):
+    if is_folder_name(args.model):
         source = source.resolve()
         source = source.parent if source.name == 'weights' else source  # that of a run
     path = args.output or Path(source.name + ending)

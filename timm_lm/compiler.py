@@ -20,6 +20,8 @@ from .errors import UserError, one_line
 def check_compiler(backend: str, mode: Optional[str], on_cpu: bool) -> None:
     """Check the backend of torch.compile, its mode, and what its code for the device needs.
 
+    Where the user has no name, it names the place of the compiler's cache in the environment.
+
     Raises:
         UserError: If there is no such backend or mode, or a compiler, triton, a newer GPU or a newer PyTorch is needed.
     """

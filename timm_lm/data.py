@@ -271,7 +271,7 @@ def is_image_folder(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
     return any(Path(data_dir).iterdir()) and not any(path.suffix == '.parquet' for path in files_below(data_dir))
 
 
-def is_class_folder(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
+def looks_for_split_folder(data_dir: Optional[Union[str, Path]], dataset: str) -> bool:
     """Whether timm looks for a folder of the split in the data folder, and reads all of it if there is none."""
     return is_torch_folder(data_dir, dataset) or is_image_folder(data_dir, dataset)
 
@@ -294,7 +294,7 @@ def check_labels(data: Split, num_classes: int) -> None:
 
 
 def check_class_names(found: Optional[Sequence[str]], names: Optional[Sequence[str]], of: str,
-                      may_differ: bool = True) -> str:
+                      may_be_disjoint: bool = True) -> str:
     """Compare the class names of data with known ones, as a folder of images that lacks a class renumbers others.
 
     Two sets of names that have nothing in common may be different names for the same classes.
@@ -303,7 +303,7 @@ def check_class_names(found: Optional[Sequence[str]], names: Optional[Sequence[s
         found: Names of the classes of the data in the order of their numbers, unknown if None.
         names: Names in the order of the class numbers, unknown if None.
         of: What the known classes belong to, for the message.
-        may_differ: Accept names that have nothing in common.
+        may_be_disjoint: Accept names that have nothing in common.
 
     Returns:
         A remark if names that have nothing in common were accepted, otherwise ''.
@@ -314,7 +314,7 @@ def check_class_names(found: Optional[Sequence[str]], names: Optional[Sequence[s
     found, known = tuple(found or ()), tuple(names or ())
     if not found or not known or found == known:
         return ''
-    if may_differ and not {*found} & {*known}:
+    if may_be_disjoint and not {*found} & {*known}:
         return (f'No class of the data ({some(found)}) is among those of {of} ({some(known)}); classes are compared '
                 'by number only.')
     shown = some(sorted({*found} ^ {*known}))

@@ -97,16 +97,26 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
         raise UserError(f'The networks differ in more than depth: in {differing[0]} and {len(differing) - 1} others.')
     deep.load_state_dict(state)
     _copy_config(shallow, deep)
-    repeats_before = 1
-    for (_, new), repeated in zip(_pairs(shallow, deep), sources):
-        for i, (block, source) in enumerate(zip(new.blocks, repeated)):
+    _divide_steps(deep, sources)
+    return deep
+
+
+def _divide_steps(deep: LMResNet, sources: List[List[int]]) -> None:
+    """Make the steps of repeated blocks smaller, so that together they go as far as the block that they repeat.
+
+    Args:
+        deep: A network with the weights of the repeated blocks.
+        sources: For each stage, the block of the shallow stage that each block repeats.
+    """
+    repeats_before = 1  # of the previous block, also across stages: k weighs the step that it made
+    for stage, repeated in zip(deep.stages, sources):
+        for i, (block, source) in enumerate(zip(cast(Any, stage).blocks, repeated)):
             repeats = repeated.count(source)
             block.last_conv().weight.div_(repeats)
             if isinstance(block.step, TwoStep) and block.history is None:
                 is_first = repeated.index(source) == i
                 block.step.k.mul_(repeats_before if is_first else 0)
             repeats_before = repeats
-    return deep
 
 
 def _copy_config(shallow: LMResNet, deep: LMResNet) -> None:

@@ -56,7 +56,7 @@ class Augmentation:
     mixup: Optional[BatchMixup] = None
     mixup_off_epoch: int = 0
 
-    def before(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def augment_pixels(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Augment uint8 images."""
         if self.padding:
             images = pad_crop(images, self.padding, generator)
@@ -66,8 +66,8 @@ class Augmentation:
             images = random_vflip(images, self.vflip, generator)
         return images
 
-    def after(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, seed: int,
-              epoch: int) -> Batch:
+    def augment_normalized(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, seed: int,
+                           epoch: int) -> Batch:
         """Augment normalised images and their targets."""
         if self.mixup is not None:
             self.mixup.mixup_enabled = not self.mixup_off_epoch or epoch < self.mixup_off_epoch
@@ -178,12 +178,13 @@ class BatchLoader(ABC):
         for step, (images, labels) in enumerate(self.read(self.order(), start), start):
             if self.is_training:
                 seed = _seed(self.seed, self.epoch, step, self.rank)
-                images = self.augmentation.before(images, generator.manual_seed(seed))
+                images = self.augmentation.augment_pixels(images, generator.manual_seed(seed))
             elif len(labels) < self.batch_size:
                 images, labels = self._fill(images, labels)
             images = normalize(images, self.mean, self.std, self.memory_format)
             if self.is_training:
-                images, labels = self.augmentation.after(images, labels, generator, seed, self.epoch)
+                images, labels = self.augmentation.augment_normalized(
+                    images, labels, generator, seed, self.epoch)
             yield images, labels
 
     def on_cpu(self, batch_size: int) -> 'BatchLoader':
@@ -266,7 +267,7 @@ class WorkerLoader(BatchLoader):
             or [(0, (0,))]  # no image is left for this process; the first one stands in, without a label
             for first, indices in slices
         ]
-        self.plan[:] = batches
+        self.plan[:] = batches  # in place: a loader with persistent workers keeps the sampler that it was made with
         if self.loader.num_workers:
             _start_fork_server()
         try:

@@ -53,11 +53,11 @@ def model_tags(architecture: str) -> List[str]:
 
 def with_default_tag(name: str) -> str:
     """A name of timm's registry without a tag with the default one, if it has any; other names unchanged."""
-    tags = model_tags(name) if timm.is_model(name) and '.' not in name and not names_folder(name) else []
+    tags = model_tags(name) if timm.is_model(name) and '.' not in name and not is_folder_name(name) else []
     return f'{name}.{tags[0]}' if tags else name
 
 
-def names_folder(source: str) -> bool:
+def is_folder_name(source: str) -> bool:
     """Whether the name of a network is that of a weights folder, or of a file given instead of one.
 
     A folder that has the name of a network but no weights, such as a run folder, does not hide the network.
@@ -90,7 +90,7 @@ def timm_source(source: str) -> str:
         UserError: If it is none of these.
     """
     source = with_scheme(source)
-    if names_folder(source):
+    if is_folder_name(source):
         return f"local-dir:{source.removeprefix('local-dir:')}"
     if not is_repo_name(source):
         source = timm.models.get_deprecated_models().get(source) or source
@@ -140,4 +140,4 @@ def saved_model_args(source: str) -> Dict[str, Any]:
         *_, model_args = timm.models.load_model_config_from_hf(source.removeprefix('hf-hub:'))
         return dict(model_args or {})
     folder = Path(source.removeprefix('local-dir:'))
-    return dict(read_config(folder).get('model_args') or {}) if names_folder(source) and folder.is_dir() else {}
+    return dict(read_config(folder).get('model_args') or {}) if is_folder_name(source) and folder.is_dir() else {}

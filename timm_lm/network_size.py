@@ -12,12 +12,6 @@ from .model_config import TimmModel
 
 
 @cache
-def parameter_count(architecture: str, num_classes: int) -> int:
-    """Parameters of one of timm's networks, counted without allocating them."""
-    return count_parameters(timm.create_model(architecture, num_classes=num_classes, device='meta'))
-
-
-@cache
 def network_size(architecture: str, num_classes: int, input_size: Tuple[int, int, int]) -> Tuple[int, float]:
     """Parameters and MACs, counted without allocating memory for either."""
     model = timm.create_model(architecture, num_classes=num_classes, device='meta')

@@ -1,11 +1,13 @@
 """The plots of the page of results: error against parameters, and the learned ``k`` by depth."""
+from functools import cache
 from pathlib import Path
 from typing import Any, Dict, List
 
+import timm
 from timm.models import get_arch_name
 
 from .files import save_figure
-from .network_size import parameter_count
+from .network_size import count_parameters
 from .results import Row
 
 
@@ -19,9 +21,11 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout='constrained')
 
 
+@cache
 def _millions(network: str, num_classes: int) -> float:
     """Millions of parameters of the plain network of the same depth; one ``k`` per block is not counted."""
-    return parameter_count('preact_' + network.removeprefix('preact_').removeprefix('lm_'), num_classes) / 1e6
+    plain = 'preact_' + network.removeprefix('preact_').removeprefix('lm_')
+    return count_parameters(timm.create_model(plain, num_classes=num_classes, device='meta')) / 1e6
 
 
 def plot_errors(runs: List[Row], published: List[Row], dataset: str, path: Path) -> bool:

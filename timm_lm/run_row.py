@@ -10,7 +10,7 @@ from .precision import asked_precision
 from .results import COLUMNS, Row, add_rows, check_rows
 from .timm_data import TORCH_FOLDERS
 from .training.checkpoint import CheckpointStore
-from .training.option_rules import unread
+from .training.option_rules import without_effect
 from .training.options import parse_options
 from .training.places import folder_name, last_name, without_place
 from .training.recipes import list_recipes
@@ -85,7 +85,7 @@ def _recipe(args: Dict[str, Any], processes: int) -> str:
         return args['tag']
     shipped = yaml.safe_load(yaml.safe_dump(vars(parse_options(['-c', args['tag']]))))
     run = args | dict(batch_size=args['batch_size'] * processes)
-    idle = {name for names, _ in unread(shipped | run) for name in names}
+    idle = {name for names, _ in without_effect(shipped | run) for name in names}
 
     def told(name: str) -> str:
         shorten = last_name if name in ('grow_from', 'kd_model_name') else without_place

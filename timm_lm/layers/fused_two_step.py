@@ -12,7 +12,7 @@ import torch
 from timm_lm.eager import runs_eagerly
 from timm_lm.errors import one_line
 
-FUSED_ON = 'cuda'
+FUSED_ON = 'cuda'  # tests set it to 'cpu', for Triton's interpreter, or to no device
 FUSED_SIZE = 2 ** 22  # elements of a state; smaller updates take less time than their launch
 
 

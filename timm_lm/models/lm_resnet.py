@@ -43,7 +43,7 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import nn
 
 from timm_lm.layers import EulerStep, StateNoise, TwoStep
-from timm_lm.layers.two_step import KInit, k_values, two_steps
+from timm_lm.layers.steps import KInit, k_values, two_steps
 
 from . import _labels
 from ._weights import check_shipped, is_shipped, sources_of_tags
@@ -732,11 +732,9 @@ def _cifar_tags(*further: str) -> Dict[str, Dict[str, Any]]:
 
     The first one sets the number of classes; the first one with weights for that number of classes is the default.
     """
-    best_first = 'distill_c10', 'grow_c10'  # before the others, the best first
-    tags = sorted(
-        (*(tag for tag in best_first if tag in further), 'best_c10', *further, 'best_c100', 'paper_c100'),
-        key=lambda tag: tag.endswith('_c100'))
-    return {tag: _C100 if tag.endswith('_c100') else _C10 for tag in tags}
+    best = [tag for tag in ('distill_c10', 'grow_c10') if tag in further]  # better than best_c10, the best first
+    tags = dict.fromkeys((*best, 'best_c10', *further, 'best_c100', 'paper_c100'))  # each once
+    return {tag: cfg for data, cfg in (('_c10', _C10), ('_c100', _C100)) for tag in tags if tag.endswith(data)}
 
 
 _C100_TAGS = dict(best_c100=_C100, paper_c100=_C100)

@@ -28,7 +28,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
                        help='timm\'s type and name, such as hfds/uoft-cs/cifar10 (default: what the folder holds)')
     group.add_argument('--val-split', metavar='NAME', default='validation',
                        help="split to validate on, '' for none in training")
-    group.add_argument('--dataset-download', action=argparse.BooleanOptionalAction, default=False,
+    group.add_argument('--dataset-download', action=_FLAG, default=False,
                        help='allow torch/ data sets to be downloaded')
     group.add_argument('--class-map', metavar='FILE', default='', help='file of class names or numbers')
     group.add_argument('--input-key', metavar='NAME',

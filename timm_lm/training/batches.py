@@ -16,8 +16,8 @@ from timm_lm.data import (
     check_class_names,
     check_labels,
     is_archive,
-    is_class_folder,
     load_images,
+    looks_for_split_folder,
     open_images,
 )
 from timm_lm.errors import UserError, one_line
@@ -90,7 +90,7 @@ def load_split(
         UserError: If there is no such split, or training and validation images would be the same.
     """
     kind = kind or args.loader
-    if is_class_folder(args.data_dir, args.dataset):  # with validation, each split has its own folder
+    if looks_for_split_folder(args.data_dir, args.dataset):  # with validation, each split has its own folder
         check_split_folder(args.data_dir, split, required=bool(args.val_split), is_training=is_training)
     if args.val_split and is_archive(args.data_dir, args.dataset):
         raise UserError(f"{args.data_dir} is one archive without splits, so training and validation images would be "
@@ -98,7 +98,8 @@ def load_split(
                         'validation.')
     source = data_source(vars(args))
     _, height, width = data_config['input_size']
-    one_by_one = is_training and (not_in_memory(args) or height != width and not args.no_aug)  # timm's crops are square
+    # to a size that is not square, a crop in memory keeps the aspect, and timm's does not
+    one_by_one = is_training and (not_in_memory(args) or height != width and not args.no_aug)
     if kind == 'memory' or kind == 'auto' and not one_by_one:
         try:
             return load_images(
@@ -157,11 +158,11 @@ def load_data(
                         'give the same to all of them.')
     for data in (train_set, eval_set):
         if data is not None:
-            check_class_names(data.class_names, train_set.class_names, of='the training split', may_differ=False)
+            check_class_names(data.class_names, train_set.class_names, of='the training split', may_be_disjoint=False)
             check_labels(data, model.num_classes)
     if checkpoint is not None:
         before = checkpoint.state['facts']['pretrained_cfg'].get('label_names')
-        check_class_names(train_set.class_names, before, of='the run when it was started', may_differ=False)
+        check_class_names(train_set.class_names, before, of='the run when it was started', may_be_disjoint=False)
     return train_set, eval_set
 
 

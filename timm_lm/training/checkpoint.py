@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -24,12 +24,15 @@ from timm_lm.files import atomic_folder, own_memory, replaced, sha256
 
 TENSORS, STATE = 'state.safetensors', 'state.json'
 PREFIX = 'step-'
-_GROUP = 'param_groups/'  # prefix of tensors that belong to a parameter group
+_PARAM_GROUPS = 'param_groups/'  # prefix of tensors that belong to a parameter group
 
 
 @dataclass
 class Progress:
-    """How far a training has come: the epoch, and the batches of it that are done."""
+    """How far a training has come: the epoch, and how many of its batches are done.
+
+    All batches of an epoch done: its validation is next. No batch done: the epoch before is over, with its validation.
+    """
 
     epoch: int = 0
     batch: int = 0
@@ -75,7 +78,7 @@ def _split_optimizer(state: Dict[str, Any]) -> Tuple[Dict[str, torch.Tensor], Di
     groups = []
     for number, group in enumerate(state['param_groups']):  # some optimizers count their steps there
         found = {key: value for key, value in group.items() if isinstance(value, torch.Tensor)}
-        tensors.update({f'{_GROUP}{number}/{key}': value for key, value in found.items()})
+        tensors.update({f'{_PARAM_GROUPS}{number}/{key}': value for key, value in found.items()})
         groups.append({key: str(value) if isinstance(value, torch.dtype) else value
                        for key, value in group.items() if key not in found})
     return tensors, dict(values=rest, param_groups=groups)
@@ -86,8 +89,8 @@ def _join_optimizer(tensors: Dict[str, torch.Tensor], rest: Dict[str, Any]) -> D
     groups = [{key: getattr(torch, value[6:]) if str(value).startswith('torch.') else value
                for key, value in group.items()} for group in rest['param_groups']]
     for name, value in {**tensors, **rest['values']}.items():
-        if name.startswith(_GROUP):
-            number, _, key = name.removeprefix(_GROUP).partition('/')
+        if name.startswith(_PARAM_GROUPS):
+            number, _, key = name.removeprefix(_PARAM_GROUPS).partition('/')
             groups[int(number)][key] = value
             continue
         index, _, key = name.rpartition('.')
@@ -119,8 +122,8 @@ class Damaged(UserError):
     """A damaged or incomplete checkpoint."""
 
 
-def name_with_step(folder: Path) -> Optional[str]:
-    """The name of a checkpoint without its set-aside prefix, None if a folder is not named like one."""
+def step_name(folder: Path) -> Optional[str]:
+    """The name ``step-<updates>`` of a checkpoint's folder, also of one that was set aside; None for other folders."""
     found = re.search(rf'(?:^|-)({PREFIX}\d+)$', folder.name)
     return found and found[1]
 
@@ -220,14 +223,16 @@ class CheckpointStore:
         """
         aside = []
         now = f'{datetime.now():%Y%m%d-%H%M%S-%f}'
-        came = '' if checkpoint is None else checkpoint.folder.name
-        own = '' if checkpoint is None else name_with_step(checkpoint.folder) or ''
+        current = step = ''  # its folder's name, and the one that it had before it was perhaps set aside
+        if checkpoint is not None:
+            current, step = checkpoint.folder.name, cast(str, step_name(checkpoint.folder))
         for folder in self.newest_first():
-            if folder.name > own or folder.name == own != came:
-                place = folder.with_name(f'set-aside-{now}-{folder.name}')
-                aside.append(folder.rename(place))
-        if own and own != came:  # one that was set aside counts again
-            (self.folder / came).rename(self.folder / own)
+            is_later = folder.name > step
+            took_its_place = folder.name == step and current != step  # by the run that went on from before it
+            if is_later or took_its_place:
+                aside.append(folder.rename(folder.with_name(f'set-aside-{now}-{folder.name}')))
+        if current != step:  # one that was set aside counts again
+            (self.folder / current).rename(self.folder / step)
         return aside
 
     def read(self, folder: Path) -> Checkpoint:

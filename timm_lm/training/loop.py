@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from timm_lm.errors import UserError, one_line
-from timm_lm.layers.two_step import k_values
+from timm_lm.layers.steps import k_values
 from timm_lm.loader import BatchLoader
 from timm_lm.model_config import TimmModel
 
@@ -95,16 +95,17 @@ class Training:
         # Not compiled with the network: on a GPU the backward pass would use logits rounded to bfloat16, but the
         # maximum and the logarithm of unrounded ones, so that probabilities would not add up to 1.
         self.loss = create_loss(args, model, data_config, accelerator)
+        # what is called: self.model compiled, and wrapped for several processes; its weights are those of self.model
         self.network, prepared = accelerator.prepare(model, self.plain_optimizer)
         # Accelerate's wrapper takes longer than a fused step of a small network, and only the scaler needs it
         self.optimizer = self.plain_optimizer if accelerator.scaler is None else prepared
         self.uses_cuda_graphs = bool(args.torchcompile) and accelerator.device.type == 'cuda'
         self.sums = EpochSums(len(loader), accelerator.device)
-        # factor on the gradients of a batch: 1 / batches of its update
-        self.shares = {share: torch.full((), 1 / share, device=accelerator.device)
-                       for share in range(1, args.grad_accum_steps + 1)}
+        # factor on the gradients of a batch, by the number of batches of its update
+        self.gradient_scales = {batches: torch.full((), 1 / batches, device=accelerator.device)
+                                for batches in range(1, args.grad_accum_steps + 1)}
         # Accelerate adds it to the network, but not with FSDP 2
-        self.autocast = accelerator.autocast if getattr(accelerator, 'is_fsdp2', False) else nullcontext
+        self.autocast = accelerator.autocast if self.fsdp_version == 2 else nullcontext
         self.best: Optional[Dict[str, Any]] = None
         self.facts: Dict[str, Any] = {}  # what describes the weights of a checkpoint, besides the options
         self.eval_seconds = 0.
@@ -146,7 +147,12 @@ class Training:
         return {name[:-len(suffix)]: tensor.tolist() for name, tensor in whole.items() if name.endswith(suffix)}
 
     def save(self, progress: Progress) -> Path:
-        """Write a checkpoint from the main process; the others contribute their parts."""
+        """Write a checkpoint from the main process; the others contribute their parts.
+
+        Raises:
+            UserError: If a loss was not finite, as such weights must not become the newest checkpoint.
+        """
+        # between epochs the last batch is of the one before; a signal that this tells is left to the caller
         self.agree(progress.epoch if progress.batch else progress.epoch - 1)
         # on the CPU, as each process unpacks what all of them sent
         own = [random_states() | {name: buffer.cpu() for name, buffer in self._own_buffers().items()}]
@@ -256,15 +262,17 @@ class Training:
             self.agree_interval = max(1, min(self.args.log_interval, int(AGREE_SECONDS / slowest)))
         bad = [(int(batch), lr) for batch, lr, *_ in found if batch]
         if bad:
-            first_bad, lr = min(bad)
-            updates, within = divmod(first_bad - 1, self.args.grad_accum_steps)
-            # a checkpoint between the last finite batch and the first bad one has the weights that caused it
-            ruined = None if within else self.store.name(epoch * self.updates_per_epoch + updates)
-            good = next((path for path in self.store.newest_first() if path.name != ruined), None)
-            rest = f'the last good checkpoint is {good}' if good else 'there is no good checkpoint yet'
-            raise UserError(f'The loss is not finite from batch {first_bad} of epoch {epoch + 1} on (learning rate '
-                            f'{lr:g}); {rest}. Use a smaller learning rate.')
+            self._refuse_not_finite(epoch, *min(bad))
         return int(max(number for _, _, number, _ in found))
+
+    def _refuse_not_finite(self, epoch: int, first_bad: int, lr: float) -> NoReturn:
+        updates, within = divmod(first_bad - 1, self.args.grad_accum_steps)
+        # a checkpoint between the last finite batch and the first bad one has the weights that caused it
+        ruined = None if within else self.store.name(epoch * self.updates_per_epoch + updates)
+        good = next((path for path in self.store.newest_first() if path.name != ruined), None)
+        rest = f'the last good checkpoint is {good}' if good else 'there is no good checkpoint yet'
+        raise UserError(f'The loss is not finite from batch {first_bad} of epoch {epoch + 1} on (learning rate '
+                        f'{lr:g}); {rest}. Use a smaller learning rate.')
 
     # Steps
 
@@ -285,15 +293,15 @@ class Training:
             self.sums.start()
             self.two_step_switch.start_epoch(epoch, self.network)
         self.network.train()
-        steps = len(self.loader)
-        images_per_step = args.batch_size * accelerator.num_processes
+        batches = len(self.loader)
+        images_per_batch = args.batch_size * accelerator.num_processes
         start = time.perf_counter()
         signal_number = 0
-        for step, (images, targets) in enumerate(self.loader.batches(first_batch), start=first_batch):
-            done = step + 1
-            is_update = done % args.grad_accum_steps == 0 or done == steps
+        for batch, (images, targets) in enumerate(self.loader.batches(first_batch), start=first_batch):
+            done = batch + 1
+            is_update = done % args.grad_accum_steps == 0 or done == batches
             try:
-                self.step(images, targets, epoch, step, is_update)
+                self.step(images, targets, epoch, batch, is_update)
             except RuntimeError as e:
                 if self._signal_that_ended_the_compiler(e):
                     self.live.close()
@@ -307,40 +315,41 @@ class Training:
                 seconds = (time.perf_counter() - start) / (done - first_batch)
                 signal_number = self.agree(epoch, seconds * args.grad_accum_steps)
             if is_told:
-                left = seconds * (steps - done + (self.num_epochs - epoch - 1) * steps)
+                left = seconds * (batches - done + (self.num_epochs - epoch - 1) * batches)
                 validations = -(-self.num_epochs // args.val_interval) - epoch // args.val_interval
                 left += self.eval_seconds * validations
                 error = 100 - 100 * self.sums.correct / (done * args.batch_size)  # of this process
-                self.live.show(epoch, done, self.sums.loss / done, error, self.learning_rate, images_per_step / seconds,
-                               left)
+                self.live.show(epoch, done, self.sums.loss / done, error, self.learning_rate,
+                               images_per_batch / seconds, left)
             if accelerator.num_processes == 1:
                 signal_number = self.signals.number
-            if is_update and done < steps:
+            if is_update and done < batches:
                 self._save_or_stop(Progress(epoch, done), signal_number)
         self.live.close()
         self.agree(epoch)
         seconds = time.perf_counter() - start
         sums = self.sums.reduced(accelerator)
         # after a stop during validation they were already shared, and a mean of equal numbers may round
-        if first_batch < steps and accelerator.num_processes > 1 and args.dist_bn and not args.sync_bn:
+        if first_batch < batches and accelerator.num_processes > 1 and args.dist_bn and not args.sync_bn:
             averages = [self.average.module] if self.average else []
             for model in (self.model, *averages):
                 distribute_bn(model, accelerator.num_processes, args.dist_bn == 'reduce')
         metrics = dict(
-            loss=sums[0].item() / steps / accelerator.num_processes,
-            top1=100 * sums[1].item() / (steps * images_per_step),
+            loss=sums[0].item() / batches / accelerator.num_processes,
+            top1=100 * sums[1].item() / (batches * images_per_batch),
         )
-        if first_batch < steps:
-            metrics['images_per_second'] = (steps - first_batch) * images_per_step / seconds
+        if first_batch < batches:
+            metrics['images_per_second'] = (batches - first_batch) * images_per_batch / seconds
         return metrics
 
-    def step(self, images: torch.Tensor, targets: torch.Tensor, epoch: int, step: int, is_update: bool) -> None:
+    def step(self, images: torch.Tensor, targets: torch.Tensor, epoch: int, batch: int, is_update: bool) -> None:
         """Forward and backward pass of one batch, and the update when its batches are complete."""
         args = self.args
-        steps, accumulate = len(self.loader), args.grad_accum_steps
-        share = min(accumulate, steps - step // accumulate * accumulate)  # the last update may have fewer batches
+        accumulate = args.grad_accum_steps
+        # the last update may have fewer batches
+        of_update = min(accumulate, len(self.loader) - batch // accumulate * accumulate)
         lr = self.learning_rate
-        if step % accumulate == 0:  # in between, gradients are still where the graphs put them
+        if batch % accumulate == 0:  # in between, gradients are still where the graphs put them
             self._free_graph_outputs()
         scaler = self.accelerator.scaler
         with nullcontext() if is_update else self.accelerator.no_sync(self.network):
@@ -349,9 +358,9 @@ class Training:
             logits = logits.float()
             loss = self.loss(images, logits, targets)
             # Accelerate's backward would divide by its own number of batches, three more operations
-            (loss if scaler is None else scaler.scale(loss)).backward(self.shares[share])
+            (loss if scaler is None else scaler.scale(loss)).backward(self.gradient_scales[of_update])
         if is_update:
-            self._update(epoch, step)
+            self._update(epoch, batch)
         labels = targets.argmax(1) if targets.ndim == 2 else targets
         self.sums.add(lr, loss.detach(), (logits.detach().argmax(1) == labels).sum())
 
@@ -360,14 +369,14 @@ class Training:
         if self.uses_cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
 
-    def _update(self, epoch: int, step: int) -> None:
+    def _update(self, epoch: int, batch: int) -> None:
         args = self.args
         self.two_step_switch.hold(epoch)
         if args.clip_grad is not None:
             self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        updates = epoch * self.updates_per_epoch + step // args.grad_accum_steps + 1
+        updates = epoch * self.updates_per_epoch + batch // args.grad_accum_steps + 1
         if self.scheduler is not None:
             self.scheduler.step_update(updates)
         if self.average is not None:

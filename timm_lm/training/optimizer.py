@@ -23,7 +23,7 @@ def set_learning_rate(args: argparse.Namespace, num_processes: int) -> None:
     args.lr = args.lr_base * (math.sqrt(ratio) if scale == 'sqrt' else ratio)
 
 
-def can_fuse(name: str, device_type: str = 'cpu') -> bool:
+def has_fused_kernel(name: str, device_type: str = 'cpu') -> bool:
     """Whether an optimizer of timm's factory is one of PyTorch's that updates all weights of a device in one kernel."""
     if device_type == 'mps':
         return False
@@ -72,7 +72,7 @@ def create_optimizer(args: argparse.Namespace, model: TimmModel, sharded: bool =
     device = next(model.parameters()).device
     in_float16 = args.amp and args.amp_dtype == 'float16'  # where fused SGD starts from zero, see begin_momentum
     can_begin = not (in_float16 and kwargs.get('dampening'))
-    if not kwargs.keys() & {'fused', 'foreach'} and not sharded and can_begin and can_fuse(name, device.type):
+    if not kwargs.keys() & {'fused', 'foreach'} and not sharded and can_begin and has_fused_kernel(name, device.type):
         kwargs['fused'] = True
     if not kwargs.get('filter_bias_and_bn', True) and args.layer_decay is None and not _TIMM_SPARES:
         exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else set()

@@ -195,7 +195,7 @@ def not_in_memory(args: argparse.Namespace) -> List[str]:
     return [f'{option_name(name)} {value}' for name, value in asked.items() if value and value != off[name]]
 
 
-def unread(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
+def without_effect(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
     """Options that have no effect given the others, and why."""
     for leaders, followers in ONLY_WITH.items():
         if not any(values[leader] for leader in leaders):
@@ -232,9 +232,9 @@ def _unread_by_optimizer(opt: str) -> Tuple[str, ...]:
     return tuple(name for name, is_read in read.items() if not is_read)
 
 
-def check_unread(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:
+def check_effect(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:
     """Refuse options that were changed but have no effect."""
-    for names, why in unread(values):
+    for names, why in without_effect(values):
         for name in _changed(names, values, before, defaults):
             raise UserError(f'{option_name(name)} does nothing {why}, or leave it out.')
 

@@ -10,7 +10,7 @@ from timm_lm.parser import Parser
 from timm_lm.timm_data import SPLIT_NAMES, TRAIN_OR_TEST
 
 from .arguments import build_parser
-from .option_rules import ONLY_WITH, check_options, check_taken, check_unread, unread, usual_decay_epochs
+from .option_rules import ONLY_WITH, check_effect, check_options, check_taken, usual_decay_epochs, without_effect
 from .recipes import find_recipe, read_recipe
 
 
@@ -36,9 +36,8 @@ def parse_options(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     if config:
         path, model = find_recipe(config)
         given = defaults | read_recipe(path, actions) | (dict(model=model) if model else {})
-        if given['decay_epochs'] == usual_decay_epochs(given['sched']):  # as a run records it
-            given['decay_epochs'] = None
-        check_unread(given, defaults, defaults)
+        _unset_usual_decay(given)
+        check_effect(given, defaults, defaults)
         parser.set_defaults(**given)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -50,14 +49,13 @@ def parse_options(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         raise UserError(f"Unknown argument '{unknown[0]}'; {hint}")
     if args.val_split in SPLIT_NAMES[1] and args.dataset.lower() in TRAIN_OR_TEST:
         args.val_split = 'test'  # which timm takes for any other name, and validation is its default
-    if args.decay_epochs == usual_decay_epochs(args.sched):
-        args.decay_epochs = None
+    _unset_usual_decay(vars(args))
     check_options(args)
-    check_unread(vars(args), given, defaults)
+    check_effect(vars(args), given, defaults)
     check_taken(vars(args), given, defaults)
     if args.no_aug:
         args.hflip, args.vflip, args.pad_crop, args.reprob = 0., 0., 0, 0.
-    for names, _ in unread(vars(args)):
+    for names, _ in without_effect(vars(args)):
         _reset(args, *names)
     for leaders in ONLY_WITH:  # of all spellings of off, the one of timm's defaults, if these are off
         _reset(args, *(leader for leader in leaders if not getattr(args, leader) and not defaults[leader]))
@@ -78,6 +76,16 @@ def turn_off(args: argparse.Namespace, leader: str) -> None:
 def _reset(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         setattr(args, name, copy.copy(_defaults()[name]))
+
+
+def _unset_usual_decay(options: Dict[str, Any]) -> None:
+    """Take a schedule's usual ``--decay-epochs`` as not given.
+
+    A run records it in args.yaml with every schedule, and that file must be accepted as a recipe although most
+    schedules do not read it.
+    """
+    if options['decay_epochs'] == usual_decay_epochs(options['sched']):
+        options['decay_epochs'] = None
 
 
 @cache

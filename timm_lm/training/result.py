@@ -11,7 +11,7 @@ from tqdm import tqdm
 import timm_lm
 from timm_lm.card import render_card
 from timm_lm.files import write_text
-from timm_lm.layers.two_step import k_values
+from timm_lm.layers.steps import k_values
 from timm_lm.loader import BatchLoader
 from timm_lm.machine import processor_name, usable_cores
 from timm_lm.model_config import TimmModel, record_data
@@ -56,7 +56,7 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
                'float32, eager, on the CPU)')
 
 
-def describe_trained(args: argparse.Namespace, model: TimmModel, data_config: Dict[str, Any],
+def record_trained_on(args: argparse.Namespace, model: TimmModel, data_config: Dict[str, Any],
                      class_names: Optional[Sequence[str]]) -> None:
     """Record in a network's config what it is trained on."""
     if args.initial_checkpoint or args.pretrained_path:

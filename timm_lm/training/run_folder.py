@@ -13,8 +13,8 @@ from timm.models import parse_model_name, safe_model_name
 from timm_lm.errors import UserError, one_line
 from timm_lm.files import write_text
 
-from .checkpoint import Checkpoint, CheckpointStore, name_with_step
-from .option_rules import unread
+from .checkpoint import Checkpoint, CheckpointStore, step_name
+from .option_rules import without_effect
 from .places import last_name
 
 try:
@@ -43,7 +43,7 @@ def run_folder(args: argparse.Namespace) -> Path:
         UserError: If a run is to be resumed and none is named, or two are.
     """
     if args.resume not in ('', 'auto'):
-        if Path(args.resume).parent.name != 'checkpoints' or name_with_step(Path(args.resume)) is None:
+        if Path(args.resume).parent.name != 'checkpoints' or step_name(Path(args.resume)) is None:
             raise UserError(f'--resume {args.resume} is not a checkpoint; give RUN/checkpoints/step-..., or auto for '
                             'the newest of a run.')
         folder = Path(args.resume).parent.parent
@@ -122,7 +122,7 @@ def _compare_options(args: argparse.Namespace, folder: Path) -> None:
     before = read_args(folder)
     now = yaml.safe_load(yaml.safe_dump(vars(args)))
     before = now | before
-    idle = {name for options in (now, before) for names, _ in unread(options) for name in names}
+    idle = {name for options in (now, before) for names, _ in without_effect(options) for name in names}
     differing = [name for name in now if name not in (*FREE_OPTIONS, *idle)
                  and _without_folder(name, now[name]) != _without_folder(name, before[name])]
     if differing:

@@ -29,7 +29,7 @@ from .network import create_model, import_modules, prepare_network
 from .optimizer import set_learning_rate
 from .plan import describe_data, describe_run, describe_schedule
 from .processes import differs, on_main
-from .result import describe_trained, run_facts, save_weights
+from .result import record_trained_on, run_facts, save_weights
 from .run_folder import RESULT_NAME, find_checkpoint, own_run_folder, run_folder
 from .run_log import MAKE_ROOM, RunLog, epoch_table
 from .signals import StopSignals
@@ -89,9 +89,9 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     eval_loader = create_loader(args, eval_set, data_config, accelerator, model.num_classes) if eval_set else None
 
     # Optimizer, schedule, loss
-    describe_trained(args, model, data_config, train_set.class_names)
+    record_trained_on(args, model, data_config, train_set.class_names)
     # gets the final weights: without all that training wraps around the network
-    finished = copy.deepcopy(model) if accelerator.is_main_process else None
+    unwrapped = copy.deepcopy(model) if accelerator.is_main_process else None
     model = prepare_network(args, model, accelerator)
     set_seed((args.seed + accelerator.process_index) % 2 ** 32)  # each process drops different paths
     signals = StopSignals(several=accelerator.num_processes > 1)
@@ -110,7 +110,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     with ExitStack() as stack:
         on_main(accelerator, lambda: stack.enter_context(
             own_run_folder(folder, args, checkpoint is not None, partial(_check_unchanged, store, found))))
-        _run(args, accelerator, training, eval_loader, folder, checkpoint, progress, finished)
+        _run(args, accelerator, training, eval_loader, folder, checkpoint, progress, unwrapped)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
@@ -124,7 +124,7 @@ def _run(
         folder: Path,
         checkpoint: Optional[Checkpoint],
         progress: Progress,
-        finished: Optional[TimmModel],
+        unwrapped: Optional[TimmModel],
 ) -> None:
     """Train from the checkpoint, or the start, to the weights."""
     log = RunLog(folder)
@@ -161,14 +161,14 @@ def _run(
     final = training.final_weights()
 
     def end() -> None:
-        assert finished is not None  # in the main process
+        assert unwrapped is not None  # in the main process
         with writing(f'The pictures in {folder}', MAKE_ROOM):
             log.plot()
         _tell_best(training)
         seen = evaluation or (log.rows()[-1]['eval'] if log.rows() else None)
-        finished.load_state_dict({name: tensor.cpu() for name, tensor in final.items()})
+        unwrapped.load_state_dict({name: tensor.cpu() for name, tensor in final.items()})
         with writing(f'The weights in {folder}', MAKE_ROOM):
-            save_weights(args, finished, folder, eval_loader, seen, training.num_epochs, training.seconds,
+            save_weights(args, unwrapped, folder, eval_loader, seen, training.num_epochs, training.seconds,
                          training.facts)
 
     on_main(accelerator, end)

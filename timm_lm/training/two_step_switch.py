@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from timm_lm.errors import UserError
 from timm_lm.layers import TwoStep
-from timm_lm.layers.two_step import two_steps
+from timm_lm.layers.steps import two_steps
 from timm_lm.model_config import TimmModel
 
 _SOME = StateDictOptions(full_state_dict=True, strict=False)
