@@ -18,7 +18,6 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from timm.layers import DropBlock2d
-from timm.models import _manipulate
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils.agc import unitwise_norm
 from torch.overrides import TorchFunctionMode
@@ -663,7 +662,7 @@ def test_recipe_for_a_new_head_trains_the_head_alone(run):
 
 
 def test_gradient_checkpointing_trains_alike(run, monkeypatch):
-    recompute = Mock(side_effect=_manipulate.checkpoint)
+    recompute = Mock(side_effect=timm.models.checkpoint)
     monkeypatch.setattr('timm_lm.models.lm_resnet.checkpoint', recompute)
     options = [*TWO_STEP, '--epochs', 2]
     folder, *_ = run('plain', *options)

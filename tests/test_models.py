@@ -12,8 +12,7 @@ import yaml
 from safetensors.torch import save_file
 from timm.layers import BatchNormAct2d, DropPath
 from timm.models import FeatureDictNet, FeatureListNet, checkpoint, group_parameters
-from timm.optim import create_optimizer_v2
-from timm.optim._param_groups import param_groups_layer_decay
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
 from timm_lm.layers import EulerStep, StateNoise, TwoStep

@@ -771,6 +771,35 @@ def test_files_have_the_rights_of_any_new_file(tmp_path):
     assert (tmp_path / 'page.md').read_text() == 'caf\\udce9'
 
 
+def test_lines_of_a_run_are_in_its_log_at_once(tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text("""
+import os, signal
+from timm_lm.training.run_log import write_line
+write_line('epoch 1')
+os.kill(os.getpid(), signal.SIGKILL)
+""")
+    code, out, err = Command(script=script).wait()
+    assert code == -signal.SIGKILL and 'epoch 1' in out, err
+
+
+def test_pictures_are_drawn_whatever_backend_the_environment_names(tmp_path):
+    """That of a notebook is often missing in the environment of its commands."""
+    script = tmp_path / 'script.py'
+    script.write_text("""
+import os, sys
+for name in [name for name in sys.modules if name.partition('.')[0] == 'matplotlib']:
+    del sys.modules[name]
+os.environ['MPLBACKEND'] = 'missing'
+from timm_lm.files import new_figure, save_figure
+from pathlib import Path
+save_figure(new_figure(2, 1), Path(sys.argv[1]))
+print(os.environ['MPLBACKEND'])
+""")
+    code, out, err = Command(tmp_path / 'picture.png', script=script).wait()
+    assert (code, out) == (0, 'missing\n') and (tmp_path / 'picture.png').stat().st_size > 100, err
+
+
 def test_other_options_are_refused_by_name(few_digits, left_alone, tmp_path, fails):
     line = fails(*arguments(few_digits, left_alone, '--resume', 'auto', '--seed', '7'))
     assert 'seed (was 42, is 7)' in line
@@ -779,7 +808,7 @@ def test_other_options_are_refused_by_name(few_digits, left_alone, tmp_path, fai
     options = vars(parse_options(arguments(few_digits, left_alone)[1:]))
     free = {'config', 'resume', 'output', 'experiment', 'data_dir', 'dataset_download', 'log_interval',
             'recovery_interval', 'checkpoint_hist', 'workers', 'pin_mem', 'dry_run', 'log_tensorboard', 'log_wandb',
-            'wandb_project', 'wandb_tags', 'wandb_resume_id'}
+            'wandb_project', 'wandb_tags', 'wandb_resume_id', 'torchcompile', 'torchcompile_mode'}
     idle = {name for names, _ in without_effect(options) for name in names}
     _compare_options(Namespace(**options | dict.fromkeys(free, 'other')), left_alone / 'run')
     for names in ({'sched'}, options.keys() - {'sched', *free, *idle}):  # another schedule leaves more of them idle

@@ -356,6 +356,8 @@ _FAILURES: Tuple[Tuple[Tuple[str, ...], Tuple[str, ...], str], ...] = (
     ((), ('DataLoader worker (pid', 'unable to allocate shared memory'),  # killed, or a full /dev/shm
      'The processes that read images failed ({}), perhaps for lack of memory or of space in /dev/shm; use fewer '
      f'--workers. A training resumes {RESUME}.'),
+    ((), ('no kernel image is available',),
+     'This PyTorch has no code for this GPU ({}); install one that has, or give --device cpu.'),
     # where it is raised says little, as the host runs ahead
     (('AcceleratorError',),
      ('CUDA error', 'CUDA driver error', 'cuDNN error', 'HIP error', 'miopenStatus', 'Triton Error ['),

@@ -29,7 +29,7 @@ def check_compiler(backend: str, mode: Optional[str], on_cpu: bool) -> None:
         torch._dynamo.eval_frame.check_if_dynamo_supported()
     except RuntimeError as e:  # for a version of Python
         raise UserError(f'--torchcompile cannot work here ({one_line(e)}); run eagerly with --no-torchcompile.') from e
-    backends = [name for name in torch._dynamo.list_backends(exclude_tags=())
+    backends = [name for name in torch.compiler.list_backends(exclude_tags=())
                 if name.upper() in DynamoBackend.__members__]  # those that Accelerate knows
     if backend not in backends:
         raise UserError(f"There is no backend '{backend}' of torch.compile; there are: {', '.join(backends)}.")

@@ -81,6 +81,20 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding='utf-8', errors='backslashreplace', newline='\n')  # undecodable names
 
 
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, in inches.
+
+    The backend that the environment names is not asked for: a notebook names one that its commands may not have.
+    """
+    backend = os.environ.pop('MPLBACKEND', None)
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ['MPLBACKEND'] = backend
+    return Figure(figsize=(width, height), layout='constrained')
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib figure as PNG under a temporary name, and rename it; the same figure gives the same file."""
     with atomic_file(path) as temporary:

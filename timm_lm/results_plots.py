@@ -1,12 +1,12 @@
 """The plots of the page of results: error against parameters, and the learned ``k`` by depth."""
 from functools import cache
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Dict, List
 
 import timm
 from timm.models import get_arch_name
 
-from .files import save_figure
+from .files import new_figure, save_figure
 from .network_size import count_parameters
 from .results import Row
 
@@ -14,11 +14,6 @@ from .results import Row
 def with_k(rows: List[Row]) -> List[Row]:
     """The finished runs of networks that have a ``k``."""
     return [row for row in rows if row['k'] and row['status'] == 'done']
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-    return Figure(figsize=(width, height), layout='constrained')
 
 
 @cache
@@ -35,7 +30,7 @@ def plot_errors(runs: List[Row], published: List[Row], dataset: str, path: Path)
             and 'resnext' not in row['model']]
     if not done:
         return False
-    figure = _figure(7, 4.2)
+    figure = new_figure(7, 4.2)
     axes = figure.subplots()
     others: Dict[str, List[Row]] = {}
     for row in published:
@@ -67,7 +62,7 @@ def plot_k(rows: List[Row], path: Path) -> bool:
         panels.setdefault(get_arch_name(row['model']), []).append(row)
     if not panels:
         return False
-    figure = _figure(9, 3.4 * -(-len(panels) // 2))
+    figure = new_figure(9, 3.4 * -(-len(panels) // 2))
     grid = figure.subplots(-(-len(panels) // 2), 2, sharey=True, squeeze=False).flat
     for (network, runs), axes in zip(panels.items(), grid):  # in this order, as zip reads one more of the first
         for number, row in enumerate(runs):

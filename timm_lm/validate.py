@@ -53,6 +53,7 @@ def validate(
     """
     if torchcompile:
         check_compiler('inductor', None, device.type == 'cpu')
+        torch.compiler.reset()  # it compiles only a few networks of a class, and runs others eagerly
     model = load_model(name)
     loader = _create_loader(model, split, source, workers, batch_size=batch_size, device=device,
                             channels_last=channels_last)

@@ -386,28 +386,30 @@ class LMResNet(nn.Module):
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer=get_act_layer(act_layer))
 
         self.stem = _create_stem(in_chans, stem_chs, stem_type, **dd)
-        stride = 1 if stem_type == 'cifar' else 2
-        self.feature_info: List[Dict[str, Any]] = [dict(num_chs=stem_chs, reduction=stride, module='stem.conv')]
+        is_small = stem_type == 'cifar'
+        self.feature_info: List[Dict[str, Any]] = [
+            dict(num_chs=stem_chs, reduction=1 if is_small else 2, module='stem.conv')]
 
-        prev_chs = stem_chs
-        curr_stride = 1 if stem_type == 'cifar' else 4
-        dilation = 1
         self.stages = nn.ModuleList()
-        drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
-        for i, (stage_dprs, out_chs) in enumerate(zip(drop_path_rates, channels)):
-            stride = 1 if i == 0 else 2
-            if curr_stride >= output_stride:
-                dilation *= stride
-                stride = 1
-            curr_stride *= stride
+        rates_by_stage: Any = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
+        reduction, dilation = 1 if is_small else 4, 1  # of the state, and of the convolutions
+        for in_chs, out_chs, drop_path_rates in zip([stem_chs, *channels], channels, rates_by_stage):
+            stride, step = 1, 1 if not self.stages else 2  # later stages halve the state
+            if reduction < output_stride:
+                stride = step
+            else:  # or keep its size, and reach as far by dilation
+                dilation *= step
+            reduction *= stride
+            name = f'stages.{len(self.stages)}'
+            self.feature_info.append(dict(num_chs=out_chs, reduction=reduction, module=name))
             self.stages.append(Stage(
-                prev_chs,
+                in_chs,
                 out_chs,
                 stride=stride,
                 dilation=dilation,
-                drop_path_rates=stage_dprs,
+                drop_path_rates=drop_path_rates,
                 block_fn=BasicBlock if basic else BottleneckBlock,
-                has_history=i > 0,
+                has_history=len(self.stages) > 0,
                 cardinality=cardinality,
                 base_width=base_width,
                 norm_layer=norm_act_layer,
@@ -419,10 +421,8 @@ class LMResNet(nn.Module):
                 noise_type=state_noise_type,
                 **dd,
             ))
-            prev_chs = out_chs
-            self.feature_info += [dict(num_chs=out_chs, reduction=curr_stride, module=f'stages.{i}')]
 
-        self.num_features = prev_chs
+        self.num_features = self.feature_info[-1]['num_chs']
         self.norm = norm_act_layer(self.num_features, **dd)
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, use_conv=True, **dd)
@@ -458,13 +458,9 @@ class LMResNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Group parameters by layer, for layer-wise learning rates."""
-        return dict(
-            stem=r'^stem',
-            blocks=r'^stages\.(\d+)' if coarse else [
-                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
-                (r'^norm', (99999,)),
-            ],
-        )
+        stage = r'^stages\.(\d+)'
+        last = (r'^norm', (99999,))  # a group of its own, after the blocks
+        return {'stem': '^stem', 'blocks': stage if coarse else [(stage + r'\.blocks\.(\d+)', None), last]}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -525,30 +521,27 @@ class LMResNet(nn.Module):
             that was computed, without the final norm if that is not of the last stage.
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
-        intermediates: List[torch.Tensor] = []
-        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
+        wanted, last_wanted = feature_take_indices(len(self.stages) + 1, indices)
+        last = last_wanted if stop_early else len(self.stages)
 
         x = self.stem.conv(x)
-        feat_idx = 0
-        if feat_idx in take_indices:
-            intermediates.append(x)
+        found = [x] if 0 in wanted else []
         x = self.stem.pool(x)
         x_prev = x
-        last_idx = len(self.stages)
-        if torch.jit.is_scripting() or not stop_early:  # a ModuleList cannot be sliced in TorchScript
-            stages = self.stages
-        else:
-            stages = self.stages[:max_index]
-        for feat_idx, stage in enumerate(stages, start=1):
-            x, x_prev = stage(x, x_prev)
-            if feat_idx in take_indices:
-                intermediates.append(self.norm(x) if norm and feat_idx == last_idx else x)
+        for number, stage in enumerate(self.stages, start=1):
+            if number <= last:  # a ModuleList cannot be sliced in TorchScript
+                x, x_prev = stage(x, x_prev)
+                if number in wanted:
+                    found.append(x)
 
-        if intermediates_only:
-            return intermediates
-        if feat_idx == last_idx:
+        is_whole, norm_found = last == len(self.stages), norm and len(self.stages) in wanted
+        if is_whole and (norm_found or not intermediates_only):
             x = self.norm(x)
-        return x, intermediates
+        if norm_found:
+            found[-1] = x
+        if intermediates_only:
+            return found
+        return x, found
 
     def prune_intermediate_layers(
             self,
@@ -566,18 +559,18 @@ class LMResNet(nn.Module):
         Returns:
             The indices, as non-negative numbers.
         """
-        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
-        prune_end = max_index < len(self.stages)
-        if prune_norm or prune_end:
-            self.norm = nn.Identity()  # sized for the last stage
-        if max_index == 0:
-            self.stem.pool = nn.Identity()  # the intermediate is taken before it
-        self.stages = self.stages[:max_index]
-        if prune_end:
-            self.num_features = self.feature_info[max_index]['num_chs']
-        if prune_head or prune_end:
+        kept, last = feature_take_indices(len(self.stages) + 1, indices)
+        if last < len(self.stages):
+            self.num_features = self.feature_info[last]['num_chs']
+            prune_norm = prune_head = True  # they are sized for the last stage
+        self.stages = self.stages[:last]
+        if not self.stages:
+            self.stem.pool = nn.Identity()  # the stem's intermediate is taken before it
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
             self.reset_classifier(0, '')
-        return take_indices
+        return kept
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Features before pooling: images (N, C, H, W) to (N, num_features, H / stride, W / stride)."""

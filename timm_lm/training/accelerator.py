@@ -125,6 +125,7 @@ def _dynamo_plugin(args: argparse.Namespace, on_cpu: bool) -> TorchDynamoPlugin:
     if not args.torchcompile:
         return TorchDynamoPlugin(backend='no')  # otherwise Accelerate's own setting applies
     check_compiler(args.torchcompile, args.torchcompile_mode, on_cpu)
+    torch.compiler.reset()  # it compiles only a few networks of a class, and runs others eagerly
     plugin = TorchDynamoPlugin(
         backend=args.torchcompile, mode=args.torchcompile_mode or 'default', fullgraph=False, dynamic=False)
     if hasattr(plugin, 'use_regional_compilation'):  # not in older Accelerate

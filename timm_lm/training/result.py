@@ -6,7 +6,6 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import timm
 import torch
-from tqdm import tqdm
 
 import timm_lm
 from timm_lm.card import render_card
@@ -25,6 +24,7 @@ from .evaluate import COUNT_BATCH_SIZE, evaluate
 from .places import folder_name, last_name, start_word
 from .recipes import CHOSEN_ON_TEST
 from .run_folder import RESULT_NAME
+from .run_log import write_line
 
 # Entries of a network's config that say where its weights come from.
 _SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'origin_url')
@@ -52,7 +52,7 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
     told = result | told
     write_text(weights / CARD_NAME, run_card(told, options, model))
     _write_result(folder, told)
-    tqdm.write(f"{weights}: error {100 - result['top1']:.2f} % ({result['errors']} of {result['images']} images, "
+    write_line(f"{weights}: error {100 - result['top1']:.2f} % ({result['errors']} of {result['images']} images, "
                'float32, eager, on the CPU)')
 
 

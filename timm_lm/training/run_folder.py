@@ -28,7 +28,7 @@ RESULT_NAME = 'result.json'  # of a finished run
 FREE_OPTIONS = (
     'config', 'resume', 'output', 'experiment', 'data_dir', 'dataset_download', 'log_interval', 'recovery_interval',
     'checkpoint_hist', 'workers', 'pin_mem', 'dry_run', 'log_tensorboard', 'log_wandb', 'wandb_project', 'wandb_tags',
-    'wandb_resume_id',
+    'wandb_resume_id', 'torchcompile', 'torchcompile_mode',
 )
 _NETWORKS = ('model', 'grow_from', 'kd_model_name')  # which may be weights folders
 _PLACES = (*_NETWORKS, 'initial_checkpoint', 'pretrained_path', 'class_map')
@@ -162,8 +162,9 @@ def own_run_folder(folder: Path, args: argparse.Namespace, resumed: bool,
         except FileExistsError as e:
             raise UserError(_OTHER_RUN.format(folder)) from e
         except OSError as e:
-            raise UserError(f'The run folder {folder} cannot be written ({e}); choose another place with '
-                            '--output.') from e
+            cure = 'copy it to a disk that can be, and resume it there' if resumed else (
+                'choose another place with --output')
+            raise UserError(f'The run folder {folder} cannot be written ({e}); {cure}.') from e
         yield
 
 

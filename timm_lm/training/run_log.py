@@ -9,7 +9,7 @@ from timm.utils import update_summary
 from tqdm import tqdm
 
 from timm_lm.errors import RESUME
-from timm_lm.files import save_figure, sync, temporary_folder, write_text, writing
+from timm_lm.files import new_figure, save_figure, sync, temporary_folder, write_text, writing
 
 MAKE_ROOM = f'Make room, then resume {RESUME}.'
 # What evaluate() returns, in its order.
@@ -96,6 +96,12 @@ def _with_metrics(row: Mapping[str, Any], change: Callable[[Any], Any]) -> Dict[
     return {**row, **changed}
 
 
+def write_line(text: str) -> None:
+    """Print above the live line, at once also into a file or a pipe."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
 class RunLog:
     """Metrics of a run, one row per epoch, in ``metrics.jsonl`` and ``summary.csv``."""
 
@@ -159,12 +165,10 @@ class RunLog:
 
     def plot(self) -> None:
         """Draw ``curves.png``, and ``k.png`` if the network has a ``k``."""
-        from matplotlib.figure import Figure
-
         rows = self.rows()
         epochs = [row['epoch'] + 1 for row in rows]
         evaluated = [row for row in rows if row['eval']]
-        figure = Figure(figsize=(9, 3.6), layout='constrained')
+        figure = new_figure(9, 3.6)
         error, loss = figure.subplots(1, 2)
         error.plot(epochs, [100 - row['train']['top1'] for row in rows], label='train')
         loss.plot(epochs, [row['train']['loss'] for row in rows], label='train')
@@ -180,7 +184,7 @@ class RunLog:
         names = list(rows[0]['k']) if rows else []
         if not names:
             return
-        figure = Figure(figsize=(6, 3.6), layout='constrained')
+        figure = new_figure(6, 3.6)
         axes = figure.subplots()
         for name in names:
             axes.plot(epochs, [sum(row['k'][name]) / len(row['k'][name]) for row in rows], label=name)

@@ -1,5 +1,6 @@
 """The schedule of the learning rate: one of timm's, and its state."""
 import argparse
+import warnings
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -27,8 +28,10 @@ def create_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer,
         UserError: If timm has no such schedule, or it cannot be made with these options.
     """
     try:
-        scheduler, epochs = create_scheduler_v2(
-            optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
+        with warnings.catch_warnings():  # of a plateau's state, which our checkpoints hold
+            warnings.filterwarnings('ignore', 'PlateauLRScheduler is deprecated', FutureWarning)
+            scheduler, epochs = create_scheduler_v2(
+                optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
         if args.sched != 'none' and scheduler is None:  # in older timm
             raise ValueError(f"Unknown scheduler '{args.sched}'")
     except (AssertionError, TypeError, ValueError) as e:

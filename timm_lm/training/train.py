@@ -13,7 +13,6 @@ from typing import Dict, List, Optional
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
-from tqdm import tqdm
 
 from timm_lm.allocator import keep_freed_memory, release_freed_memory
 from timm_lm.errors import RESUME, UserError, one_line
@@ -31,7 +30,7 @@ from .plan import describe_data, describe_run, describe_schedule
 from .processes import differs, on_main
 from .result import record_trained_on, run_facts, save_weights
 from .run_folder import RESULT_NAME, find_checkpoint, own_run_folder, run_folder
-from .run_log import MAKE_ROOM, RunLog, epoch_table
+from .run_log import MAKE_ROOM, RunLog, epoch_table, write_line
 from .signals import StopSignals
 
 
@@ -71,7 +70,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     # The checkpoint to resume from
     store = CheckpointStore(folder / 'checkpoints', keep=args.checkpoint_hist)
     found = store.newest_first()
-    checkpoint = find_checkpoint(args, folder, store, tell=accelerator.on_main_process(tqdm.write))
+    checkpoint = find_checkpoint(args, folder, store, tell=accelerator.on_main_process(write_line))
     if differs(checkpoint and checkpoint.state['sha256']):
         raise UserError(f'The processes do not find the same checkpoint in {folder}; the run folder must be on a '
                         'disk that all machines see.')
@@ -150,7 +149,7 @@ def _run(
             k = training.k_values()
             on_main(accelerator, partial(log.append, epoch, metrics, evaluation, lr, k))
             if accelerator.is_main_process:
-                tqdm.write(epoch_table(epoch, training.num_epochs, metrics, evaluation, lr))
+                write_line(epoch_table(epoch, training.num_epochs, metrics, evaluation, lr))
             for tracker in accelerator.trackers:
                 tracker.log(_tracked(epoch, metrics, evaluation, lr, tracker.name), step=epoch)
             saved = training.save(Progress(epoch + 1))
@@ -162,14 +161,14 @@ def _run(
 
     def end() -> None:
         assert unwrapped is not None  # in the main process
-        with writing(f'The pictures in {folder}', MAKE_ROOM):
-            log.plot()
         _tell_best(training)
         seen = evaluation or (log.rows()[-1]['eval'] if log.rows() else None)
         unwrapped.load_state_dict({name: tensor.cpu() for name, tensor in final.items()})
         with writing(f'The weights in {folder}', MAKE_ROOM):
             save_weights(args, unwrapped, folder, eval_loader, seen, training.num_epochs, training.seconds,
                          training.facts)
+        with writing(f'The pictures in {folder}', MAKE_ROOM):
+            log.plot()
 
     on_main(accelerator, end)
 
@@ -200,7 +199,7 @@ def _tell_best(training: Training) -> None:
         return
     path = training.store.folder / best['checkpoint']  # gone if the run was resumed before it and found no better one
     where = f' (`timm-lm weights {shlex.quote(path.as_posix())}` writes its weights)' if path.is_dir() else ''
-    tqdm.write(f"best {best['metric']} {best['value']:.4g} after epoch {best['epoch'] + 1}{where}; the weights saved "
+    write_line(f"best {best['metric']} {best['value']:.4g} after epoch {best['epoch'] + 1}{where}; the weights saved "
                'are those of the last epoch')
 
 
