@@ -783,21 +783,24 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert code == -signal.SIGKILL and 'epoch 1' in out, err
 
 
-def test_pictures_are_drawn_whatever_backend_the_environment_names(tmp_path):
-    """That of a notebook is often missing in the environment of its commands."""
+@pytest.mark.parametrize('backend', ['missing', 'svg'])
+def test_pictures_are_drawn_whatever_backend_the_environment_names(tmp_path, backend):
+    """That of a notebook is often missing in the environment of its commands; elsewhere its own pictures need it."""
     script = tmp_path / 'script.py'
     script.write_text("""
 import os, sys
+from pathlib import Path
 for name in [name for name in sys.modules if name.partition('.')[0] == 'matplotlib']:
     del sys.modules[name]
-os.environ['MPLBACKEND'] = 'missing'
+os.environ['MPLBACKEND'] = sys.argv[1]
 from timm_lm.files import new_figure, save_figure
-from pathlib import Path
-save_figure(new_figure(2, 1), Path(sys.argv[1]))
-print(os.environ['MPLBACKEND'])
+save_figure(new_figure(2, 1), Path(sys.argv[2]))
+import matplotlib
+print(os.environ['MPLBACKEND'], sys.argv[1] == 'missing' or matplotlib.get_backend())
 """)
-    code, out, err = Command(tmp_path / 'picture.png', script=script).wait()
-    assert (code, out) == (0, 'missing\n') and (tmp_path / 'picture.png').stat().st_size > 100, err
+    code, out, err = Command(backend, tmp_path / 'picture.png', script=script).wait()
+    assert (code, out) == (0, f"{backend} {'svg' if backend == 'svg' else True}\n"), err
+    assert (tmp_path / 'picture.png').stat().st_size > 100
 
 
 def test_other_options_are_refused_by_name(few_digits, left_alone, tmp_path, fails):
@@ -808,7 +811,7 @@ def test_other_options_are_refused_by_name(few_digits, left_alone, tmp_path, fai
     options = vars(parse_options(arguments(few_digits, left_alone)[1:]))
     free = {'config', 'resume', 'output', 'experiment', 'data_dir', 'dataset_download', 'log_interval',
             'recovery_interval', 'checkpoint_hist', 'workers', 'pin_mem', 'dry_run', 'log_tensorboard', 'log_wandb',
-            'wandb_project', 'wandb_tags', 'wandb_resume_id', 'torchcompile', 'torchcompile_mode'}
+            'wandb_project', 'wandb_tags', 'wandb_resume_id', 'device', 'torchcompile', 'torchcompile_mode'}
     idle = {name for names, _ in without_effect(options) for name in names}
     _compare_options(Namespace(**options | dict.fromkeys(free, 'other')), left_alone / 'run')
     for names in ({'sched'}, options.keys() - {'sched', *free, *idle}):  # another schedule leaves more of them idle

@@ -4,6 +4,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import threading
 from contextlib import ExitStack, contextmanager, suppress
@@ -84,14 +85,18 @@ def write_text(path: Path, text: str) -> None:
 def new_figure(width: float, height: float) -> Any:
     """An empty matplotlib figure, in inches.
 
-    The backend that the environment names is not asked for: a notebook names one that its commands may not have.
+    The backend that the environment names may be missing: a notebook names one that its commands may not have.
     """
-    backend = os.environ.pop('MPLBACKEND', None)
+    named = None if 'matplotlib' in sys.modules else os.environ.pop('MPLBACKEND', None)
     try:
         from matplotlib.figure import Figure
     finally:
-        if backend is not None:
-            os.environ['MPLBACKEND'] = backend
+        if named is not None:
+            os.environ['MPLBACKEND'] = named
+    if named:
+        import matplotlib
+        with suppress(ValueError):
+            matplotlib.rcParams['backend'] = named
     return Figure(figsize=(width, height), layout='constrained')
 
 

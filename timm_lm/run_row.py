@@ -17,9 +17,9 @@ from .training.recipes import list_recipes
 from .training.run_folder import FREE_OPTIONS, read_args, read_result
 from .training.run_log import RunLog
 
-# Options that may differ between runs of one recipe: network, seed, names of columns, how it is computed and evaluated.
-_SAME_RECIPE = ('model', 'seed', 'device', 'input_key', 'target_key', 'validation_batch_size', 'torchcompile',
-                'torchcompile_mode', 'loader', 'amp', 'amp_dtype', 'channels_last')
+# More options that may differ between runs of one recipe than in one run: network, seed, names of columns, how it is computed and evaluated.
+_SAME_RECIPE = ('model', 'seed', 'input_key', 'target_key', 'validation_batch_size', 'loader', 'amp', 'amp_dtype',
+                'channels_last')
 
 
 def read_run(folder: Union[str, Path]) -> Row:

@@ -200,7 +200,8 @@ class CheckpointStore:
                 try:
                     shutil.rmtree(old)
                 except OSError as e:
-                    print(f'note: The old checkpoint {old} could not be removed ({e}); this is retried later.')
+                    print(f'note: The old checkpoint {old} could not be removed ({e}); this is retried later.',
+                          flush=True)
         return folder
 
     def remove_unfinished(self) -> None:

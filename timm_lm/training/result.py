@@ -57,7 +57,7 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
 
 
 def record_trained_on(args: argparse.Namespace, model: TimmModel, data_config: Dict[str, Any],
-                     class_names: Optional[Sequence[str]]) -> None:
+                      class_names: Optional[Sequence[str]]) -> None:
     """Record in a network's config what it is trained on."""
     if args.initial_checkpoint or args.pretrained_path:
         licence: Optional[str] = 'unknown'

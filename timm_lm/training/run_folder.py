@@ -28,7 +28,7 @@ RESULT_NAME = 'result.json'  # of a finished run
 FREE_OPTIONS = (
     'config', 'resume', 'output', 'experiment', 'data_dir', 'dataset_download', 'log_interval', 'recovery_interval',
     'checkpoint_hist', 'workers', 'pin_mem', 'dry_run', 'log_tensorboard', 'log_wandb', 'wandb_project', 'wandb_tags',
-    'wandb_resume_id', 'torchcompile', 'torchcompile_mode',
+    'wandb_resume_id', 'device', 'torchcompile', 'torchcompile_mode',
 )
 _NETWORKS = ('model', 'grow_from', 'kd_model_name')  # which may be weights folders
 _PLACES = (*_NETWORKS, 'initial_checkpoint', 'pretrained_path', 'class_map')
