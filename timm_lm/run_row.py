@@ -17,7 +17,7 @@ from .training.recipes import list_recipes
 from .training.run_folder import FREE_OPTIONS, read_args, read_result
 from .training.run_log import RunLog
 
-# More options that may differ between runs of one recipe than in one run: network, seed, names of columns, how it is computed and evaluated.
+# Further options that may differ between runs of one recipe: network, seed, names of columns, how it is computed.
 _SAME_RECIPE = ('model', 'seed', 'input_key', 'target_key', 'validation_batch_size', 'loader', 'amp', 'amp_dtype',
                 'channels_last')
 
