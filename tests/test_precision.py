@@ -1,4 +1,4 @@
-"""Which precision pays on the CPU, and what is done on one without bfloat16."""
+"""Which precision and layout pay on a device, and what is done on one without bfloat16."""
 import json
 import re
 from pathlib import Path

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from timm_lm.errors import UserError
-from timm_lm.files import atomic_folder, save_figure, write_text
+from timm_lm.figures import save_figure
+from timm_lm.files import atomic_folder, write_text
 from timm_lm.image_set import ImageSet, write_cache
 from timm_lm.precision import cpu_has_bfloat16
 from timm_lm.run_row import read_run
@@ -793,7 +794,7 @@ from pathlib import Path
 for name in [name for name in sys.modules if name.partition('.')[0] == 'matplotlib']:
     del sys.modules[name]
 os.environ['MPLBACKEND'] = sys.argv[1]
-from timm_lm.files import new_figure, save_figure
+from timm_lm.figures import new_figure, save_figure
 save_figure(new_figure(2, 1), Path(sys.argv[2]))
 import matplotlib
 print(os.environ['MPLBACKEND'], sys.argv[1] == 'missing' or matplotlib.get_backend())

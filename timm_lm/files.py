@@ -4,12 +4,11 @@ import hashlib
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 import threading
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Union
+from typing import Dict, Iterator, List, Union
 
 import torch
 from safetensors import SafetensorError
@@ -80,30 +79,6 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file under a temporary name, and rename it."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding='utf-8', errors='backslashreplace', newline='\n')  # undecodable names
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, in inches.
-
-    The backend that the environment names may be missing: a notebook names one that its commands may not have.
-    """
-    named = None if 'matplotlib' in sys.modules else os.environ.pop('MPLBACKEND', None)
-    try:
-        from matplotlib.figure import Figure
-    finally:
-        if named is not None:
-            os.environ['MPLBACKEND'] = named
-    if named:
-        import matplotlib
-        with suppress(ValueError):
-            matplotlib.rcParams['backend'] = named
-    return Figure(figsize=(width, height), layout='constrained')
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure as PNG under a temporary name, and rename it; the same figure gives the same file."""
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format='png', metadata={'Software': None})
 
 
 @contextmanager

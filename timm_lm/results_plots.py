@@ -6,7 +6,7 @@ from typing import Dict, List
 import timm
 from timm.models import get_arch_name
 
-from .files import new_figure, save_figure
+from .figures import new_figure, save_figure
 from .network_size import count_parameters
 from .results import Row
 

@@ -9,7 +9,8 @@ from timm.utils import update_summary
 from tqdm import tqdm
 
 from timm_lm.errors import RESUME
-from timm_lm.files import new_figure, save_figure, sync, temporary_folder, write_text, writing
+from timm_lm.figures import new_figure, save_figure
+from timm_lm.files import sync, temporary_folder, write_text, writing
 
 MAKE_ROOM = f'Make room, then resume {RESUME}.'
 # What evaluate() returns, in its order.
