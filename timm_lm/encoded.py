@@ -1,5 +1,5 @@
 """A split as it is stored: images that are opened and converted one by one."""
-import copy
+from dataclasses import dataclass, replace
 from tarfile import TarError
 from typing import Any, Callable, Optional, Sequence, Tuple
 
@@ -50,55 +50,38 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
+@dataclass(eq=False, repr=False)
 class EncodedImages(Dataset):
     """A split as it is stored, decoded image by image.
 
     Attributes:
+        read: Index to image.
         labels: Class numbers, int64, shape (N,).
         class_names: Names in the order of the labels, if the data set has them.
-        transform: Applied to each image; None returns the image itself.
+        mode: Pillow's mode that images are converted to.
+        place: Index to the words that identify an image in errors.
         remark: What the user should know about how it was read.
         files: Paths of the images, if each is a separate file.
+        transform: Applied to each image; None returns the image itself.
+        first: Index of the first image in ``read`` and ``place``.
     """
 
-    def __init__(
-            self,
-            read: Callable[[int], Image.Image],
-            labels: torch.Tensor,
-            class_names: Optional[Tuple[str, ...]],
-            mode: str,
-            place: Callable[[int], str],
-            remark: str = '',
-            files: Sequence[str] = (),
-    ):
-        """
-        Args:
-            read: Index to image.
-            labels: Class numbers, shape (N,).
-            class_names: Their names.
-            mode: Pillow's mode that images are converted to.
-            place: Index to the words that identify an image in errors.
-            remark: What the user should know about how it was read.
-            files: Paths of the images, if each is a separate file.
-        """
-        self.read = read
-        self.labels = labels
-        self.class_names = class_names
-        self.mode = mode
-        self.place = place
-        self.remark = remark
-        self.files = files
-        self.transform: Optional[Callable[[Image.Image], Any]] = None
-        self.first = 0
+    read: Callable[[int], Image.Image]
+    labels: torch.Tensor
+    class_names: Optional[Tuple[str, ...]]
+    mode: str
+    place: Callable[[int], str]
+    remark: str = ''
+    files: Sequence[str] = ()
+    transform: Optional[Callable[[Image.Image], Any]] = None
+    first: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def part(self, start: int, stop: int) -> 'EncodedImages':
         """The images from ``start`` up to ``stop``, exclusive."""
-        part = copy.copy(self)
-        part.labels, part.first = self.labels[start:stop], self.first + start
-        return part
+        return replace(self, labels=self.labels[start:stop], first=self.first + start)
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         """Image (after ``transform``) and class number.

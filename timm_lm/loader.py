@@ -7,7 +7,7 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import numpy as np
@@ -326,8 +326,7 @@ class _Seeded(Dataset):
     """Images with a seed for each, so that augmentation does not depend on which process reads which image."""
 
     def __init__(self, data: EncodedImages, transform: Callable[[Any], Any]):
-        self.data = copy.copy(data)
-        self.data.transform = transform
+        self.data = replace(data, transform=transform)
 
     def __len__(self) -> int:
         return len(self.data)
