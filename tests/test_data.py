@@ -173,20 +173,6 @@ def test_keys_name_endings_of_a_folder_of_images_and_else_columns(tmp_path, imag
     assert not load_images('train', tmp_path, input_key='.png').remark
 
 
-def test_data_that_is_read_from_end_to_end_only_is_refused(tmp_path, monkeypatch):
-    """A data set of timm's that has a length all the same, as its wds/, tfds/ and hfids/ have."""
-    class FromEndToEnd(torch.utils.data.IterableDataset):
-        def __len__(self):
-            return 6
-
-        def __iter__(self):
-            return iter(())
-
-    monkeypatch.setattr(timm_data, 'create_dataset', lambda *args, **kwargs: FromEndToEnd())
-    with pytest.raises(UserError, match=r'wds/shards.* \(it can be read from end to end only; give Parquet'):
-        load_images('train', tmp_path, dataset='wds/shards')
-
-
 @pytest.fixture
 def classes(tmp_path, images):
     """Folder of images in folders by class: of cat two, of dog one."""
@@ -269,7 +255,8 @@ def test_16_bits_of_a_folder_are_scaled(tmp_path, dataset):
     ('torch/image_folder', {}, "has no split 'trian' .it has: train"),
     ('torch/image_folder', dict(split=''), "has no split '' .it has: train"),
     ('', dict(split=''), "has no split '' .it has: train"),
-    ('ImageFolder', {}, "no kind 'ImageFolder' of data sets; --dataset begins with hfds/ or torch/. Leave it out"),
+    ('ImageFolder', {}, "data set 'ImageFolder' is not read; --dataset begins with hfds/ or torch/ .* Leave it out"),
+    ('wds/shards', {}, "'wds/shards' is not read; .*wds/, tfds/ and hfids/ can be read from end to end only"),
     ('torch/image_folder', dict(split='train', class_map='classes.txt'), 'timm takes no --class-map for torch/'),
 ])
 def test_what_timm_would_take_for_something_else_is_refused(classes, dataset, options, message):

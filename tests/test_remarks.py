@@ -82,7 +82,7 @@ def test_other_images_than_the_run_was_started_with(tmp_path, command, fails):
 
 def test_mistyped_kinds_of_data_sets_and_files_in_the_place_of_folders(tmp_path, fails):
     data = image_folder(tmp_path / 'data', 16)
-    assert "There is no kind 'torchh' of data sets" in fails(
+    assert "The data set 'torchh/mnist' is not read" in fails(
         'train', '-c', 'finetune', '--data-dir', data, '--dataset', 'torchh/mnist', '--dry-run')
     (tmp_path / 'file').write_text('')
     assert 'is a file' in fails('train', '-c', 'finetune', '--data-dir', tmp_path / 'file', '--dry-run')

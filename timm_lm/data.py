@@ -34,8 +34,6 @@ MEMORY_LIMIT = 4 << 30  # bytes of a decoded split, less where memory is small
 _CONTAINER_LIMITS = (Path('/sys/fs/cgroup/memory.max'), Path('/sys/fs/cgroup/memory/memory.limit_in_bytes'))
 # Images in memory, or to be decoded one by one.
 Split = Union[ImageSet, EncodedImages]
-# Prefixes of the names of timm's data sets.
-_KINDS = ('hfds', 'hfids', 'tfds', 'torch', 'wds')
 
 
 class TooLarge(UserError):
@@ -241,11 +239,10 @@ def _memory_sizes(device: Optional[torch.device]) -> List[int]:
 def _parquet_folder(data_dir: Optional[Union[str, Path]], dataset: str, split: str) -> Optional[Path]:
     """The folder of Parquet files that the options name, or None if the data is of another kind."""
     is_hub_name = dataset.startswith('hfds/')
-    kind = dataset.partition('/')[0]
-    is_bare = '/' not in dataset
-    if dataset and (is_bare or kind not in _KINDS) and not is_archive(data_dir, dataset):  # timm would read it
-        raise UserError(f"There is no kind '{kind}' of data sets; --dataset begins with hfds/ or torch/. Leave it out "
-                        'for a folder of images.')
+    is_read = not dataset or dataset.startswith(('hfds/', 'torch/')) or is_archive(data_dir, dataset)
+    if not is_read:  # timm would take an unknown one for a folder of images
+        raise UserError(f"The data set '{dataset}' is not read; --dataset begins with hfds/ or torch/ (timm's wds/, "
+                        'tfds/ and hfids/ can be read from end to end only). Leave it out for a folder of images.')
     if data_dir is None:
         if is_hub_name:
             name = dataset.removeprefix('hfds/')

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, get_img_extensions
 from timm.utils import natural_key
-from torch.utils.data import IterableDataset
 
 from .encoded import NOT_READ, EncodedImages
 from .errors import UserError, one_line, some
@@ -93,7 +92,7 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
     """Open a data set of timm's factory that can be read by index.
 
     Raises:
-        UserError: If timm cannot open it, it can only be read sequentially, or an option does not apply to it.
+        UserError: If timm cannot open it, or an option does not apply to it.
     """
     root = None if data_dir is None else str(data_dir)
     is_folder = not dataset and data_dir is not None and Path(data_dir).is_dir()  # of images, as it has no Parquet
@@ -121,10 +120,6 @@ def open_dataset(split: str, data_dir: Any, dataset: str, mode: str, class_map: 
     read = set(keys['input_key'].split(';')) if 'input_key' in keys else get_img_extensions(as_set=True)
     try:
         images = _create_dataset(dataset, root, split, class_map, download, keys)
-        if isinstance(images, IterableDataset):
-            raise TypeError('it can be read from end to end only; give Parquet, a folder of images, or a data set '
-                            'of torch/ or hfds/')
-        len(images)
         labels = _dataset_labels(images)
     except (AssertionError, AttributeError, EOFError, ImportError, KeyError, OSError, PickleError, RuntimeError,
             TarError, TypeError, ValueError) as e:  # AttributeError: older timm (1.0.26), of labels without names
