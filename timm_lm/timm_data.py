@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import ImageDataset, create_dataset, get_img_extensions
 from timm.utils import natural_key
 
-from .encoded import NOT_READ, EncodedImages
+from .encoded import EncodedImages
 from .errors import UserError, one_line, some
 from .files import files_below
 from .parquet import split_of_part
@@ -22,19 +22,21 @@ SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'ev
 TRAIN_OR_TEST = {f'torch/{name}' for name in ('cifar10', 'cifar100', 'fashion_mnist', 'kmnist', 'mnist', 'qmnist')}
 TORCH_FOLDERS = ('torch/folder', 'torch/image_folder')
 _OWN_LOADER = ('torch/imagenet', 'torch/places365')  # more that torchvision reads from files with a loader
+# Of images that timm leaves out by default; Pillow reads all but those of phones.
+_IMAGE_ENDINGS = {'.avif', '.bmp', '.gif', '.heic', '.heif', '.jfif', '.jp2', '.jpe', '.pbm', '.pgm', '.pnm', '.ppm',
+                  '.tga', '.tif', '.tiff', '.webp'}
 
 
 # Folders of images
 
 
-def check_split_folder(folder: Union[str, Path], split: str, required: bool = False, is_training: bool = False) -> None:
+def check_split_folder(folder: Union[str, Path], split: str, required: bool = False) -> None:
     """Check that a folder of images has a subfolder for a split; without one, timm reads all images.
 
     Args:
         folder: The folder.
         split: Name of the split.
         required: Refuse a folder of classes without folders of splits, too.
-        is_training: The split is the one to train on.
 
     Raises:
         UserError: If the folder has only other splits, or none although one is required.
@@ -45,10 +47,9 @@ def check_split_folder(folder: Union[str, Path], split: str, required: bool = Fa
     folders = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
     others = [name for name in folders if name.lower() in sum(SPLIT_NAMES, ())]
     if others:
-        advice = 'name one of these (--val-split; in training also --train-split), or add the images'
-        if required and not is_training and [name.lower() in SPLIT_NAMES[0] for name in others] == [True]:
-            advice = 'add the images, or give --val-split= to skip validation'
-        raise UserError(f"The data folder {folder} has no split '{split}' (it has: {', '.join(others)}); {advice}.")
+        raise UserError(f"The data folder {folder} has no split '{split}' (it has: {', '.join(others)}); add the "
+                        'images, name one of these (--val-split; in training also --train-split), or train without '
+                        'validation (--val-split=).')
     if required:
         raise UserError(f"The data folder {folder} has no folder '{split}' (it has: {some(folders)}), so training "
                         'and validation images would be the same; make train/ and validation/, name others with '
@@ -57,10 +58,7 @@ def check_split_folder(folder: Union[str, Path], split: str, required: bool = Fa
 
 def unread_images(root: str, read: Set[str]) -> str:
     """A remark on the images of a folder that timm reads only if their extensions are named, '' if there are none."""
-    known = {ending for ending, kind in Image.registered_extensions().items()
-             if kind in Image.OPEN and kind not in NOT_READ}
-    kinds = known | {'.heic', '.heif'}  # of phones
-    kinds -= get_img_extensions(as_set=True) | read
+    kinds = _IMAGE_ENDINGS - get_img_extensions(as_set=True) - read
     left_out = [path for path in files_below(root) if path.suffix.lower() in kinds]
     endings = {path.suffix.lower() for path in left_out}
     return _left_out(left_out, root, f"timm does not read {', '.join(sorted(endings))} by default; convert them, or "

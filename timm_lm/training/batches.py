@@ -91,7 +91,7 @@ def load_split(
     """
     kind = kind or args.loader
     if looks_for_split_folder(args.data_dir, args.dataset):  # with validation, each split has its own folder
-        check_split_folder(args.data_dir, split, required=bool(args.val_split), is_training=is_training)
+        check_split_folder(args.data_dir, split, required=bool(args.val_split))
     if args.val_split and is_archive(args.data_dir, args.dataset):
         raise UserError(f"{args.data_dir} is one archive without splits, so training and validation images would be "
                         'the same; unpack it into folders train and validation, or give --val-split= to skip '
