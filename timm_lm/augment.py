@@ -35,17 +35,8 @@ def pad_crop(images: torch.Tensor, padding: int, generator: torch.Generator) -> 
     return windows[torch.arange(n, device=images.device), :, dy, dx]
 
 
-def random_hflip(images: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
-    """Mirror each image (N, C, H, W) left to right with the given probability."""
-    return _random_flip(images, -1, probability, generator)
-
-
-def random_vflip(images: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
-    """Mirror each image (N, C, H, W) top to bottom with the given probability."""
-    return _random_flip(images, -2, probability, generator)
-
-
-def _random_flip(images: torch.Tensor, dim: int, probability: float, generator: torch.Generator) -> torch.Tensor:
+def random_flip(images: torch.Tensor, dim: int, probability: float, generator: torch.Generator) -> torch.Tensor:
+    """Mirror each image (N, C, H, W) along a dimension with the given probability."""
     flip = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < probability
     return torch.where(flip, images.flip(dim), images)
 

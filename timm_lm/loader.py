@@ -16,7 +16,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import fast_collate
 from torch.utils.data import DataLoader, Dataset
 
-from .augment import BatchMixup, Values, normalize, pad_crop, random_erase, random_hflip, random_vflip, to_device
+from .augment import BatchMixup, Values, normalize, pad_crop, random_erase, random_flip, to_device
 from .encoded import EncodedImages
 from .errors import UserError
 from .image_set import ImageSet
@@ -61,9 +61,9 @@ class Augmentation:
         if self.padding:
             images = pad_crop(images, self.padding, generator)
         if self.hflip:
-            images = random_hflip(images, self.hflip, generator)
+            images = random_flip(images, -1, self.hflip, generator)
         if self.vflip:
-            images = random_vflip(images, self.vflip, generator)
+            images = random_flip(images, -2, self.vflip, generator)
         return images
 
     def augment_normalized(self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, seed: int,
