@@ -2,7 +2,6 @@
 import io
 import json
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Sequence
@@ -80,11 +79,8 @@ def demo(output: Path, options: Sequence[str] = ()) -> Path:
     is_ours = data.is_dir() and {file.name for file in data.iterdir()} <= {_file_name(split) for split in SPLITS}
     if output.is_file() or output.exists() and any(output.iterdir()) and not is_ours:
         raise UserError(f'{output} holds something else, not a demonstration; give another folder with --output.')
-    with tempfile.TemporaryDirectory() as temporary:
-        new = write_digits(Path(temporary) / 'digits')  # reports what it lacks before anything is removed
-        for part in (output / 'run', data):  # the digits mark the folder as ours, so they go last
-            shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(new, data, dirs_exist_ok=True)
+    write_digits(data)  # first, as they mark the folder as ours
+    shutil.rmtree(output / 'run', ignore_errors=True)
     start = time.perf_counter()
     run = train(
         parse_options(['-c', 'demo_digits', '--data-dir', str(data), '--output', str(output), '--experiment',

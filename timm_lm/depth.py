@@ -59,22 +59,19 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
         The deep network.
 
     Raises:
-        UserError: If one of them is not a network of this package or is optimized for inference, a stage of the deep
-            one has fewer blocks or repeats one of a single block, their tensors differ in more than depth, or the deep
-            one's weights are computed from others, as by weight norm or pruning. Activations are not compared.
+        UserError: If one of them is not a network of this package, a stage of the deep one has fewer blocks or repeats
+            one of a single block, their tensors differ in more than depth (as where one was optimized for inference),
+            or the deep one's weights are computed from others, as by weight norm or pruning. Activations are not
+            compared.
 
     Source: Chang et al., ICLR 2018, https://arxiv.org/abs/1710.10348; the treatment of ``k`` is ours.
     """
     for model in (shallow, deep):
         if not isinstance(model, LMResNet):
             raise UserError(f'A {type(model).__name__} cannot be grown; use networks of timm-lm.')
-        if any(block.is_optimized for stage in model.stages for block in cast(Any, stage).blocks):
-            raise UserError('A network that was optimized for inference cannot be grown; use the original network.')
     if any('weight' not in block.last_conv()._parameters for _, new in _pairs(shallow, deep) for block in new.blocks):
         raise UserError('A network whose weights are computed from others, as by weight norm or pruning, cannot be '
                         'grown to; grow to it before that.')
-    if len(shallow.stages) != len(deep.stages):
-        raise UserError(f'{len(shallow.stages)} stages cannot be grown to {len(deep.stages)}.')
     sources = [repeated_blocks(len(old.blocks), len(new.blocks)) for old, new in _pairs(shallow, deep)]
     wanted = deep.state_dict()
     state = {name: tensor for name, tensor in shallow.state_dict().items() if not name.startswith('stages.')}
@@ -94,7 +91,8 @@ def grow(shallow: LMResNet, deep: LMResNet) -> LMResNet:
     shapes, wanted_shapes = ({name: tensor.shape for name, tensor in d.items()} for d in (state, wanted))
     differing = sorted(name for name in {*state, *wanted} if shapes.get(name) != wanted_shapes.get(name))
     if differing:
-        raise UserError(f'The networks differ in more than depth: in {differing[0]} and {len(differing) - 1} others.')
+        raise UserError(f'The networks differ in more than depth: in {differing[0]} and {len(differing) - 1} others; '
+                        'grow networks of the same kind and width, before they are optimized for inference.')
     deep.load_state_dict(state)
     _copy_config(shallow, deep)
     _divide_steps(deep, sources)

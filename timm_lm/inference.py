@@ -80,7 +80,6 @@ def optimize(model: Network) -> Network:
                          'tracing it.')
     can_pack = PackedConv2d.is_possible()
     for block in blocks:
-        block.is_optimized = True
         for i in (1, 2):  # convolutions of the branch that a norm may follow
             if hasattr(block, f'norm{i + 1}'):
                 _fold(block, f'conv{i}', f'norm{i + 1}')

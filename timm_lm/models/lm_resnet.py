@@ -89,7 +89,6 @@ class ResidualBlock(nn.Module):
     """
 
     last_conv_name = 'conv2'
-    is_optimized = False  # set by timm_lm.optimize
 
     def __init__(
             self,
