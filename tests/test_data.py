@@ -20,8 +20,8 @@ from PIL import Image
 from timm_lm import data as data_module
 from timm_lm import timm_data
 from timm_lm.data import check_class_names, load_images, open_images
+from timm_lm.decoded import DecodedImages, read_cache, write_cache
 from timm_lm.errors import UserError
-from timm_lm.image_set import ImageSet, read_cache, write_cache
 from timm_lm.parquet import find_parquet
 
 
@@ -368,7 +368,7 @@ def test_second_time_comes_from_the_cache(tmp_path, images, monkeypatch):
 
 
 def test_cached_splits_that_nobody_reads_are_removed(tmp_path):
-    one = ImageSet(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.zeros(1))
+    one = DecodedImages(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.zeros(1))
     names = ('unused', 'read', 'new')
     for name in names:
         write_cache(tmp_path / f'{name}.safetensors', one)

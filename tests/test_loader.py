@@ -23,8 +23,8 @@ from timm.data import Mixup, create_transform
 from timm_lm import data as data_module
 from timm_lm.augment import BatchMixup
 from timm_lm.data import TooLarge, load_images, open_images
+from timm_lm.decoded import DecodedImages
 from timm_lm.errors import UserError
-from timm_lm.image_set import ImageSet
 from timm_lm.loader import IGNORE_LABEL, Augmentation, MemoryLoader, WorkerLoader, _seed
 from timm_lm.training.batches import _transform, create_loader, load_split
 from timm_lm.training.options import parse_options
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:This DataLoader will create')  #
 def loader(n=20, **kwargs):
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    return MemoryLoader(ImageSet(images, torch.arange(n)), 6, MEAN, STD, **kwargs)
+    return MemoryLoader(DecodedImages(images, torch.arange(n)), 6, MEAN, STD, **kwargs)
 
 
 def same(batches, others):

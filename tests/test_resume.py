@@ -22,10 +22,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
+from timm_lm.decoded import DecodedImages, write_cache
 from timm_lm.errors import UserError
 from timm_lm.figures import save_figure
 from timm_lm.files import atomic_folder, write_text
-from timm_lm.image_set import ImageSet, write_cache
 from timm_lm.precision import cpu_has_bfloat16
 from timm_lm.run_row import read_run
 from timm_lm.training import checkpoint as checkpoint_module
@@ -761,7 +761,7 @@ def test_files_have_the_rights_of_any_new_file(tmp_path):
         CheckpointStore(tmp_path, keep=1).save(
             1, Progress(0, 1), {}, dict(state={}, param_groups=[]), [random_states()], {})
         write_text(tmp_path / 'page.md', 'caf\udce9')  # of a folder whose name is not UTF-8
-        write_cache(tmp_path / 'cache.safetensors', ImageSet(torch.zeros(1, 1, 2, 2), torch.zeros(1)))
+        write_cache(tmp_path / 'cache.safetensors', DecodedImages(torch.zeros(1, 1, 2, 2), torch.zeros(1)))
         with atomic_folder(tmp_path / 'new') as new:  # from the start, as Windows keeps what a folder is made with
             assert new.stat().st_mode & 0o777 == 0o750
     finally:

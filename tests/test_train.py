@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from timm_lm import cli
 from timm_lm.data import load_images
-from timm_lm.image_set import ImageSet
+from timm_lm.decoded import DecodedImages
 from timm_lm.loader import MemoryLoader, normalize
 from timm_lm.training.accelerator import create_accelerator
 from timm_lm.training.batches import resolve_input_config
@@ -114,7 +114,7 @@ def test_counts_of_few_classes_and_of_a_batch_that_is_filled_up():
     images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1)
     labels = torch.tensor([0, 1, 2, 0, 1])
     logits = torch.tensor([[2., 0., 1.], [0., 0., 3.], [1., 2., 3.], [5., 0., 0.], [0., 1., 0.]])
-    loader = MemoryLoader(ImageSet(images, labels), 4, [0.], [1.])
+    loader = MemoryLoader(DecodedImages(images, labels), 4, [0.], [1.])
     result = evaluate(lambda batch: logits[(batch.flatten() * 255).round().long()], loader)
     assert (result['errors'], result['images'], result['top1'], result['top5']) == (1, 5, 80, 100)
     assert result['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())

@@ -11,10 +11,10 @@ from PIL import Image
 from timm.data import create_transform
 from tqdm import tqdm
 
+from .decoded import DecodedImages, cache_path, read_cache, stamp, write_cache
 from .encoded import EncodedImages, image_mode
 from .errors import UserError, one_line, some
 from .files import files_below, sha256
-from .image_set import ImageSet, cache_path, read_cache, stamp, write_cache
 from .parquet import (
     count_rows,
     download_parquet,
@@ -33,7 +33,7 @@ MEMORY_LIMIT = 4 << 30  # bytes of a decoded split, less where memory is small
 # The memory limit of a container on Linux, in cgroup v2 and v1.
 _CONTAINER_LIMITS = (Path('/sys/fs/cgroup/memory.max'), Path('/sys/fs/cgroup/memory/memory.limit_in_bytes'))
 # Images in memory, or to be decoded one by one.
-Split = Union[ImageSet, EncodedImages]
+Split = Union[DecodedImages, EncodedImages]
 
 
 class TooLarge(UserError):
@@ -64,7 +64,7 @@ class _Decoder:
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-def _decode_all(images: EncodedImages, decode: _Decoder, progress: bool) -> ImageSet:
+def _decode_all(images: EncodedImages, decode: _Decoder, progress: bool) -> DecodedImages:
     images.transform = decode
     bar = tqdm(range(len(images)), desc='decoding', unit='image', disable=None if progress else True, leave=False)
     decoded = torch.empty(0, dtype=torch.uint8)
@@ -85,10 +85,10 @@ def _decode_all(images: EncodedImages, decode: _Decoder, progress: bool) -> Imag
         raise UserError(f'{error} The same applies to {len(failed) - 1} more: {names}.') from error
     if error:
         raise error
-    return ImageSet(decoded, images.labels, images.class_names, images.remark)
+    return DecodedImages(decoded, images.labels, images.class_names, images.remark)
 
 
-def _decode_files(images: EncodedImages, decode: _Decoder, settings: Dict[str, Any], progress: bool) -> ImageSet:
+def _decode_files(images: EncodedImages, decode: _Decoder, settings: Dict[str, Any], progress: bool) -> DecodedImages:
     """Decode images that are separate files, or read them from the cache if the files have not changed."""
     if len(images.files) != len(images):  # such as those of a tar file
         return _decode_all(images, decode, progress)
@@ -120,7 +120,7 @@ def load_images(
         progress: bool = False,
         crop_mode: str = 'center',
         device: Optional[torch.device] = None,
-) -> ImageSet:
+) -> DecodedImages:
     """Decode a split into memory.
 
     Args:

@@ -17,9 +17,9 @@ from timm.data.loader import fast_collate
 from torch.utils.data import DataLoader, Dataset
 
 from .augment import BatchMixup, Values, normalize, pad_crop, random_erase, random_flip, to_device
+from .decoded import DecodedImages
 from .encoded import EncodedImages
 from .errors import UserError
-from .image_set import ImageSet
 
 IGNORE_LABEL = -100  # of the rows that pad the last batch of an evaluation; cross entropy ignores it
 
@@ -214,7 +214,7 @@ class MemoryLoader(BatchLoader):
 
     kind = 'memory'
 
-    def __init__(self, data: ImageSet, batch_size: int, mean: Values, std: Values,
+    def __init__(self, data: DecodedImages, batch_size: int, mean: Values, std: Values,
                  device: Optional[torch.device] = None, **kwargs: Any):
         """
         Args:

@@ -20,8 +20,8 @@ from timm_lm.data import (
     looks_for_split_folder,
     open_images,
 )
+from timm_lm.decoded import DecodedImages
 from timm_lm.errors import UserError, one_line
-from timm_lm.image_set import ImageSet
 from timm_lm.loader import Augmentation, BatchLoader, MemoryLoader, WorkerLoader
 from timm_lm.model_config import TimmModel, image_channels, image_config
 from timm_lm.timm_data import check_split_folder
@@ -150,7 +150,7 @@ def load_data(
             raise UserError(f'{str(e).partition(";")[0]}; the run started with its images in memory and can only '
                             'resume where they fit. Start another run with another --experiment.') from e
         eval_set = load(args.val_split) if args.val_split else None
-    if differs(isinstance(train_set, ImageSet)):  # the two kinds are augmented with different seeds
+    if differs(isinstance(train_set, DecodedImages)):  # the two kinds are augmented with different seeds
         raise UserError('The training images fit into the memory of some processes and not of others; give --loader '
                         'timm to all of them.')
     if differs(tuple(_digest(data) for data in (train_set, eval_set) if data is not None)):
@@ -178,7 +178,7 @@ def create_loader(args: argparse.Namespace, data: Split, data_config: Dict[str, 
         UserError: If the augmentation is impossible.
     """
     batch_size = args.batch_size if is_training else args.validation_batch_size or args.batch_size
-    in_memory = isinstance(data, ImageSet)
+    in_memory = isinstance(data, DecodedImages)
     if is_training and args.aug_repeats and accelerator.num_processes == 1:
         raise UserError('--aug-repeats repeats images over processes, but there is only one; leave it out, or use '
                         'several.')
@@ -193,7 +193,7 @@ def create_loader(args: argparse.Namespace, data: Split, data_config: Dict[str, 
     if is_training:
         common['augmentation'] = _augmentation(args, num_classes, data_config['input_size'], flips=in_memory)
     mean, std = data_config['mean'], data_config['std']
-    if isinstance(data, ImageSet):
+    if isinstance(data, DecodedImages):
         return MemoryLoader(data, batch_size, mean, std, accelerator.device, **common)
     transform = _transform(args, data_config, is_training)
     return WorkerLoader(

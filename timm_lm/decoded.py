@@ -18,7 +18,7 @@ UNUSED_DAYS = 30  # after which a cached split is removed
 
 
 @dataclass(frozen=True)
-class ImageSet:
+class DecodedImages:
     """A decoded split.
 
     Attributes:
@@ -36,11 +36,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device) -> 'ImageSet':
+    def to(self, device: torch.device) -> 'DecodedImages':
         """The same images on a device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
-    def part(self, start: int, stop: int) -> 'ImageSet':
+    def part(self, start: int, stop: int) -> 'DecodedImages':
         """The images from ``start`` up to ``stop``, exclusive."""
         return replace(self, images=self.images[start:stop], labels=self.labels[start:stop])
 
@@ -71,7 +71,7 @@ def stamp(files: Sequence[str], labels: torch.Tensor) -> str:
     return hashlib.sha256(json.dumps([facts, labels.tolist()]).encode()).hexdigest()
 
 
-def read_cache(path: Optional[Path], content: str = '') -> Optional[ImageSet]:
+def read_cache(path: Optional[Path], content: str = '') -> Optional[DecodedImages]:
     """The decoded split, None if there is no intact one of this content."""
     if path is None or not path.is_file():
         return None
@@ -81,7 +81,7 @@ def read_cache(path: Optional[Path], content: str = '') -> Optional[ImageSet]:
             names = json.loads(metadata['class_names'])
             if metadata['content'] != content:
                 return None
-            data = ImageSet(f.get_tensor('images'), f.get_tensor('labels'), tuple(names) if names else None)
+            data = DecodedImages(f.get_tensor('images'), f.get_tensor('labels'), tuple(names) if names else None)
         with suppress(OSError):
             os.utime(path)  # it is in use
         return data
@@ -89,7 +89,7 @@ def read_cache(path: Optional[Path], content: str = '') -> Optional[ImageSet]:
         return None  # truncated or of another format: decoded again and overwritten
 
 
-def write_cache(path: Optional[Path], data: ImageSet, content: str = '') -> None:
+def write_cache(path: Optional[Path], data: DecodedImages, content: str = '') -> None:
     """Write a temporary file and rename it; if it cannot be written (full disk, no permission), there is no cache.
 
     Args:
