@@ -240,13 +240,6 @@ def test_shared_convolution_in_half_precision():
         assert difference(optimized(x).float(), model.float()(x.float())) < 0.1
 
 
-def test_double_precision():
-    model = made('lm_resnet20', {}).double()
-    x = images(model).double()
-    with torch.no_grad():
-        assert difference(timm_lm.optimize(model)(x), model(x)) < 1e-12
-
-
 @pytest.mark.parametrize('feature_cls', ['getter', 'hook'])
 def test_features(feature_cls):
     model = timm.create_model('lm_resnet18', features_only=True, feature_cls=feature_cls).eval()

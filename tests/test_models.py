@@ -93,6 +93,7 @@ CIFAR_COUNTS = [
 @pytest.mark.parametrize('name, num_classes, plain, lm, num_k', CIFAR_COUNTS)
 def test_parameters_of_cifar_networks(name, num_classes, plain, lm, num_k):
     assert count(f'preact_{name}', num_classes=num_classes) == plain
+    assert count(f'lm_{name}', num_classes=num_classes, two_step=False) == plain
     assert count(f'lm_{name}', num_classes=num_classes) == lm + num_k
     assert count_k(f'lm_{name}') == num_k
     assert count_k(f'preact_{name}') == 0
@@ -277,18 +278,6 @@ def test_k_zero_is_the_plain_network(kind):
         lm_away = create(kind, k_init=0.5)
         lm_away.load_state_dict({n: t for n, t in lm.state_dict().items() if not n.endswith('.k')}, strict=False)
         assert not torch.allclose(lm_away(x), plain(x), rtol=1e-2)
-
-
-@pytest.mark.parametrize('name', ['resnet20', 'resnext29_8x64d'])
-def test_two_step_off_is_the_plain_twin(name):
-    kwargs = TINY['resnext'][1] if 'next' in name else TINY['basic'][1]
-    off = timm.create_model(f'lm_{name}', two_step=False, **kwargs).eval()
-    twin = timm.create_model(f'preact_{name}', **kwargs).eval()
-    assert not any(isinstance(m, TwoStep) for m in off.modules())
-    twin.load_state_dict(off.state_dict())
-    x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(off(x), twin(x))
 
 
 # ------------------------------------------------------------------------------------------- the coefficients
@@ -923,15 +912,6 @@ def test_init_weights_is_what_the_constructor_draws():
         assert model.get_parameter(n).std().item() == pytest.approx(std, rel=0.15)
 
 
-def test_training_moves_k():
-    model = create('basic').train()
-    optimizer = create_optimizer_v2(model, opt='momentum', lr=0.1, weight_decay=1e-4)
-    before = model.k_values()
-    F.cross_entropy(model(images('basic', 8)), torch.arange(8)).backward()
-    optimizer.step()
-    assert all((model.k_values()[name] != k).all() for name, k in before.items())
-
-
 # ---------------------------------------------------------------------------------------- pretrained configs
 
 CIFAR_NAMES = [f'{family}_{name}' for family in ('lm', 'preact') for name in (
@@ -1110,12 +1090,11 @@ def test_k_in_a_checkpoint_is_kept(tmp_path):
 @pytest.mark.parametrize('name, plain, kwargs, overlay', [
     ('lm_resnet20', 'preact_resnet20', {}, {}),
     ('lm_resnet20.paper_c10', 'preact_resnet20', {}, {}),
-    ('lm_resnet152', 'resnetv2_18', dict(layers=(2, 1), channels=(16, 32), basic=True), {}),
+    ('lm_resnet152', 'resnetv2_50', dict(layers=(2, 1), channels=(16, 32)), {}),
     ('lm_resnet18', 'resnetv2_18', dict(layers=(2, 1), channels=(16, 32)), dict(tag='other_in1k')),
 ])
 def test_missing_k_is_filled_for_those_tags_alone(name, plain, kwargs, overlay, tmp_path):
-    source = {n: v for n, v in kwargs.items() if n != 'basic'}
-    overlay = overlay | save(timm.create_model(plain, **source), tmp_path / 'model.safetensors')
+    overlay = overlay | save(timm.create_model(plain, **kwargs), tmp_path / 'model.safetensors')
     with pytest.raises(RuntimeError, match=r'[Mm]issing key.*step\.k'):
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
 
@@ -1174,9 +1153,3 @@ def test_saved_weights_load_by_name(kind, tmp_path):
         assert gray(images(kind, in_chans=1)).shape == (2, 5)
         torch.testing.assert_close(gray.stem.conv.weight, model.stem.conv.weight.sum(1, keepdim=True))
         assert torch.equal(gray.norm.weight, model.norm.weight)
-
-
-def test_euler_blocks_have_no_k():
-    model = create('basic')
-    assert [isinstance(block.step, EulerStep) for block in blocks(model)] == [True, False] * 3
-    assert not any(n.endswith('.0.step.k') for n in model.state_dict())
