@@ -1,12 +1,19 @@
 """The networks in other forms: TorchScript, fx, torch.export, torch.compile and ONNX, against eager mode."""
-import io
+import shutil
 
 import onnxruntime
 import pytest
 import timm
 import torch
+from forked import Command
 from timm.models import create_feature_extractor
 from torch import nn
+
+from timm_lm import export
+from timm_lm.errors import UserError
+from timm_lm.export import FORMATS, export_model
+from timm_lm.models import LMResNet
+from timm_lm.weights_folder import load_folder
 
 # k away from its start, so that a k that is lost or flipped on the way shows
 NETWORKS = {
@@ -73,18 +80,6 @@ def test_the_outputs_depend_on_k(images):
 
 # ------------------------------------------------------------------------------------------------- TorchScript
 
-@torch.no_grad()
-def test_script(kind, images, more_images):
-    model = create(kind, scriptable=True)
-    buffer = io.BytesIO()
-    torch.jit.save(torch.jit.script(model), buffer)
-    buffer.seek(0)
-    scripted = torch.jit.load(buffer)
-    assert scripted.state_dict().keys() == model.state_dict().keys()
-    for x in (images, more_images):
-        torch.testing.assert_close(scripted(x), model(x), **CLOSE)
-
-
 def test_script_trains(kind, images):
     model = create(kind, scriptable=True, drop_path_rate=0.1, state_noise=0.01).train()
     scripted = torch.jit.script(model)
@@ -134,55 +129,6 @@ def test_fx_feature_extractor_trains(kind, images):
         torch.testing.assert_close(out['head'], model(images), **CLOSE)
         state = model.forward_intermediates(images, indices=[1], intermediates_only=True)[0]
         torch.testing.assert_close(out['stages.0'], state, **CLOSE)
-
-
-# ---------------------------------------------------------------------------------------- torch.export, ONNX
-
-def dynamic_batch():
-    return ({0: torch.export.Dim('batch', min=1, max=64)},)
-
-
-@torch.no_grad()
-def test_export_with_any_batch_size(kind, images, more_images):
-    model = create(kind)
-    program = torch.export.export(model, (images,), dynamic_shapes=dynamic_batch())
-    assert k_names(program.state_dict) == k_names(model.state_dict())
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    buffer.seek(0)
-    exported = torch.export.load(buffer).module()
-    for x in (images, more_images, more_images[:1]):
-        torch.testing.assert_close(exported(x), model(x), **CLOSE)
-
-
-@torch.no_grad()
-@pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning')
-def test_other_formats_need_no_lerp(images):
-    """Which Core ML's converter does not know, neither of a trace nor of an exported program."""
-    model = create('lm')
-    graphs = str(torch.jit.trace(model, images).inlined_graph), str(torch.export.export(model, (images,)).graph)
-    assert all('conv' in graph and 'lerp' not in graph for graph in graphs)
-
-
-def export_onnx(model, images, path):
-    if torch.__version__ >= '2.6':
-        torch.onnx.export(model, (images,), dynamo=True, dynamic_shapes=dynamic_batch()).save(path)
-    else:  # the newer exporter of torch 2.5 fails at the classifier of timm's ResNetV2 too, if the batch is dynamic
-        torch.onnx.export(
-            model, (images,), path, dynamo=False, input_names=['images'], dynamic_axes=dict(images={0: 'batch'}))
-
-
-@torch.no_grad()
-def test_onnx_with_any_batch_size(kind, images, more_images, tmp_path):
-    model = create(kind)
-    path = str(tmp_path / 'model.onnx')
-    export_onnx(model, images, path)
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    image_input, = session.get_inputs()
-    assert isinstance(image_input.shape[0], str) and image_input.shape[1:] == [3, 32, 32]
-    for x in (images, more_images, more_images[:1]):
-        logits, = session.run(None, {image_input.name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(logits), model(x), **CLOSE)
 
 
 # --------------------------------------------------------------------------------------------- torch.compile
@@ -249,3 +195,102 @@ def test_compiled_features(images):
     compiled = torch.compile(model, fullgraph=True, backend='eager')
     for a, b in zip(compiled(images), model(images), strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
+
+
+# ------------------------------------------------------------------------------------------------ exported files
+
+@pytest.mark.parametrize('form', FORMATS)
+def test_exported_file_computes_the_same_for_any_batch_size(kind, form, tmp_path):
+    """By the export's own comparison, with the file as it loads."""
+    assert export_model(create(kind, scriptable=True), form, tmp_path / 'model') < 1e-5
+
+
+@torch.no_grad()
+def test_other_formats_need_no_lerp(images):
+    """Which Core ML's converter does not know, neither of a trace nor of an exported program."""
+    model = create('lm')
+    graphs = str(torch.jit.trace(model, images).inlined_graph), str(torch.export.export(model, (images,)).graph)
+    assert all('conv' in graph and 'lerp' not in graph for graph in graphs)
+
+
+@pytest.mark.parametrize('form, ending', [('onnx', '.onnx'), ('torch-export', '.pt2'), ('torchscript', '.pt')])
+def test_exported_file_computes_the_same(form, ending, weights, tmp_path, command):
+    path = tmp_path / 'out' / f'model{ending}'
+    code, out, err = command('export', weights, '--format', form, '--output', path)
+    assert code == 0, err
+    assert out.startswith(f'{path}: ') and 'batches of any size' in out
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing else is left
+    images = torch.randn(7, 1, 16, 16)
+    if form == 'onnx':
+        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        logits = torch.from_numpy(session.run(['logits'], {'images': images.numpy()})[0])
+    else:
+        logits = (torch.export.load(path).module() if form == 'torch-export' else torch.jit.load(path))(images)
+    with torch.inference_mode():
+        expected = timm.create_model(f'local-dir:{weights}', pretrained=True).eval()(images)
+    torch.testing.assert_close(logits.detach(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_exported_run_is_named_after_it(run_folder, tmp_path, command, monkeypatch):
+    run = shutil.copytree(run_folder, tmp_path / 'tuned')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, 'export_model', lambda model, kind, path: path.write_text(kind) and 0.)
+    for source in (run / 'weights', 'tuned/weights'):
+        code, out, err = command('export', source, '--format', 'torch-export')
+        assert code == 0 and out.startswith('tuned.pt2: '), err
+    monkeypatch.chdir(run / 'weights')
+    code, out, err = command('export', '.', '--format', 'torch-export')
+    assert code == 0 and out.startswith('tuned.pt2: '), err
+
+
+def test_export_that_fails_leaves_nothing(weights, tmp_path, fails, monkeypatch):
+    (tmp_path / 'file').write_text('')
+    assert 'choose another --output' in fails('export', weights, '--output', tmp_path / 'file' / 'model.onnx')
+    for folder in (tmp_path, '.', '/'):
+        assert f'{folder} is a folder; name a file with --output' in fails('export', weights, '--output', folder)
+
+    def not_for_scripts(self, *images):
+        return images[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LMResNet, 'forward', not_for_scripts)
+        line = fails('export', weights, '--format', 'torchscript', '--output', tmp_path / 'model.pt')
+        assert 'cannot be written as torchscript (Compiled functions can' in line
+    for sizes in ((2, 5), (1, 2), ()):  # of the batches that the file is right for
+        def written(model, images, path, sizes=sizes):
+            path.touch()
+            return lambda images: model(images) * (1 if len(images) in sizes else 1.001)
+
+        monkeypatch.setitem(export.FORMATS, 'torch-export', (written, '.pt2'))
+        line = fails('export', weights, '--format', 'torch-export', '--output', tmp_path / 'model.pt2')
+        assert 'computes something else' in line
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def test_export_of_what_is_no_number_is_refused(weights, tmp_path):
+    model = load_folder(weights)
+    torch.nn.init.constant_(model.head.fc.bias, float('nan'))
+    with pytest.raises(UserError, match='computes something else .difference nan'):
+        export_model(model, 'torch-export', tmp_path / 'model.pt2')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('form', FORMATS)
+def test_export_onto_a_full_disk(form, weights, tmp_path):
+    code, _, err = Command(
+        'export', weights, '--format', form, '--output', tmp_path / 'model', file_limit=50_000).wait()
+    assert code == 2 and err.count('timm-lm: error: ') == 1 and 'Traceback' not in err, err
+    assert 'File too large' in err and not list(tmp_path.iterdir())
+
+
+def test_onnx_runtime_that_is_too_old_is_told(weights, tmp_path, fails, monkeypatch):
+    class InvalidGraph(Exception):
+        """As onnxruntime's own, which have no other base."""
+
+    def session(*args, **kwargs):
+        raise InvalidGraph('Unsupported model IR version: 99, max supported IR version: 10')
+
+    monkeypatch.setattr(onnxruntime, 'InferenceSession', session)
+    line = fails('export', weights, '--output', tmp_path / 'model.onnx')
+    assert 'onnxruntime cannot read the file (Unsupported model IR version: 99' in line and 'install a newer' in line
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Classes of single images, and the networks as files of other tools, through the command line."""
+"""Classes of single images, through the command line."""
 import io
 import json
 import os
@@ -8,14 +8,11 @@ import sys
 from contextlib import suppress
 
 import numpy as np
-import onnxruntime
 import pytest
 import timm
 import torch
-from forked import Command
 from PIL import Image, features
 
-from timm_lm import export
 from timm_lm.cli import main
 from timm_lm.data import load_images
 from timm_lm.errors import UserError
@@ -249,91 +246,6 @@ def test_bad_input_of_predict(tmp_path, weights, fails):
     for option in ('--topk', '--batch-size'):
         assert f'{option} must be at least 1' in fails('predict', tmp_path, option, 0)
     assert "no model 'lm_resnet21'" in fails('predict', __file__, '--model', 'lm_resnet21')
-
-
-@pytest.mark.parametrize('kind, ending', [('onnx', '.onnx'), ('torch-export', '.pt2'), ('torchscript', '.pt')])
-@pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning')
-def test_exported_file_computes_the_same(kind, ending, weights, tmp_path, command):
-    path = tmp_path / 'out' / f'model{ending}'
-    code, out, err = command('export', weights, '--format', kind, '--output', path)
-    assert code == 0, err
-    assert out.startswith(f'{path}: ') and 'batches of any size' in out
-    assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing else is left
-    images = torch.randn(7, 1, 16, 16)
-    if kind == 'onnx':
-        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-        logits = torch.from_numpy(session.run(['logits'], {'images': images.numpy()})[0])
-    else:
-        logits = (torch.export.load(path).module() if kind == 'torch-export' else torch.jit.load(path))(images)
-    with torch.inference_mode():
-        expected = timm.create_model(f'local-dir:{weights}', pretrained=True).eval()(images)
-    torch.testing.assert_close(logits.detach(), expected, rtol=1e-3, atol=1e-4)
-
-
-def test_exported_run_is_named_after_it(run_folder, tmp_path, command, monkeypatch):
-    run = shutil.copytree(run_folder, tmp_path / 'tuned')
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(export, 'export_model', lambda model, kind, path: path.write_text(kind) and 0.)
-    for source in (run / 'weights', 'tuned/weights'):
-        code, out, err = command('export', source, '--format', 'torch-export')
-        assert code == 0 and out.startswith('tuned.pt2: '), err
-    monkeypatch.chdir(run / 'weights')
-    code, out, err = command('export', '.', '--format', 'torch-export')
-    assert code == 0 and out.startswith('tuned.pt2: '), err
-
-
-def test_export_that_fails_leaves_nothing(weights, tmp_path, fails, monkeypatch):
-    (tmp_path / 'file').write_text('')
-    assert 'choose another --output' in fails('export', weights, '--output', tmp_path / 'file' / 'model.onnx')
-    for folder in (tmp_path, '.', '/'):
-        assert f'{folder} is a folder; name a file with --output' in fails('export', weights, '--output', folder)
-    def not_for_scripts(self, *images):
-        return images[0]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LMResNet, 'forward', not_for_scripts)
-        line = fails('export', weights, '--format', 'torchscript', '--output', tmp_path / 'model.pt')
-        assert 'cannot be written as torchscript (Compiled functions can' in line
-    for sizes in ((2, 5), (1, 2), ()):  # of the batches that the file is right for
-        def written(model, images, path, sizes=sizes):
-            path.touch()
-            return lambda images: model(images) * (1 if len(images) in sizes else 1.001)
-
-        monkeypatch.setitem(export.FORMATS, 'torch-export', (written, '.pt2'))
-        line = fails('export', weights, '--format', 'torch-export', '--output', tmp_path / 'model.pt2')
-        assert 'computes something else' in line
-    assert [path.name for path in tmp_path.iterdir()] == ['file']
-
-
-def test_export_of_what_is_no_number_is_refused(weights, tmp_path):
-    model = load_folder(weights)
-    torch.nn.init.constant_(model.head.fc.bias, float('nan'))
-    with pytest.raises(UserError, match='computes something else .difference nan'):
-        export_model(model, 'torch-export', tmp_path / 'model.pt2')
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize('kind', ['onnx', 'torch-export', 'torchscript'])
-def test_export_onto_a_full_disk(kind, weights, tmp_path):
-    code, _, err = Command(
-        'export', weights, '--format', kind, '--output', tmp_path / 'model', file_limit=50_000).wait()
-    assert code == 2 and err.count('timm-lm: error: ') == 1 and 'Traceback' not in err, err
-    assert 'File too large' in err and not list(tmp_path.iterdir())
-
-
-def test_onnx_runtime_that_is_too_old_is_told(weights, tmp_path, fails, monkeypatch):
-    import onnxruntime
-
-    class InvalidGraph(Exception):
-        """As onnxruntime's own, which have no other base."""
-
-    def session(*args, **kwargs):
-        raise InvalidGraph('Unsupported model IR version: 99, max supported IR version: 10')
-
-    monkeypatch.setattr(onnxruntime, 'InferenceSession', session)
-    line = fails('export', weights, '--output', tmp_path / 'model.onnx')
-    assert 'onnxruntime cannot read the file (Unsupported model IR version: 99' in line and 'install a newer' in line
-    assert not list(tmp_path.iterdir())
 
 
 def test_network_for_other_channels_than_images_have(pictures):
