@@ -12,7 +12,13 @@ from forked import Command
 from timm_lm.errors import UserError
 from timm_lm.training.recipes import find_recipe
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / 'benchmarks'
+sys.path.append(str(Path(__file__).resolve().parents[1] / 'benchmarks'))
+
+import train_throughput as throughput
+import update
+from measure import history_bytes, kept_bytes
+
+BENCHMARKS = Path(update.__file__).parent
 
 
 def figures(tmp_path, script, *options):
@@ -23,14 +29,11 @@ def figures(tmp_path, script, *options):
 
 
 @pytest.mark.parametrize('depth, compiled', [(20, False), (56, False), (20, True)])
-def test_bytes_kept_for_backward(depth, compiled, monkeypatch):
+def test_bytes_kept_for_backward(depth, compiled):
     """The two-step keeps the two projected shortcuts and its k, and nothing else that the plain network does not.
 
     Compiled, it is the compiler's partition into forward and backward that counts; no code is generated.
     """
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from measure import history_bytes, kept_bytes
-
     images = torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     kept = []
     for name in (f'preact_resnet{depth}', f'lm_resnet{depth}'):
@@ -51,12 +54,9 @@ def test_bytes_kept_for_backward(depth, compiled, monkeypatch):
 
 
 @pytest.mark.parametrize('recipe', ['best_c10', 'regrow_c100', 'plain_first_c10'])
-def test_recipes_of_late_epochs_run_shortly(recipe, tmp_path, monkeypatch, few_digits, command):
+def test_recipes_of_late_epochs_run_shortly(recipe, tmp_path, few_digits, command):
     """As train_throughput.py has them run, in few epochs."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from train_throughput import LATE_OPTIONS, write_recipe_without
-
-    short = write_recipe_without(LATE_OPTIONS, find_recipe(recipe)[0], tmp_path / 'short.yaml')
+    short = throughput.write_recipe_without(throughput.LATE_OPTIONS, find_recipe(recipe)[0], tmp_path / 'short.yaml')
     code, _, err = command(
         'train', '-c', short, '--data-dir', few_digits, '--input-key', 'image', '--target-key', 'label', '--grow-from',
         '', '--model', 'lm_resnet20', '--batch-size', 64, '--sched', 'cosine', '--warmup-epochs', 0, '--epochs', 3,
@@ -85,9 +85,6 @@ def test_checkpointing_keeps_less(tmp_path):
 
 
 def test_update(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import update
-
     monkeypatch.setattr(torch, 'compile', lambda function, **options: function)  # the compiler takes its time
     monkeypatch.setattr(update, 'SHAPES', ((2, 4, 8, 8), (1, 2, 4, 4)))
     path = tmp_path / 'figures.json'
@@ -112,9 +109,6 @@ def test_inference(tmp_path):
 
 def test_both_engines_and_the_bare_loop_are_measured(few_digits, tmp_path, monkeypatch):
     """One short training of each; timm's script by the lines that it prints."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import train_throughput as throughput
-
     options = ['-c', 'demo_digits', '--no-torchcompile', '--no-amp', '--batch-size', '16', '--model-kwargs',
                'layers=(1,1,1)', '--epochs', '2', '--warmup-epochs', '0', '--log-interval', '1']
     subset = tmp_path / 'subset'
@@ -134,17 +128,15 @@ def test_both_engines_and_the_bare_loop_are_measured(few_digits, tmp_path, monke
         monkeypatch.setattr(throughput, 'run', lambda command, folder: 'no more lines')
         throughput.measure_rate(ours, tmp_path, '1-0', epochs=3)
     monkeypatch.undo()
-    with pytest.raises(UserError, match='failed with exit code 2; its last lines'):
-        throughput.run([*ours.command, '--epochs', '0'], tmp_path)
+    with pytest.raises(UserError, match='failed with exit code 2; its last lines:\n    why'):
+        throughput.run([sys.executable, '-c', "import sys; print('why'); sys.exit(2)"], tmp_path)
 
 
-def test_table_of_both_engines(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from train_throughput import table
+def test_table_of_both_engines():
     engines = [dict(name=name, images_per_second=rate, rounds=[rate, rate + 10], ratio=300 / rate, command=f'run {name}'
                     )
                for name, rate in (('ours', 300.), ('theirs', 200.), ('plain', 100.))]
-    lines = table(dict(
+    lines = throughput.table(dict(
         machine=dict(cpu='CPU', cores=2, threads=2, system='Linux', gpu=None), versions=dict(torch='2.0'),
         settings=dict(recipe='paper_c10', precision='float32', model='lm_resnet20', device='cpu', batch_size=128,
                       steps=4, epochs=2, rounds=2, workers=4), engines=engines,
@@ -158,10 +150,8 @@ def test_table_of_both_engines(monkeypatch):
     assert [line.strip() for line in lines[-3:]] == ['run ours', 'run theirs', 'run plain']
 
 
-def test_rates_of_timms_script_are_those_of_whole_epochs(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from train_throughput import timm_rates
+def test_rates_of_timms_script_are_those_of_whole_epochs(tmp_path):
     lines = [f'Train: {epoch} [{batch:>4d}/100 ({batch}%)]  Loss: 2.31 (2.31)  Time: 0.1s, {rate + batch:>7.2f}/s  '
              f'(0.1s, {rate:>7.2f}/s)  LR: 1.000e-01  Data: 0.01 (0.01)'
              for epoch, rate in ((0, 500.), (1, 700.)) for batch in (0, 50, 99)]
-    assert timm_rates(tmp_path, '\n'.join(lines)) == [500., 700.]
+    assert throughput.timm_rates(tmp_path, '\n'.join(lines)) == [500., 700.]

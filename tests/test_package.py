@@ -95,7 +95,11 @@ def install(wheel, folder):
 
 
 def use(scripts, folder):
-    """Create models without naming the package, from an empty folder, offline; tells what was found."""
+    """Create a network without naming the package, and one with its weights, from an empty folder, offline.
+
+    Returns:
+        What was found.
+    """
     cwd = folder / 'empty'
     cwd.mkdir()
     return json.loads(run(scripts / 'python', '-W', 'error::UserWarning', '-c', """
@@ -108,17 +112,14 @@ import timm_lm, _timm_lm_autoload
 from safetensors.torch import load_file
 from timm_lm.models._weights import weights_dir
 
-loaded = []
-for file in sorted(weights_dir().glob('*/model.safetensors')):
-    name = file.parent.name
-    assert name in timm.list_pretrained(), name
-    state = timm.create_model(name, pretrained=True).state_dict()
-    expected = load_file(file)
-    assert all(state[key].equal(tensor) for key, tensor in expected.items()), name
-    loaded.append(name)
+files = sorted(weights_dir().glob('*/model.safetensors'))
+names = [file.parent.name for file in files]
+assert {*names} <= {*timm.list_pretrained()}
+state = timm.create_model(names[0], pretrained=True).state_dict()
+assert all(state[key].equal(tensor) for key, tensor in load_file(files[0]).items())
 print(json.dumps(dict(
     type=f'{type(model).__module__}.{type(model).__name__}', package=timm_lm.__file__, hook=_timm_lm_autoload.__file__,
-    weights=str(weights_dir()), loaded=loaded)))
+    weights=str(weights_dir()), names=names)))
 """, cwd=cwd, HF_HUB_OFFLINE='1'))
 
 
@@ -197,7 +198,7 @@ def test_installed_wheel_works_from_an_empty_folder(wheel, tmp_path):
     assert Path(found['package']) == site / 'timm_lm' / '__init__.py'
     assert Path(found['hook']) == site / '_timm_lm_autoload.py'
     assert Path(found['weights']) == site / 'timm_lm' / 'weights'
-    assert found['loaded'] == shipped_checkpoints()
+    assert found['names'] == shipped_checkpoints()
     recipes = run(scripts / 'timm-lm', 'recipe', cwd=tmp_path / 'empty').splitlines()
     names = {name.removesuffix('.yaml') for name in shipped('timm_lm/recipes', '*.yaml')}
     assert {line.split()[0] for line in recipes[1:]} == names
@@ -210,5 +211,5 @@ def test_editable_install_uses_the_checkout(editable_wheel, tmp_path):
     assert Path(found['package']) == ROOT / 'timm_lm' / '__init__.py'
     assert Path(found['hook']) == ROOT / '_timm_lm_autoload.py'
     assert Path(found['weights']) == ROOT / 'weights'
-    assert found['loaded'] == shipped_checkpoints()
+    assert found['names'] == shipped_checkpoints()
     assert shutil.which('timm-lm', path=scripts)
