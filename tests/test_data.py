@@ -5,7 +5,10 @@ import os
 import pickle
 import re
 import shutil
+import tarfile
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +22,7 @@ from PIL import Image
 
 from timm_lm import data as data_module
 from timm_lm import timm_data
-from timm_lm.data import check_class_names, load_images, open_images
+from timm_lm.data import TooLarge, check_class_names, load_images, open_images
 from timm_lm.decoded import DecodedImages, read_cache, write_cache
 from timm_lm.errors import UserError
 from timm_lm.parquet import find_parquet
@@ -36,6 +39,19 @@ def write_parquet(path, arrays, labels=None, column='image'):
     labels = range(len(cells)) if labels is None else labels
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({column: cells, 'label': list(labels)}), path)
+
+
+def noise(seed):
+    return np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+
+def image_folder(folder, files, split='test'):
+    """Write encoded images, by turns into two classes."""
+    for i, content in enumerate(files):
+        path = folder / split / ('cat', 'dog')[i % 2] / f'{i // 2}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
 
 
 @pytest.fixture
@@ -354,6 +370,107 @@ def test_broken_files_are_named(tmp_path, images, monkeypatch):
     write_parquet(tmp_path / 'column' / 'test.parquet', images, column='picture')
     with pytest.raises(UserError, match='no input column .*--input-key'):
         load_images('test', tmp_path / 'column')
+
+
+def broken_png():
+    """A PNG whose compressed data is cut into chunks at a wrong place."""
+    content = bytearray(png(noise(0)))
+    place = content.index(b'IDAT')
+    length = int.from_bytes(content[place - 4:place], 'big')
+    content[place - 4:place] = (length // 2).to_bytes(4, 'big')
+    return bytes(content)
+
+
+def enormous_bmp():
+    buffer = io.BytesIO()
+    Image.fromarray(noise(0)).save(buffer, format='BMP')
+    content = bytearray(buffer.getvalue())
+    content[18:22] = (1 << 28).to_bytes(4, 'little')  # the width
+    return bytes(content)
+
+
+@pytest.mark.parametrize('content', [b'', b'no image', png(noise(0))[:-600], broken_png(), enormous_bmp()],
+                         ids=['empty', 'text', 'cut', 'chunks', 'size'])
+def test_a_broken_file_is_named_and_not_replaced_by_the_next(tmp_path, content):
+    folder = image_folder(tmp_path, [png(noise(1)), png(noise(2)), content, png(noise(3))])
+    path = tmp_path / 'test' / 'cat' / '1.png'
+    for read in (lambda: load_images('test', folder), lambda: list(open_images('test', folder))):
+        with pytest.raises(UserError, match=r'^Image 1 of the data \(.*\) is not a readable image') as e:
+            read()
+        assert f'({path})' in str(e.value) and '\n' not in str(e.value)
+
+
+def test_labels_are_known_without_decoding(tmp_path):
+    """Files that no decoder reads, in folders and in a tar file."""
+    folder = image_folder(tmp_path, [b'no image'] * 5)
+    data = open_images('test', folder)
+    assert data.labels.tolist() == [0, 0, 0, 1, 1] and data.class_names == ('cat', 'dog')
+    with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
+        tar.add(folder / 'test', '.')
+    data = open_images('test', tmp_path / 'all.tar', dataset='folder')
+    assert data.labels.tolist() == [0, 0, 0, 1, 1] and data.class_names == ('cat', 'dog')
+
+
+def test_images_of_a_tar_file(tmp_path):
+    folder = image_folder(tmp_path, [png(noise(i)) for i in range(4)])
+    with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
+        tar.add(folder / 'test', '.')
+    loaded = load_images('test', tmp_path / 'all.tar', dataset='folder')
+    assert torch.equal(loaded.images, load_images('test', folder).images)
+    assert loaded.images[1].permute(1, 2, 0).tolist() == noise(2).tolist()
+    (tmp_path / 'cut.tar').write_bytes((tmp_path / 'all.tar').read_bytes()[:700])
+    with pytest.raises(UserError, match='timm could not open the split'):
+        load_images('test', tmp_path / 'cut.tar', dataset='folder')
+
+
+def test_training_on_a_tar_file_is_not_validated_on_its_own_images(tmp_path, fails):
+    with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
+        tar.add(image_folder(tmp_path, [png(noise(i)) for i in range(4)]) / 'test', '.')
+    line = fails('train', '--model', 'lm_resnet20', '--dataset', 'folder', '--data-dir', tmp_path / 'all.tar',
+                 '--num-classes', 2, '--output', tmp_path / 'runs')
+    assert 'all.tar is one archive without splits' in line and not (tmp_path / 'runs').exists()
+
+
+# What fits into memory
+
+
+def test_files_are_not_read_to_find_that_they_do_not_fit(few_digits, monkeypatch):
+    monkeypatch.setattr(data_module, 'MEMORY_LIMIT', 1000)
+    monkeypatch.setattr('timm_lm.data.sha256', lambda path: pytest.fail('read as a whole'))
+    with pytest.raises(UserError, match='more than the 0.0 GiB held in memory'):
+        load_images('test', few_digits)
+
+
+def test_split_must_fit_machine_and_device(few_digits, monkeypatch):
+    size = len(load_images('train', few_digits)) * 3 * 32 * 32
+    kept, ask = torch.device('cuda'), os.sysconf
+    for host, device, fits in ((4 * size, 4 * size, True), (4 * size - 4, 4 * size, False),
+                               (4 * size, 4 * size - 4, False)):
+        pages = dict(SC_PAGE_SIZE=4, SC_PHYS_PAGES=host // 4)
+        monkeypatch.setattr(os, 'sysconf', lambda name, pages=pages: pages[name] if name in pages else ask(name))
+        monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda asked, size=device: (
+            SimpleNamespace(total_memory=size) if asked == kept else pytest.fail('another device')))
+        with nullcontext() if fits else pytest.raises(TooLarge, match='more than the 0.0 GiB held in memory'):
+            load_images('train', few_digits, device=kept)
+
+
+def test_split_must_fit_once_for_each_process_of_a_machine(few_digits, monkeypatch):
+    size = len(load_images('train', few_digits)) * 3 * 32 * 32
+    pages, ask = dict(SC_PAGE_SIZE=4, SC_PHYS_PAGES=2 * size), os.sysconf
+    monkeypatch.setattr(os, 'sysconf', lambda name: pages[name] if name in pages else ask(name))
+    for processes, fits in (('2', True), ('3', False)):
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
+        with nullcontext() if fits else pytest.raises(TooLarge, match='more than the 0.0 GiB held in memory'):
+            load_images('train', few_digits)
+
+
+def test_split_must_fit_the_container(few_digits, monkeypatch, tmp_path):
+    size = len(load_images('train', few_digits)) * 3 * 32 * 32
+    monkeypatch.setattr(data_module, '_CONTAINER_LIMITS', [tmp_path / 'memory.max', tmp_path / 'nowhere'])
+    for limit, fits in (('max', True), (f'{4 * size}', True), (f'{4 * size - 4}', False)):
+        (tmp_path / 'memory.max').write_text(f'{limit}\n')
+        with nullcontext() if fits else pytest.raises(TooLarge, match='more than the 0.0 GiB held in memory'):
+            load_images('train', few_digits)
 
 
 # The cache

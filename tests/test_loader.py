@@ -1,5 +1,4 @@
 """Batches: from memory and from worker processes, what they depend on, and which of the two a training takes."""
-import io
 import json
 import multiprocessing
 import os
@@ -7,9 +6,6 @@ import pickle
 import random
 import re
 import signal
-import tarfile
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +13,12 @@ import torch
 from accelerate import Accelerator
 from helpers import rewrite
 from PIL import Image
-from test_data import png, write_parquet
+from test_data import image_folder, noise, png, write_parquet
 from timm.data import Mixup, create_transform
 
 from timm_lm import data as data_module
 from timm_lm.augment import BatchMixup
-from timm_lm.data import TooLarge, load_images, open_images
+from timm_lm.data import open_images
 from timm_lm.decoded import DecodedImages
 from timm_lm.errors import UserError
 from timm_lm.loader import IGNORE_LABEL, Augmentation, MemoryLoader, WorkerLoader, _seed
@@ -45,10 +41,6 @@ def same(batches, others):
     """Whether two lists of batches are equal bit for bit."""
     return len(batches) == len(others) and all(
         torch.equal(mine, other) for pair in zip(batches, others) for mine, other in zip(*pair))
-
-
-def noise(seed):
-    return np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope='module')
@@ -316,45 +308,6 @@ def test_worker_that_is_killed_is_told(few_digits, tmp_path, fails, monkeypatch)
     assert 'The processes that read images failed (DataLoader worker (pid' in line and 'use fewer --workers' in line
 
 
-def test_files_are_not_read_to_find_that_they_do_not_fit(photos, monkeypatch):
-    monkeypatch.setattr(data_module, 'MEMORY_LIMIT', 1000)
-    monkeypatch.setattr('timm_lm.data.sha256', lambda path: pytest.fail('read as a whole'))
-    with pytest.raises(UserError, match='more than the 0.0 GiB held in memory'):
-        load_images('test', photos)
-
-
-def test_split_must_fit_machine_and_device(photos, monkeypatch):
-    size = len(load_images('train', photos)) * 3 * 32 * 32
-    kept, ask = torch.device('cuda'), os.sysconf
-    for host, device, fits in ((4 * size, 4 * size, True), (4 * size - 4, 4 * size, False),
-                               (4 * size, 4 * size - 4, False)):
-        pages = dict(SC_PAGE_SIZE=4, SC_PHYS_PAGES=host // 4)
-        monkeypatch.setattr(os, 'sysconf', lambda name, pages=pages: pages[name] if name in pages else ask(name))
-        monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda asked, size=device: (
-            SimpleNamespace(total_memory=size) if asked == kept else pytest.fail('another device')))
-        with nullcontext() if fits else pytest.raises(TooLarge, match='more than the 0.0 GiB held in memory'):
-            load_images('train', photos, device=kept)
-
-
-def test_split_must_fit_once_for_each_process_of_a_machine(photos, monkeypatch):
-    size = len(load_images('train', photos)) * 3 * 32 * 32
-    pages, ask = dict(SC_PAGE_SIZE=4, SC_PHYS_PAGES=2 * size), os.sysconf
-    monkeypatch.setattr(os, 'sysconf', lambda name: pages[name] if name in pages else ask(name))
-    for processes, fits in (('2', True), ('3', False)):
-        monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
-        with nullcontext() if fits else pytest.raises(TooLarge, match='more than the 0.0 GiB held in memory'):
-            load_images('train', photos)
-
-
-def test_split_must_fit_the_container(photos, monkeypatch, tmp_path):
-    size = len(load_images('train', photos)) * 3 * 32 * 32
-    monkeypatch.setattr(data_module, '_CONTAINER_LIMITS', [tmp_path / 'memory.max', tmp_path / 'nowhere'])
-    for limit, fits in (('max', True), (f'{4 * size}', True), (f'{4 * size - 4}', False)):
-        (tmp_path / 'memory.max').write_text(f'{limit}\n')
-        with nullcontext() if fits else pytest.raises(TooLarge, match='more than the 0.0 GiB held in memory'):
-            load_images('train', photos)
-
-
 @pytest.mark.parametrize('kind', ['memory', 'timm'])
 @pytest.mark.parametrize('option, dim', [('--hflip', 3), ('--vflip', 2)])
 def test_flips_are_done_once(photos, kind, option, dim):
@@ -445,15 +398,6 @@ def test_images_can_be_sent_to_a_worker(photos, tmp_path, kind):
 # Images that cannot be read
 
 
-def image_folder(folder, files, split='test'):
-    """Write encoded images, by turns into two classes."""
-    for i, content in enumerate(files):
-        path = folder / split / ('cat', 'dog')[i % 2] / f'{i // 2}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return folder
-
-
 @pytest.mark.parametrize('workers', [0, 1])
 def test_an_image_that_a_worker_can_not_read_is_named_in_one_line(tmp_path, workers):
     path = tmp_path / 'test.parquet'
@@ -485,65 +429,6 @@ def test_augmentation_that_images_are_too_small_for(few_digits, tmp_path, fails)
     line = fails('train', '-c', 'demo_digits', '--data-dir', few_digits, '--input-size', 1, 8, 8, '--workers', 1,
                  '--gaussian-blur-prob', 1, '--pad-crop', 0, '--output', tmp_path)
     assert re.search(r'Row \d+ of .*parquet cannot be transformed by these options \(.*Padding size', line)
-
-
-def broken_png():
-    """A PNG whose compressed data is cut into chunks at a wrong place."""
-    content = bytearray(png(noise(0)))
-    place = content.index(b'IDAT')
-    length = int.from_bytes(content[place - 4:place], 'big')
-    content[place - 4:place] = (length // 2).to_bytes(4, 'big')
-    return bytes(content)
-
-
-def enormous_bmp():
-    buffer = io.BytesIO()
-    Image.fromarray(noise(0)).save(buffer, format='BMP')
-    content = bytearray(buffer.getvalue())
-    content[18:22] = (1 << 28).to_bytes(4, 'little')  # the width
-    return bytes(content)
-
-
-@pytest.mark.parametrize('content', [b'', b'no image', png(noise(0))[:-600], broken_png(), enormous_bmp()],
-                         ids=['empty', 'text', 'cut', 'chunks', 'size'])
-def test_a_broken_file_is_named_and_not_replaced_by_the_next(tmp_path, content):
-    folder = image_folder(tmp_path, [png(noise(1)), png(noise(2)), content, png(noise(3))])
-    path = tmp_path / 'test' / 'cat' / '1.png'
-    for read in (lambda: load_images('test', folder), lambda: list(open_images('test', folder))):
-        with pytest.raises(UserError, match=r'^Image 1 of the data \(.*\) is not a readable image') as e:
-            read()
-        assert f'({path})' in str(e.value) and '\n' not in str(e.value)
-
-
-def test_labels_are_known_without_decoding(tmp_path):
-    """Files that no decoder reads, in folders and in a tar file."""
-    folder = image_folder(tmp_path, [b'no image'] * 5)
-    data = open_images('test', folder)
-    assert data.labels.tolist() == [0, 0, 0, 1, 1] and data.class_names == ('cat', 'dog')
-    with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
-        tar.add(folder / 'test', '.')
-    data = open_images('test', tmp_path / 'all.tar', dataset='folder')
-    assert data.labels.tolist() == [0, 0, 0, 1, 1] and data.class_names == ('cat', 'dog')
-
-
-def test_images_of_a_tar_file(tmp_path):
-    folder = image_folder(tmp_path, [png(noise(i)) for i in range(4)])
-    with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
-        tar.add(folder / 'test', '.')
-    loaded = load_images('test', tmp_path / 'all.tar', dataset='folder')
-    assert torch.equal(loaded.images, load_images('test', folder).images)
-    assert loaded.images[1].permute(1, 2, 0).tolist() == noise(2).tolist()
-    (tmp_path / 'cut.tar').write_bytes((tmp_path / 'all.tar').read_bytes()[:700])
-    with pytest.raises(UserError, match='timm could not open the split'):
-        load_images('test', tmp_path / 'cut.tar', dataset='folder')
-
-
-def test_training_on_a_tar_file_is_not_validated_on_its_own_images(tmp_path, fails):
-    with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
-        tar.add(image_folder(tmp_path, [png(noise(i)) for i in range(4)]) / 'test', '.')
-    line = fails('train', '--model', 'lm_resnet20', '--dataset', 'folder', '--data-dir', tmp_path / 'all.tar',
-                 '--num-classes', 2, '--output', tmp_path / 'runs')
-    assert 'all.tar is one archive without splits' in line and not (tmp_path / 'runs').exists()
 
 
 # Which of them a training takes
