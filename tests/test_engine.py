@@ -29,7 +29,7 @@ from timm_lm.run_row import read_run
 from timm_lm.training import loop, plan
 from timm_lm.training.evaluate import evaluate
 from timm_lm.training.loop import Training
-from timm_lm.training.network import create_model, share_batch_statistics
+from timm_lm.training.network import create_model, prepare_network
 from timm_lm.training.optimizer import create_optimizer
 from timm_lm.training.options import parse_options
 from timm_lm.training.run_log import LiveLine
@@ -181,10 +181,10 @@ def test_drop_block_is_for_networks_that_have_it():
              if isinstance(module, DropBlock2d)}
     assert rates == {0.1}
     options[1] = 'lm_resnet20'
-    with pytest.raises(UserError, match='lm_resnet20 cannot be made .* unexpected option --drop-block'):
+    with pytest.raises(UserError, match="lm_resnet20 cannot be made .* argument 'drop_block_rate'"):
         create_model(parse_options(options))
     create_model(parse_options([*options, '--drop-block', '0']))
-    with pytest.raises(UserError, match='unexpected option --drop-block'):
+    with pytest.raises(UserError, match="unexpected keyword argument 'drop_block_rate'"):
         create_model(parse_options([*options, '--pretrained']))
 
 
@@ -530,16 +530,18 @@ def test_what_sharded_weights_do_not_allow_is_refused(options, message):
 def test_shared_batch_statistics_on_the_cpu_are_refused():
     args = parse_options([*BASE, '--sync-bn'])
     model = create_model(args)
+    processes = SimpleNamespace(
+        num_processes=2, device=torch.device('cpu'), distributed_type=DistributedType.MULTI_CPU)
     with pytest.raises(UserError, match='--sync-bn needs GPUs'):
-        share_batch_statistics(args, model, SimpleNamespace(num_processes=2, device=torch.device('cpu')))
-    alone = SimpleNamespace(num_processes=1, device=torch.device('cpu'))
-    assert share_batch_statistics(args, model, alone) is model
+        prepare_network(args, model, processes)
+    processes.num_processes = 1
+    assert prepare_network(args, model, processes) is model
 
 
 def test_shared_batch_statistics_on_gpus():
     args = parse_options([*BASE, '--sync-bn'])
-    shared = share_batch_statistics(
-        args, create_model(args), SimpleNamespace(num_processes=2, device=torch.device('cuda')))
+    shared = prepare_network(args, create_model(args), SimpleNamespace(
+        num_processes=2, device=torch.device('cuda'), distributed_type=DistributedType.MULTI_GPU))
     norms = [module for module in shared.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
 

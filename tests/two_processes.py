@@ -29,7 +29,6 @@ from timm_lm.errors import UserError
 from timm_lm.loader import IGNORE_LABEL, BatchLoader
 from timm_lm.training import accelerator as accelerator_module
 from timm_lm.training import loop, run_folder
-from timm_lm.training import network as network_module
 from timm_lm.training import train as train_module
 from timm_lm.training.accelerator import create_accelerator
 from timm_lm.training.batches import create_loader, load_split, resolve_input_config
@@ -360,7 +359,7 @@ def main(data, output, port):
     train('stopped', *LONG)
     train('killed', *LONG)
     train('two', *PIECES, *CUTS['two'])
-    with (patch.object(network_module, 'share_batch_statistics', lambda args, model, accelerator: model),  # as on GPUs
+    with (patch.object(train_module, 'prepare_network', lambda args, model, accelerator: model),  # as if on GPUs
           patch.object(loop, 'distribute_bn') as distribute):
         train('four', *PIECES, *CUTS['four'], '--sync-bn')
     facts['of_sync_bn'] = distribute.call_count

@@ -2,15 +2,12 @@
 import argparse
 import importlib
 from pathlib import Path
-from pickle import PickleError
-from struct import error as StructError
 from typing import Any, Dict, Mapping, Optional
 
 import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm
 from timm.models import load_checkpoint
 
@@ -20,9 +17,6 @@ from timm_lm.model_config import TimmModel
 from timm_lm.names import load_model, timm_source
 from timm_lm.parser import option_name
 
-# Errors of loading a file of weights, and of making a network.
-_UNREADABLE = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError,
-               PickleError, SafetensorError, StructError)
 # Options that are keywords of a network, by the keyword.
 _OPTIONS = dict(num_classes='num_classes', in_chans='in_chans', drop_rate='drop', drop_path_rate='drop_path',
                 drop_block_rate='drop_block', global_pool='gp')
@@ -39,13 +33,6 @@ def import_modules(args: argparse.Namespace) -> None:
             importlib.import_module(module)
         except (ImportError, SyntaxError, TypeError, ValueError) as e:  # the last two for an impossible name
             raise UserError(f"--device-modules '{module}' cannot be imported ({one_line(e)}).") from e
-
-
-def _by_options(reason: str) -> str:
-    """Why a network cannot be made, with the names of options instead of its keywords."""
-    for name, option in _OPTIONS.items():
-        reason = reason.replace(f"keyword argument '{name}'", f'option {option_name(option)}')
-    return reason
 
 
 def create_again(
@@ -69,7 +56,7 @@ def create_again(
         model: TimmModel = timm.create_model(cfg['architecture'], **kwargs | sizes | facts['model_args'])
         if weights is not None:
             model.load_state_dict(weights)
-    except (*_UNREADABLE, AssertionError) as e:
+    except Exception as e:
         raise UserError(f"The network {cfg['architecture']} of the run cannot be recreated from its name and arguments "
                         f'({one_line(e, 300)}); check the versions of timm and timm-lm.') from e
     model.pretrained_cfg = cfg
@@ -99,7 +86,7 @@ def _check_files(args: argparse.Namespace) -> None:
 def _load_initial(args: argparse.Namespace, model: TimmModel) -> None:
     try:
         load_checkpoint(model, args.initial_checkpoint, weights_only=True)
-    except _UNREADABLE as e:
+    except Exception as e:  # a damaged file has many
         raise UserError(
             f'--initial-checkpoint {args.initial_checkpoint} could not be loaded ({one_line(e)}).') from e
 
@@ -137,10 +124,10 @@ def create_model(args: argparse.Namespace, recorded: Optional[Mapping[str, Any]]
             model = load_model(args.model, **kwargs)
         else:
             model = timm.create_model(timm_source(args.model), **kwargs)
-    except UserError as e:
-        raise UserError(_by_options(str(e))) from e
-    except (*_UNREADABLE, AssertionError) as e:
-        raise UserError(f'{args.model} cannot be made with these options ({_by_options(one_line(e, 300))}).') from e
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f'{args.model} cannot be made with these options ({one_line(e, 300)}).') from e
     if args.initial_checkpoint:
         _load_initial(args, model)
     if args.grow_from:
@@ -169,7 +156,7 @@ def prepare_network(args: argparse.Namespace, model: TimmModel, accelerator: Acc
     if they ask for them.
 
     Raises:
-        UserError: If it has no gradient checkpointing, or statistics cannot be shared.
+        UserError: If it has no gradient checkpointing, or statistics are to be shared on the CPU, where PyTorch cannot.
     """
     # FSDP shards only contiguous weights; the images still have the chosen layout
     channels_last = args.channels_last and accelerator.distributed_type != DistributedType.FSDP
@@ -180,17 +167,8 @@ def prepare_network(args: argparse.Namespace, model: TimmModel, accelerator: Acc
         except (AssertionError, AttributeError) as e:
             raise UserError(f'{args.model} cannot recompute in its backward pass; leave --grad-checkpointing '
                             'out.') from e
-    return share_batch_statistics(args, model, accelerator)
-
-
-def share_batch_statistics(args: argparse.Namespace, model: TimmModel, accelerator: Accelerator) -> TimmModel:
-    """The network with batch norms that share statistics across processes, if the options ask for them.
-
-    Raises:
-        UserError: On the CPU, where PyTorch does not have them.
-    """
-    if not args.sync_bn or accelerator.num_processes == 1:
-        return model
-    if accelerator.device.type == 'cpu':
-        raise UserError('--sync-bn needs GPUs; leave it out.')
-    return convert_sync_batchnorm(model)
+    if args.sync_bn and accelerator.num_processes > 1:
+        if accelerator.device.type == 'cpu':
+            raise UserError('--sync-bn needs GPUs; leave it out.')
+        return convert_sync_batchnorm(model)
+    return model
