@@ -3,9 +3,7 @@ import math
 from typing import List, Tuple
 
 import torch
-from accelerate import Accelerator
-
-from .evaluate import sum_dtype
+from accelerate.utils import gather_object
 
 
 class EpochSums:
@@ -20,7 +18,7 @@ class EpochSums:
             batches: Batches of an epoch.
             device: Where their results are.
         """
-        self.batch_results = torch.zeros(batches, 2, dtype=sum_dtype(device), device=device)
+        self.batch_results = torch.zeros(batches, 2, device=device)
         self.start()
 
     def start(self, done: int = 0, loss: float = 0., correct: float = 0.) -> None:
@@ -51,8 +49,6 @@ class EpochSums:
         finite = self.finite_batches
         return (finite + 1, self.rates[finite]) if finite < self.read_batches else (0, 0.)
 
-    def reduced(self, accelerator: Accelerator) -> torch.Tensor:
+    def of_all_processes(self) -> List[float]:
         """Loss and correct images of all processes, as read."""
-        sums = torch.tensor(
-            [self.loss, self.correct], dtype=self.batch_results.dtype, device=self.batch_results.device)
-        return accelerator.reduce(sums)
+        return [sum(values) for values in zip(*gather_object([[self.loss, self.correct]]))]

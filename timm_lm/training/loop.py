@@ -26,7 +26,7 @@ from timm_lm.model_config import TimmModel
 from .average import create_average
 from .checkpoint import Checkpoint, CheckpointStore, Progress, random_states, restore_random_states
 from .epoch_sums import EpochSums
-from .evaluate import evaluate, sum_dtype
+from .evaluate import evaluate
 from .losses import create_loss
 from .optimizer import begin_momentum, create_optimizer
 from .processes import on_main
@@ -164,7 +164,7 @@ class Training:
         rest = dict(
             best=self.best,
             seconds=self.seconds,
-            sums=self.sums.reduced(self.accelerator).tolist(),
+            sums=self.sums.of_all_processes(),
             processes=self.accelerator.num_processes,
             fsdp=self.fsdp_version,
             images=len(self.loader.data),
@@ -253,17 +253,14 @@ class Training:
             UserError: If a loss was not finite; it names the first such batch, the rate and the last good checkpoint.
         """
         self.sums.read()
-        found = [[*self.sums.first_not_finite(), self.signals.number, seconds]]
-        if self.accelerator.num_processes > 1:  # a single one need not send its numbers to the device and back
-            ours = torch.tensor(found, dtype=sum_dtype(self.accelerator.device), device=self.accelerator.device)
-            found = self.accelerator.gather(ours).tolist()
+        found = gather_object([(*self.sums.first_not_finite(), self.signals.number, seconds)])
         slowest = max(taken for *_, taken in found)
         if slowest:
             self.agree_interval = max(1, min(self.args.log_interval, int(AGREE_SECONDS / slowest)))
-        bad = [(int(batch), lr) for batch, lr, *_ in found if batch]
+        bad = [(batch, lr) for batch, lr, *_ in found if batch]
         if bad:
             self._refuse_not_finite(epoch, *min(bad))
-        return int(max(number for _, _, number, _ in found))
+        return max(number for _, _, number, _ in found)
 
     def _refuse_not_finite(self, epoch: int, first_bad: int, lr: float) -> NoReturn:
         updates, within = divmod(first_bad - 1, self.args.grad_accum_steps)
@@ -328,15 +325,15 @@ class Training:
         self.live.close()
         self.agree(epoch)
         seconds = time.perf_counter() - start
-        sums = self.sums.reduced(accelerator)
+        loss, correct = self.sums.of_all_processes()
         # after a stop during validation they were already shared, and a mean of equal numbers may round
         if first_batch < batches and accelerator.num_processes > 1 and args.dist_bn and not args.sync_bn:
             averages = [self.average.module] if self.average else []
             for model in (self.model, *averages):
                 distribute_bn(model, accelerator.num_processes, args.dist_bn == 'reduce')
         metrics = dict(
-            loss=sums[0].item() / batches / accelerator.num_processes,
-            top1=100 * sums[1].item() / (batches * images_per_batch),
+            loss=loss / batches / accelerator.num_processes,
+            top1=100 * correct / (batches * images_per_batch),
         )
         if first_batch < batches:
             metrics['images_per_second'] = (batches - first_batch) * images_per_batch / seconds
@@ -442,7 +439,7 @@ class Training:
 
         with self._averaged_weights():
             try:
-                result = evaluate(forward, until_a_signal(), reduce=self.accelerator.reduce)
+                result = evaluate(forward, until_a_signal(), gather=gather_object)
             except RuntimeError as e:
                 signal_number = self._signal_that_ended_the_compiler(e)
                 if not signal_number:
