@@ -1,30 +1,25 @@
 """What the processes of a training do for each other, apart from the steps."""
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Optional, TypeVar
+from typing import Any, Callable, Iterator
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from timm_lm.errors import UserError
 
-Result = TypeVar('Result')
 
-
-def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Optional[Result]:
+def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> None:
     """Do something only in the main process; if it fails there, all processes fail the same way.
 
     Otherwise the others would wait for the main process where they next meet.
 
-    Returns:
-        What it returns, None in the other processes.
-
     Raises:
         UserError: That of the main process, also for an OSError there.
     """
-    result, error = None, None
+    error = None
     if accelerator.is_main_process:
         try:
-            result = work()
+            work()
         except (OSError, UserError) as e:
             error = e
     (told,) = broadcast_object_list([None if error is None else str(error)])
@@ -32,7 +27,6 @@ def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Optional[Re
         raise error
     if told is not None:
         raise UserError(told)
-    return result
 
 
 def differs(value: Any) -> bool:
