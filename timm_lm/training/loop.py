@@ -110,8 +110,8 @@ class Training:
         self.facts: Dict[str, Any] = {}  # what describes the weights of a checkpoint, besides the options
         self.eval_seconds = 0.
         self.agree_interval = 1  # updates, or validation batches, until processes check with each other again
-        self.start = time.perf_counter()
-        self.earlier_seconds = 0.  # of the processes that this one resumes from
+        self.epoch = 0  # the current one; between two, the one before
+        self.start = time.perf_counter()  # in a resumed run earlier, by the time before
         self.live = LiveLine(self.num_epochs, len(loader), accelerator.is_main_process)
 
     @property
@@ -123,7 +123,7 @@ class Training:
     @property
     def seconds(self) -> float:
         """Duration of the run so far, including the time before it was resumed."""
-        return self.earlier_seconds + time.perf_counter() - self.start
+        return time.perf_counter() - self.start
 
     # State
 
@@ -152,8 +152,7 @@ class Training:
         Raises:
             UserError: If a loss was not finite, as such weights must not become the newest checkpoint.
         """
-        # between epochs the last batch is of the one before; a signal that this tells is left to the caller
-        self.agree(progress.epoch if progress.batch else progress.epoch - 1)
+        self.agree()  # a signal that this tells is left to the caller
         # on the CPU, as each process unpacks what all of them sent
         own = [random_states() | {name: buffer.cpu() for name, buffer in self._own_buffers().items()}]
         states = gather_object(own)
@@ -197,7 +196,7 @@ class Training:
         if processes != self.accelerator.num_processes:
             raise UserError(f'The run was started with {processes} process(es) and cannot resume with '
                             f'{self.accelerator.num_processes}; start the same number.')
-        version = checkpoint.state.get('fsdp', self.fsdp_version)
+        version = checkpoint.state['fsdp']
         if version != self.fsdp_version:
             before, now = (f'with FSDP version {n}' if n else 'without FSDP' for n in (version, self.fsdp_version))
             raise UserError(f'The run was started {before} and cannot resume {now}; start it as before.')
@@ -216,7 +215,7 @@ class Training:
         if self.accelerator.scaler is not None and checkpoint.state['scaler']:
             self.accelerator.scaler.load_state_dict(checkpoint.state['scaler'])
         self.best = checkpoint.state['best']
-        self.earlier_seconds = checkpoint.state['seconds']
+        self.start -= checkpoint.state['seconds']
         sums = [total / processes for total in checkpoint.state['sums']]  # each takes its share; the live line shows it
         self.sums.start(checkpoint.progress.batch, *sums)
         own = checkpoint.process_states(self.accelerator.process_index)
@@ -236,14 +235,13 @@ class Training:
 
     # Agreement of the processes
 
-    def agree(self, epoch: int, seconds: float = 0.) -> int:
+    def agree(self, seconds: float = 0.) -> int:
         """Check whether every loss of the epoch was finite, and whether a process received a signal.
 
         Processes exchange this so that they stop at the same step, and often enough for their launcher, which waits
         for half a minute.
 
         Args:
-            epoch: The current one.
             seconds: Duration of an update, or of a validation batch, in this process, if known.
 
         Returns:
@@ -259,17 +257,17 @@ class Training:
             self.agree_interval = max(1, min(self.args.log_interval, int(AGREE_SECONDS / slowest)))
         bad = [(batch, lr) for batch, lr, *_ in found if batch]
         if bad:
-            self._refuse_not_finite(epoch, *min(bad))
+            self._refuse_not_finite(*min(bad))
         return max(number for _, _, number, _ in found)
 
-    def _refuse_not_finite(self, epoch: int, first_bad: int, lr: float) -> NoReturn:
+    def _refuse_not_finite(self, first_bad: int, lr: float) -> NoReturn:
         updates, within = divmod(first_bad - 1, self.args.grad_accum_steps)
         # a checkpoint between the last finite batch and the first bad one has the weights that caused it
-        ruined = None if within else self.store.name(epoch * self.updates_per_epoch + updates)
+        ruined = None if within else self.store.name(self.epoch * self.updates_per_epoch + updates)
         good = next((path for path in self.store.newest_first() if path.name != ruined), None)
         rest = f'the last good checkpoint is {good}' if good else 'there is no good checkpoint yet'
-        raise UserError(f'The loss is not finite from batch {first_bad} of epoch {epoch + 1} on (learning rate '
-                        f'{lr:g}); {rest}. Use a smaller learning rate.')
+        raise UserError(f'The loss is not finite from batch {first_bad} of epoch {self.epoch + 1} on '
+                        f'(learning rate {lr:g}); {rest}. Use a smaller learning rate.')
 
     # Steps
 
@@ -284,6 +282,7 @@ class Training:
             UserError: If the loss is not finite.
         """
         args, accelerator = self.args, self.accelerator
+        self.epoch = epoch
         self.loader.set_epoch(epoch)
         self.agree_interval = 1  # until an update's time is known
         if first_batch == 0:
@@ -301,7 +300,6 @@ class Training:
                 self.step(images, targets, epoch, batch, is_update)
             except RuntimeError as e:
                 if self._signal_that_ended_the_compiler(e):
-                    self.live.close()
                     raise Interrupted(self.signals.number, next(iter(self.store.newest_first()), None)) from e
                 raise
             self.live.advance(epoch, done)
@@ -310,7 +308,7 @@ class Training:
             if is_told or is_update and accelerator.num_processes > 1 and updates % self.agree_interval == 0:
                 self.sums.read()  # waits for the device, which would otherwise still be computing
                 seconds = (time.perf_counter() - start) / (done - first_batch)
-                signal_number = self.agree(epoch, seconds * args.grad_accum_steps)
+                signal_number = self.agree(seconds * args.grad_accum_steps)
             if is_told:
                 left = seconds * (batches - done + (self.num_epochs - epoch - 1) * batches)
                 validations = -(-self.num_epochs // args.val_interval) - epoch // args.val_interval
@@ -321,9 +319,13 @@ class Training:
             if accelerator.num_processes == 1:
                 signal_number = self.signals.number
             if is_update and done < batches:
-                self._save_or_stop(Progress(epoch, done), signal_number)
+                progress = Progress(epoch, done)
+                if signal_number:
+                    self._save_and_stop(progress, signal_number)
+                if args.recovery_interval and updates % args.recovery_interval == 0:
+                    self.save(progress)
         self.live.close()
-        self.agree(epoch)
+        self.agree()
         seconds = time.perf_counter() - start
         loss, correct = self.sums.of_all_processes()
         # after a stop during validation they were already shared, and a mean of equal numbers may round
@@ -390,14 +392,6 @@ class Training:
 
     # Between steps
 
-    def _save_or_stop(self, progress: Progress, signal_number: int) -> None:
-        """Within an epoch, after an update: save at the interval, save and stop after a signal."""
-        interval, updates = self.args.recovery_interval, progress.batch // self.args.grad_accum_steps
-        if signal_number:
-            self._save_and_stop(progress, signal_number)
-        if interval and updates % interval == 0:
-            self.save(progress)
-
     def _signal_that_ended_the_compiler(self, error: RuntimeError) -> int:
         """Number of the signal that a terminal sent to the compiler too, 0 if there was none. With several processes
         the launcher ends the others."""
@@ -407,7 +401,6 @@ class Training:
     def _save_and_stop(self, progress: Progress, signal_number: int) -> NoReturn:
         folder = self.save(progress)
         self.accelerator.wait_for_everyone()  # when one process ends, the launcher ends the others
-        self.live.close()
         raise Interrupted(signal_number, folder)
 
     def evaluate(self, loader: BatchLoader, epoch: int) -> Dict[str, float]:
@@ -433,7 +426,7 @@ class Training:
                 if not several:
                     signal_number = self.signals.number
                 elif done % self.agree_interval == 0:
-                    signal_number = self.agree(epoch, (time.perf_counter() - start) / done)
+                    signal_number = self.agree((time.perf_counter() - start) / done)
                 if signal_number:
                     return
 
@@ -483,7 +476,7 @@ class Training:
 
     def stop_after_epoch(self, progress: Progress, folder: Path) -> None:
         """Stop between two epochs after a signal; the checkpoint of the epoch is already written."""
-        number = self.agree(progress.epoch - 1)
+        number = self.agree()
         if number and progress.epoch < self.num_epochs:
             raise Interrupted(number, folder)
 

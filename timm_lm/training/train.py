@@ -6,7 +6,7 @@ import argparse
 import copy
 import shlex
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Dict, List, Optional
@@ -135,7 +135,7 @@ def _run(
     if accelerator.device.type == 'cpu':
         keep_freed_memory()
     evaluation: Optional[Dict[str, float]] = None
-    with training.signals:
+    with training.signals, closing(training.live):
         for epoch in range(progress.epoch, training.num_epochs):
             metrics = training.train_epoch(epoch, progress.batch if epoch == progress.epoch else 0)
             lr = training.learning_rate
