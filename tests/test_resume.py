@@ -28,7 +28,6 @@ from timm_lm.figures import save_figure
 from timm_lm.files import atomic_folder, write_text
 from timm_lm.precision import cpu_has_bfloat16
 from timm_lm.run_row import read_run
-from timm_lm.training import checkpoint as checkpoint_module
 from timm_lm.training import train as train_module
 from timm_lm.training.checkpoint import CheckpointStore, Progress, random_states, restore_random_states
 from timm_lm.training.option_rules import without_effect
@@ -47,6 +46,7 @@ OPTIONS = [
     '--batch-size', '32', '--no-amp', '--recovery-interval', '1', '--checkpoint-hist', '3', '--experiment', 'run',
 ]
 STEPS = 24  # 3 epochs of 8 batches
+CPU = torch.device('cpu')
 # The command line in a process that sends itself a signal just before one call, at the same step whenever it runs.
 SIGNALLED = """
 import multiprocessing
@@ -745,12 +745,12 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_old_checkpoint_that_can_not_be_removed_is_told(tmp_path, monkeypatch, capsys):
     store = CheckpointStore(tmp_path, keep=1)
     nothing = dict(state={}, param_groups=[])
-    store.save(1, Progress(0, 1), {}, nothing, [random_states()], {})
+    store.save(1, Progress(0, 1), {}, nothing, [random_states(CPU)], {})
     with monkeypatch.context() as patched:
         patched.setattr(shutil, 'rmtree', Mock(side_effect=OSError(39, 'Directory not empty')))
-        store.save(2, Progress(0, 2), {}, nothing, [random_states()], {})
+        store.save(2, Progress(0, 2), {}, nothing, [random_states(CPU)], {})
     assert 'step-000000001 could not be removed' in capsys.readouterr().out
-    store.save(3, Progress(0, 3), {}, nothing, [random_states()], {})
+    store.save(3, Progress(0, 3), {}, nothing, [random_states(CPU)], {})
     assert [path.name for path in store.newest_first()] == ['step-000000003']
 
 
@@ -759,7 +759,7 @@ def test_files_have_the_rights_of_any_new_file(tmp_path):
     before = os.umask(0o027)
     try:
         CheckpointStore(tmp_path, keep=1).save(
-            1, Progress(0, 1), {}, dict(state={}, param_groups=[]), [random_states()], {})
+            1, Progress(0, 1), {}, dict(state={}, param_groups=[]), [random_states(CPU)], {})
         write_text(tmp_path / 'page.md', 'caf\udce9')  # of a folder whose name is not UTF-8
         write_cache(tmp_path / 'cache.safetensors', DecodedImages(torch.zeros(1, 1, 2, 2), torch.zeros(1)))
         with atomic_folder(tmp_path / 'new') as new:  # from the start, as Windows keeps what a folder is made with
@@ -957,10 +957,10 @@ def test_a_run_whose_rate_follows_the_batch_goes_on(few_digits, tmp_path, comman
 # Checkpoints by themselves
 
 
-def save_one(store, value):
+def save_one(store, value, device=CPU):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1).state_dict()
-    return store.save(7, Progress(0, 7), dict(model=dict(weight=torch.tensor([value]))), optimizer, [random_states()],
-                      dict(scheduler=None))
+    return store.save(7, Progress(0, 7), dict(model=dict(weight=torch.tensor([value]))), optimizer,
+                      [random_states(device)], dict(scheduler=None))
 
 
 def replace_and_die(folder):
@@ -992,14 +992,18 @@ def test_checkpoint_that_was_being_replaced_is_found_and_kept(tmp_path):
     assert store.read(folder).group('model')['weight'] == 1
 
 
-@pytest.mark.parametrize('device', ['mps', 'xpu'])
+@pytest.mark.parametrize('device', ['cuda', 'mps', 'xpu'])
 def test_random_states_of_other_devices_come_back(tmp_path, monkeypatch, device):
-    """By what PyTorch would tell of a device, which is not there."""
+    """By what PyTorch would tell of a device, which is not there; a run may also go on from or on the CPU."""
     state = torch.tensor([1, 2, 3], dtype=torch.uint8)
     restored = []
-    monkeypatch.setattr(checkpoint_module, '_has_device', lambda name: name == device)
     monkeypatch.setattr(getattr(torch, device), 'get_rng_state', lambda: state)
     monkeypatch.setattr(getattr(torch, device), 'set_rng_state', restored.append)
     store = CheckpointStore(tmp_path)
-    restore_random_states(store.read(save_one(store, 1.)).process_states(0))
+    states = store.read(save_one(store, 1., torch.device(device))).process_states(0)
+    restore_random_states(states, torch.device('cpu'))
+    assert restored == []
+    restore_random_states(states, torch.device(device))
     assert len(restored) == 1 and torch.equal(restored[0], state)
+    restore_random_states({'cpu': states['cpu']}, torch.device(device))
+    assert len(restored) == 1

@@ -103,19 +103,19 @@ def state_digest(state: Dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def random_states() -> Dict[str, torch.Tensor]:
-    """Random states of this process, by device."""
+def random_states(device: torch.device) -> Dict[str, torch.Tensor]:
+    """Random states of this process, of the CPU and of the device that it trains on, by their types."""
     states = {'cpu': torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # by training on a GPU; otherwise it is not needed
-        states['cuda'] = torch.cuda.get_rng_state()
-    for name in ('mps', 'xpu'):
-        if _has_device(name):
-            states[name] = getattr(torch, name).get_rng_state()
+    if device.type != 'cpu':
+        states[device.type] = torch.get_device_module(device).get_rng_state()
     return states
 
 
-def _has_device(name: str) -> bool:
-    return getattr(torch.backends if name == 'mps' else torch, name).is_available()
+def restore_random_states(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Restore what ``random_states`` gave; a run that resumes on a device of another type has none for it."""
+    torch.set_rng_state(states['cpu'])
+    if device.type != 'cpu' and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type])
 
 
 class Damaged(UserError):
@@ -168,7 +168,7 @@ class CheckpointStore:
             progress: How far the training has come.
             tensors: Groups of tensors by name, such as the state dict of the network.
             optimizer: State dict of the optimizer.
-            process_states: Tensors of each process that the others do not have, such as its ``random_states()``.
+            process_states: Tensors of each process that the others do not have, such as its ``random_states``.
             rest: JSON-serialisable states.
             also_keep: Name of an older checkpoint to keep.
 
@@ -279,13 +279,3 @@ class CheckpointStore:
         if folders:
             raise UserError(f'No checkpoint in {self.folder} is intact; restore one, or remove them to start anew.')
         return None
-
-
-def restore_random_states(states: Mapping[str, torch.Tensor]) -> None:
-    """Restore what ``random_states`` gave, where the device is there."""
-    torch.set_rng_state(states['cpu'])
-    if 'cuda' in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states['cuda'])
-    for name in ('mps', 'xpu'):
-        if name in states and _has_device(name):
-            getattr(torch, name).set_rng_state(states[name])

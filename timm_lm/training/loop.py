@@ -154,8 +154,8 @@ class Training:
         """
         self.agree()  # a signal that this tells is left to the caller
         # on the CPU, as each process unpacks what all of them sent
-        own = [random_states() | {name: buffer.cpu() for name, buffer in self._own_buffers().items()}]
-        states = gather_object(own)
+        own = {name: buffer.cpu() for name, buffer in self._own_buffers().items()}
+        states = gather_object([random_states(self.accelerator.device) | own])
         model, optimizer = self._whole_states()
         tensors = dict(model=model)
         if self.average:
@@ -219,7 +219,7 @@ class Training:
         sums = [total / processes for total in checkpoint.state['sums']]  # each takes its share; the live line shows it
         self.sums.start(checkpoint.progress.batch, *sums)
         own = checkpoint.process_states(self.accelerator.process_index)
-        restore_random_states(own)
+        restore_random_states(own, self.accelerator.device)
         for name, buffer in self._own_buffers().items():
             buffer.copy_(own[name])
         checkpoint.tensors.clear()  # not kept in memory until the run ends
