@@ -3,7 +3,7 @@ import shlex
 import signal
 import threading
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterable, Optional
 
 _STOPS = ('SIGTERM', 'SIGINT', 'SIGHUP')  # the last from a terminal that closes; not on Windows
 
@@ -32,7 +32,6 @@ class StopSignals:
         self.several = several
         self.number = 0
         self.before: Dict[int, Any] = {}
-        self.passed_over: Dict[int, Any] = {}
 
     def __enter__(self) -> 'StopSignals':
         if threading.current_thread() is threading.main_thread():
@@ -42,23 +41,18 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.before |= self.passed_over
-        self._give_back()
+        self._give_back(self.before)
 
     def _note(self, number: int, _frame: Any) -> None:
-        self.number = number
-        for other in filter(self._is_hangup, list(self.before)):  # it may come after another, and twice
-            self.passed_over[other] = self.before.pop(other)
-            signal.signal(other, signal.SIG_IGN)
-        if not self.several:
-            self._give_back()
+        self.number = self.number or number
+        if not self.several:  # a hangup may come after another signal, and twice
+            self._give_back(number for number in self.before if not self._is_hangup(number))
 
     @staticmethod
     def _is_hangup(number: int) -> bool:
         return number == getattr(signal, 'SIGHUP', None)
 
-    def _give_back(self) -> None:
-        for number, handler in self.before.items():
-            if handler is not None:  # one that was not set from Python cannot be restored
-                signal.signal(number, handler)
-        self.before = {}
+    def _give_back(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            if self.before[number] is not None:  # one that was not set from Python cannot be restored
+                signal.signal(number, self.before[number])
