@@ -1,14 +1,8 @@
 """The moving average of the weights."""
-import argparse
-from typing import Any, Optional
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from timm.utils import ModelEmaV3
-
-from timm_lm.errors import UserError
-from timm_lm.model_config import TimmModel
 
 
 class AveragedWeights(ModelEmaV3):
@@ -29,16 +23,3 @@ class AveragedWeights(ModelEmaV3):
         torch._foreach_lerp_(own, theirs, weight=1. - decay)
         if self._counts:
             torch._foreach_copy_(*self._counts)
-
-
-def create_average(args: argparse.Namespace, model: TimmModel, accelerator: Accelerator) -> Optional[ModelEmaV3]:
-    """The moving average of the weights on their device, if the options ask for one.
-
-    Raises:
-        UserError: If the weights are sharded.
-    """
-    if not args.model_ema:
-        return None
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise UserError('--model-ema cannot average sharded weights; leave it out, or train without FSDP.')
-    return AveragedWeights(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)

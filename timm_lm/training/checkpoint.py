@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from timm_lm.errors import RESUME, UserError
-from timm_lm.files import atomic_folder, own_memory, replaced, sha256
+from timm_lm.files import atomic_folder, own_memory, replaced, sha256, writing
 
 TENSORS, STATE = 'state.safetensors', 'state.json'
 PREFIX = 'step-'
@@ -185,23 +185,16 @@ class CheckpointStore:
         own_memory(flat)
         state = json.loads(json.dumps(dict(rest, progress=asdict(progress), optimizer=optimizer_rest)))  # as read back
         folder = self.folder / self.name(updates)
-        try:
-            with atomic_folder(folder) as temporary:
-                save_file(flat, temporary / TENSORS)
-                state['sha256'] = sha256(temporary / TENSORS)
-                (temporary / STATE).write_text(json.dumps(dict(state, state_sha256=state_digest(state))))
-        except (OSError, SafetensorError) as e:
-            earlier = next((path for path in self.newest_first() if path != folder), None)
-            hint = (f'the one before is {earlier}. Make room, then resume {RESUME}' if earlier else
-                    'there is none before. Make room, then start again (with --experiment also by --resume auto)')
-            raise UserError(f'The checkpoint {folder} could not be written ({e}); {hint}.') from e
+        earlier = next((path for path in self.newest_first() if path != folder), None)
+        cure = (f'The one before is {earlier}. Make room, then resume {RESUME}.' if earlier else
+                'There is none before. Make room, then start again (with --experiment also by --resume auto).')
+        with writing(f'The checkpoint {folder}', cure), atomic_folder(folder) as temporary:
+            save_file(flat, temporary / TENSORS)
+            state['sha256'] = sha256(temporary / TENSORS)
+            (temporary / STATE).write_text(json.dumps(dict(state, state_sha256=state_digest(state))))
         for old in self.newest_first()[self.keep:]:
             if old.name != also_keep:
-                try:
-                    shutil.rmtree(old)
-                except OSError as e:
-                    print(f'note: The old checkpoint {old} could not be removed ({e}); this is retried later.',
-                          flush=True)
+                shutil.rmtree(old, ignore_errors=True)  # the next one tries again
         return folder
 
     def remove_unfinished(self) -> None:

@@ -23,7 +23,7 @@ from timm_lm.layers.steps import k_values
 from timm_lm.loader import BatchLoader
 from timm_lm.model_config import TimmModel
 
-from .average import create_average
+from .average import AveragedWeights
 from .checkpoint import Checkpoint, CheckpointStore, Progress, random_states, restore_random_states
 from .epoch_sums import EpochSums
 from .evaluate import evaluate
@@ -74,12 +74,15 @@ class Training:
         self.fsdp_version = 2 if getattr(accelerator, 'is_fsdp2', False) else int(self.sharded)  # 0 without FSDP
         self.model = model.to(accelerator.device)
         self.two_step_switch = TwoStepSwitch(args, model, self.sharded)
-        self.average = create_average(args, model, accelerator)
         self.updates_per_epoch = -(-len(loader) // args.grad_accum_steps)
         if self.sharded and args.clip_grad is not None and args.clip_mode == 'agc':
             raise UserError('--clip-mode agc cannot clip sharded weights; use norm or value, or train without FSDP.')
         if self.sharded and args.opt.lower().startswith('lookahead_'):  # saving would count as one of its steps
             raise UserError(f'--opt {args.opt} cannot look ahead with sharded weights; use the optimizer without it.')
+        if self.sharded and args.model_ema:
+            raise UserError('--model-ema cannot average sharded weights; leave it out, or train without FSDP.')
+        self.average = AveragedWeights(
+            self.model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
         try:
             self.plain_optimizer = create_optimizer(args, model, self.sharded)
         except (AssertionError, ImportError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:

@@ -41,19 +41,17 @@ def save_weights(args: argparse.Namespace, model: TimmModel, folder: Path, eval_
     told: Dict[str, Any] = dict(seen_in_training=seen) | run_result(args, model, epochs, seconds, facts)
     options = vars(args)
     weights = save_folder(model, folder / 'weights', run_card(told, options, model), facts['model_args'])
-    if eval_loader is None:
-        _write_result(folder, told)
-        return
-    threads = torch.get_num_threads()
-    if facts['processes'] > 1:  # a launcher gives each process one thread or a few; the others wait now
-        torch.set_num_threads(usable_cores())
-    result = evaluate(load_folder(weights), eval_loader.on_cpu(COUNT_BATCH_SIZE))
-    torch.set_num_threads(threads)
-    told = result | told
-    write_text(weights / CARD_NAME, run_card(told, options, model))
-    _write_result(folder, told)
-    write_line(f"{weights}: error {100 - result['top1']:.2f} % ({result['errors']} of {result['images']} images, "
-               'float32, eager, on the CPU)')
+    if eval_loader is not None:
+        threads = torch.get_num_threads()
+        if facts['processes'] > 1:  # a launcher gives each process one thread or a few; the others wait now
+            torch.set_num_threads(usable_cores())
+        result = evaluate(load_folder(weights), eval_loader.on_cpu(COUNT_BATCH_SIZE))
+        torch.set_num_threads(threads)
+        told = result | told
+        write_text(weights / CARD_NAME, run_card(told, options, model))
+        write_line(f"{weights}: error {100 - result['top1']:.2f} % ({result['errors']} of {result['images']} images, "
+                   'float32, eager, on the CPU)')
+    write_text(folder / RESULT_NAME, json.dumps(told, indent=2) + '\n')
 
 
 def record_trained_on(args: argparse.Namespace, model: TimmModel, data_config: Dict[str, Any],
@@ -118,10 +116,6 @@ def run_result(args: argparse.Namespace, model: TimmModel, epochs: float, second
         precision=asked_precision(vars(args)),
         **{name: facts[name] for name in ('start', 'folder', 'command', 'hardware', 'processes', 'versions')},
     )
-
-
-def _write_result(folder: Path, told: Mapping[str, Any]) -> None:
-    write_text(folder / RESULT_NAME, json.dumps(told, indent=2) + '\n')
 
 
 def run_card(told: Mapping[str, Any], args: Mapping[str, Any], model: TimmModel, saved_in: str = 'float32') -> str:
