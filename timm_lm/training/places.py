@@ -13,6 +13,7 @@ def last_name(source: str) -> str:
     """The last name of a path, or that of the run for its weights folder; a repo of the Hub is left as it is."""
     if source.startswith('hf-hub:'):
         return source
+    source = source.removeprefix('local-dir:')
     path = Path(source)
     name = path.parent.name if path.name == 'weights' else path.name  # that of the run
     return folder_name(source) if name in ('', '..') else name

@@ -30,8 +30,7 @@ FREE_OPTIONS = (
     'checkpoint_hist', 'workers', 'pin_mem', 'dry_run', 'log_tensorboard', 'log_wandb', 'wandb_project', 'wandb_tags',
     'wandb_resume_id', 'device', 'torchcompile', 'torchcompile_mode',
 )
-_NETWORKS = ('model', 'grow_from', 'kd_model_name')  # which may be weights folders
-_PLACES = (*_NETWORKS, 'initial_checkpoint', 'pretrained_path', 'class_map')
+_PLACES = ('model', 'grow_from', 'kd_model_name', 'initial_checkpoint', 'pretrained_path', 'class_map')
 _OTHER_RUN = ('The run folder {} holds another run; give another --experiment, resume it with --resume auto, or '
               'remove it.')
 
@@ -54,19 +53,13 @@ def run_folder(args: argparse.Namespace) -> Path:
         return folder
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto looks in the folder of a run; name it with --experiment.')
-    name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S-%f}-{_safe_name(args.model)}'
+    model = safe_model_name(last_name(args.model).removeprefix('hf-hub:'), remove_source=False)
+    name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S-%f}-{model}'
     folder = Path(args.output or 'output/train') / name
     if {*'#?'} & {*str(folder)} and parse_model_name(f'local-dir:{folder}')[1] != str(folder):
         raise UserError(f'This version of timm cannot load weights from {folder}, as it cuts paths at # and ?; choose '
                         'another --output and --experiment.')
     return folder
-
-
-def _safe_name(model: str) -> str:
-    """The name of a network as part of a file name: that of a repo, of a run or folder, or of timm's registry."""
-    if model.startswith('hf-hub:'):
-        return safe_model_name(model)
-    return safe_model_name(last_name(model.removeprefix('local-dir:')), remove_source=False)
 
 
 def find_checkpoint(args: argparse.Namespace, folder: Path, store: CheckpointStore,
@@ -113,9 +106,7 @@ def read_args(folder: Path) -> Dict[str, Any]:
 
 def _without_folder(name: str, value: Any) -> Any:
     """An option's value; of a path, the last name, as what is there may have moved with the run."""
-    if not value or name not in _PLACES:
-        return value
-    return last_name(value.removeprefix('local-dir:')) if name in _NETWORKS else Path(value).name
+    return last_name(value) if value and name in _PLACES else value
 
 
 def _compare_options(args: argparse.Namespace, folder: Path) -> None:
