@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple, cast
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from safetensors import SafetensorError
@@ -122,10 +122,9 @@ class Damaged(UserError):
     """A damaged or incomplete checkpoint."""
 
 
-def step_name(folder: Path) -> Optional[str]:
-    """The name ``step-<updates>`` of a checkpoint's folder, also of one that was set aside; None for other folders."""
-    found = re.search(rf'(?:^|-)({PREFIX}\d+)$', folder.name)
-    return found and found[1]
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder has the name of a checkpoint; one that was set aside, copied or archived has another."""
+    return re.fullmatch(rf'{PREFIX}\d+', folder.name) is not None
 
 
 class CheckpointStore:
@@ -148,7 +147,7 @@ class CheckpointStore:
     def newest_first(self) -> List[Path]:
         """Folders of the checkpoints, intact or not, and of those that a killed process was replacing."""
         found = [path for path in (*self.folder.glob(f'{PREFIX}*'), *replaced(self.folder, PREFIX))
-                 if re.fullmatch(rf'{PREFIX}\d+', path.name) and path.is_dir()]  # not a copy or archive of one
+                 if is_checkpoint(path) and path.is_dir()]
         return sorted(found, key=lambda path: path.name, reverse=True)
 
     def save(
@@ -207,7 +206,7 @@ class CheckpointStore:
 
     def set_aside_after(self, checkpoint: Optional[Checkpoint]) -> List[Path]:
         """Rename the checkpoints after the one that a run resumes from, damaged or superseded, so that they do not
-        count as its newest. If it resumes from one that was set aside before, that one gets its name back.
+        count as its newest.
 
         Args:
             checkpoint: The one it resumes from, None if it starts from scratch.
@@ -215,19 +214,10 @@ class CheckpointStore:
         Returns:
             Where they are now.
         """
-        aside = []
         now = f'{datetime.now():%Y%m%d-%H%M%S-%f}'
-        current = step = ''  # its folder's name, and the one that it had before it was perhaps set aside
-        if checkpoint is not None:
-            current, step = checkpoint.folder.name, cast(str, step_name(checkpoint.folder))
-        for folder in self.newest_first():
-            is_later = folder.name > step
-            took_its_place = folder.name == step and current != step  # by the run that went on from before it
-            if is_later or took_its_place:
-                aside.append(folder.rename(folder.with_name(f'set-aside-{now}-{folder.name}')))
-        if current != step:  # one that was set aside counts again
-            (self.folder / current).rename(self.folder / step)
-        return aside
+        resumed = checkpoint.folder.name if checkpoint else ''
+        return [folder.rename(folder.with_name(f'set-aside-{now}-{folder.name}'))
+                for folder in self.newest_first() if folder.name > resumed]
 
     def read(self, folder: Path) -> Checkpoint:
         """Read one checkpoint.

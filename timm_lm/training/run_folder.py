@@ -13,7 +13,7 @@ from timm.models import parse_model_name, safe_model_name
 from timm_lm.errors import UserError, one_line
 from timm_lm.files import write_text
 
-from .checkpoint import Checkpoint, CheckpointStore, step_name
+from .checkpoint import Checkpoint, CheckpointStore, is_checkpoint
 from .option_rules import without_effect
 from .places import last_name
 
@@ -42,9 +42,9 @@ def run_folder(args: argparse.Namespace) -> Path:
         UserError: If a run is to be resumed and none is named, or two are.
     """
     if args.resume not in ('', 'auto'):
-        if Path(args.resume).parent.name != 'checkpoints' or step_name(Path(args.resume)) is None:
-            raise UserError(f'--resume {args.resume} is not a checkpoint; give RUN/checkpoints/step-..., or auto for '
-                            'the newest of a run.')
+        if Path(args.resume).parent.name != 'checkpoints' or not is_checkpoint(Path(args.resume)):
+            raise UserError(f'--resume {args.resume} is not a checkpoint; give RUN/checkpoints/step-... (rename one '
+                            'that was set aside), or auto for the newest of a run.')
         folder = Path(args.resume).parent.parent
         named = (args.output or str(folder.parent), args.experiment or folder.name)
         if Path(*named).resolve() != folder.resolve():
