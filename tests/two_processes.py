@@ -166,11 +166,8 @@ def watched_statistics(seen):
                          from_first=(after[0] - before[0]).abs().max().item(),
                          from_mean=(after[0] - (before[0] + before[1]) / 2).abs().max().item()))
 
-    loop.distribute_bn = watched
-    try:
+    with patch.object(loop, 'distribute_bn', watched):
         yield
-    finally:
-        loop.distribute_bn = distribute_bn
 
 
 @contextmanager
@@ -197,17 +194,13 @@ def cut_back(folder, target, updates):
 
 def told(words):
     """Run a command without waiting for who tells first; returns its code and what it tells."""
-    patience, cli.PATIENCE = cli.PATIENCE, 0
-    try:
-        with redirect_stderr(io.StringIO()) as err:
-            try:
-                return [cli.main(words), err.getvalue()]
-            except SystemExit as e:
-                return [e.code, err.getvalue()]
-            except Exception:  # the tests of the other trainings are to go on
-                return [None, traceback.format_exc()]
-    finally:
-        cli.PATIENCE = patience
+    with patch.object(cli, 'PATIENCE', 0), redirect_stderr(io.StringIO()) as err:
+        try:
+            return [cli.main(words), err.getvalue()]
+        except SystemExit as e:
+            return [e.code, err.getvalue()]
+        except Exception:  # the tests of the other trainings are to go on
+            return [None, traceback.format_exc()]
 
 
 def apart(data, output, rank):
@@ -224,11 +217,8 @@ def on_a_full_disk(data, output):
             raise UserError('The checkpoint could not be written (No space left on device).')
         return save(self, updates, *rest)
 
-    CheckpointStore.save = full
-    try:
+    with patch.object(CheckpointStore, 'save', full):
         return told(train_command(data, output, 'full', *LONG, '--dist-bn', 'broadcast'))
-    finally:
-        CheckpointStore.save = save
 
 
 def stop_itself():
@@ -285,12 +275,8 @@ def validating(data, output, rank):
 
 def little_memory(data, output, rank):
     """Train where the images fit in the memory of the main process alone; returns what is told."""
-    limit = data_module.MEMORY_LIMIT
-    data_module.MEMORY_LIMIT = 0 if rank else limit
-    try:
+    with patch.object(data_module, 'MEMORY_LIMIT', 0 if rank else data_module.MEMORY_LIMIT):
         return told(train_command(data, output, 'little', *LONG))
-    finally:
-        data_module.MEMORY_LIMIT = limit
 
 
 def of_other_data(data, output, rank):
@@ -307,13 +293,10 @@ def in_other_precision(data, output, rank):
 
 def unnamed(data, output, rank):
     """The folder of a run without a name, which has the time in it, by clocks that differ."""
-    run_folder.datetime = SimpleNamespace(now=lambda: datetime(2000, 1, 1 + rank))
-    try:
-        words = train_command(data, output, '', '--dry-run')[1:]
-        with redirect_stdout(io.StringIO()):
-            return str(train_module.train(parse_options(words)))
-    finally:
-        run_folder.datetime = datetime
+    words = train_command(data, output, '', '--dry-run')[1:]
+    clock = SimpleNamespace(now=lambda: datetime(2000, 1, 1 + rank))
+    with patch.object(run_folder, 'datetime', clock), redirect_stdout(io.StringIO()):
+        return str(train_module.train(parse_options(words)))
 
 
 def poison_one_process():
