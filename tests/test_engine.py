@@ -302,35 +302,41 @@ def rates_of_timm(*options):
     return found
 
 
-# those that older timm lacks
-LATER_SCHEDULES = dict(
-    wsd=(['--sched', 'wsd', '--decay-epochs', 0.5, '--epochs', 5, '--warmup-epochs', 1], 5, 3),
-    rsqrt=(['--sched', 'rsqrt', '--decay-epochs', 1, '--epochs', 5, '--warmup-epochs', 1], 5, 5),
-    constant=([*BY_EPOCH, '--sched', 'constant', '--epochs', 4, '--warmup-epochs', 2], 4, 3),
-) if hasattr(timm.scheduler, 'WSDLRScheduler') else {}
+SCHEDULES = dict(  # options, epochs, and how many different rates at least these have at their ends
+    step=([*BY_EPOCH, '--sched', 'step', '--decay-epochs', 2, '--decay-rate', 0.5, '--epochs', 6], 6, 3),
+    multistep=([*BY_EPOCH, '--sched', 'multistep', '--decay-milestones', 2, 5, '--epochs', 6, '--warmup-epochs', 2,
+                '--warmup-lr', 0.01, '--warmup-prefix'], 8, 5),
+    cycles=(['--sched', 'cosine', '--lr-cycle-limit', 2, '--lr-cycle-decay', 0.5, '--epochs', 3, '--min-lr', 0.001,
+             '--cooldown-epochs', 1], 7, 5),
+    noise=([*BY_EPOCH, '--sched', 'cosine', '--lr-noise', 0.3, 0.9, '--lr-noise-pct', 0.5, '--epochs', 6], 6, 6),
+    tanh=(['--sched', 'tanh', '--lr-noise', 0.5, '--lr-noise-std', 0.2, '--epochs', 4, '--warmup-epochs', 1,
+           '--warmup-lr', 0.02], 4, 4),
+    poly=([*BY_EPOCH, '--sched', 'poly', '--decay-rate', 0.5, '--lr-k-decay', 2, '--epochs', 5], 5, 5),
+)
+if hasattr(timm.scheduler, 'WSDLRScheduler'):  # older timm has none of these
+    SCHEDULES.update(
+        wsd=(['--sched', 'wsd', '--decay-epochs', 0.5, '--epochs', 5, '--warmup-epochs', 1], 5, 3),
+        rsqrt=(['--sched', 'rsqrt', '--decay-epochs', 1, '--epochs', 5, '--warmup-epochs', 1], 5, 5),
+        constant=([*BY_EPOCH, '--sched', 'constant', '--epochs', 4, '--warmup-epochs', 2], 4, 3),
+    )
 
 
-@pytest.mark.parametrize('options, epochs, different', [
-    ([*BY_EPOCH, '--sched', 'step', '--decay-epochs', 2, '--decay-rate', 0.5, '--epochs', 6], 6, 3),
-    ([*BY_EPOCH, '--sched', 'multistep', '--decay-milestones', 2, 5, '--epochs', 6, '--warmup-epochs', 2,
-      '--warmup-lr', 0.01, '--warmup-prefix'], 8, 5),
-    (['--sched', 'cosine', '--lr-cycle-limit', 2, '--lr-cycle-decay', 0.5, '--epochs', 3, '--min-lr', 0.001,
-      '--cooldown-epochs', 1], 7, 5),
-    ([*BY_EPOCH, '--sched', 'cosine', '--lr-noise', 0.3, 0.9, '--lr-noise-pct', 0.5, '--epochs', 6], 6, 6),
-    (['--sched', 'tanh', '--lr-noise', 0.5, '--lr-noise-std', 0.2, '--epochs', 4, '--warmup-epochs', 1,
-      '--warmup-lr', 0.02], 4, 4),
-    ([*BY_EPOCH, '--sched', 'poly', '--decay-rate', 0.5, '--lr-k-decay', 2, '--epochs', 5], 5, 5),
-    *LATER_SCHEDULES.values(),
-], ids=['step', 'multistep', 'cycles', 'noise', 'tanh', 'poly', *LATER_SCHEDULES])
-def test_rates_are_those_of_timm(run, options, epochs, different):
+@pytest.mark.parametrize('options, epochs, different', SCHEDULES.values(), ids=SCHEDULES)
+def test_planned_rates_are_those_of_timm(options, epochs, different):
     options = [*options, '--batch-size', 128]
-    folder, *_ = run('run', *options, '--val-split', '')
     expected = rates_of_timm(*options)
-    assert rates(folder) == pytest.approx(expected[1::2], rel=1e-12)
-    assert len(rates(folder)) == epochs and len(set(rates(folder))) >= different
+    assert len(expected) == 2 * epochs and len(set(expected[1::2])) >= different
     args = parse_options([*BASE, *map(str, options)])
     drawn = plan.rates(args, 2)  # before each update, or of each epoch
     assert drawn[1:] == pytest.approx(expected[:-1] if args.sched_on_updates else expected[3::2], rel=1e-12)
+
+
+@pytest.mark.parametrize('name', ['multistep', 'cycles'])
+def test_rates_of_a_run_are_those_of_timm(run, name):
+    """Of a schedule by epoch, and one that steps on updates."""
+    options = [*SCHEDULES[name][0], '--batch-size', 128]
+    folder, *_ = run('run', *options, '--val-split', '')
+    assert rates(folder) == pytest.approx(rates_of_timm(*options)[1::2], rel=1e-12)
 
 
 def tell_at_validations(monkeypatch, metric, values):

@@ -112,17 +112,17 @@ def test_run_of_a_weights_folder_without_a_name(tune, command, tmp_path):
 ])
 def test_other_sizes_and_channels(tune, command, tmp_path, size, mode, options, input_size):
     """The weights folder records the size of the images, and all commands make the images that it asks for."""
-    data = image_folder(tmp_path / 'data', size, mode, train=2, validation=2)
+    data = image_folder(tmp_path / 'data', size, mode, train=1, validation=1)
     weights, config = tune(data, *options)
     assert config['pretrained_cfg']['input_size'] == input_size
     assert config['label_names'] == NAMES
     result = json.loads((weights.parent / 'result.json').read_text())
-    assert result['images'] == 20
+    assert result['images'] == 10
     code, out, err = command('validate', weights, '--data-dir', data, '--val-split', 'validation')
-    assert code == 0 and f"{result['errors']} errors of 20 images" in out, err
+    assert code == 0 and f"{result['errors']} errors of 10 images" in out, err
     code, out, err = command('predict', data / 'validation', '--model', weights, '--json', '--topk', 1)
     found = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and len(found) == 20, err
+    assert code == 0 and len(found) == 10, err
     assert sum(f"/{line['classes'][0]['class']}/" not in line['image'] for line in found) == result['errors']
     model = timm.create_model(f'local-dir:{weights}', pretrained=True)
     assert model(torch.randn(2, *input_size)).shape == (2, 10)
