@@ -1,7 +1,6 @@
 """Runs that die, and their checkpoints: killed and resumed, they end with the weights of the run left alone."""
 import csv
 import json
-import math
 import os
 import random
 import re
@@ -24,7 +23,6 @@ from torch._dynamo.utils import counters
 
 from timm_lm.decoded import DecodedImages, write_cache
 from timm_lm.errors import UserError
-from timm_lm.figures import save_figure
 from timm_lm.files import atomic_folder, write_text
 from timm_lm.precision import cpu_has_bfloat16
 from timm_lm.run_row import read_run
@@ -34,7 +32,7 @@ from timm_lm.training.option_rules import without_effect
 from timm_lm.training.options import parse_options
 from timm_lm.training.recipes import find_recipe
 from timm_lm.training.run_folder import _compare_options, own_run_folder
-from timm_lm.training.run_log import EVALUATION, RunLog
+from timm_lm.training.run_log import RunLog
 from timm_lm.training.signals import Interrupted, StopSignals
 from timm_lm.training.train import train
 from timm_lm.weights_folder import verify_folder
@@ -581,52 +579,6 @@ def test_metrics_cut_short_are_written_anew(few_digits, left_alone, tmp_path):
     assert final_state(tmp_path) == final_state(left_alone)
 
 
-@pytest.fixture
-def drawn(with_pictures, monkeypatch):
-    """Heights of the curves that are drawn, for each diagram of a picture, by the picture's name."""
-    found = {}
-
-    def noted(figure, path):
-        save_figure(figure, path)
-        found[path.name] = [[list(line.get_ydata()) for line in axes.lines] for axes in figure.axes]
-
-    monkeypatch.setattr('timm_lm.training.run_log.save_figure', noted)
-    return found
-
-
-def test_metrics_that_are_not_finite_are_null_in_json(tmp_path, drawn):
-    log = RunLog(tmp_path)
-    log.append(0, dict(loss=1., top1=10.), dict.fromkeys(EVALUATION, 5.) | dict(loss=math.nan), 0.1, {})
-    log.truncate(1)
-    (line,) = log.path.read_text().splitlines()
-    assert json.loads(line, parse_constant=pytest.fail)['eval']['loss'] is None
-    (row,) = log.rows()
-    assert math.isnan(row['eval']['loss']) and row['eval']['top1'] == 5
-    log.plot()
-    assert (tmp_path / 'curves.png').stat().st_size > 10_000 and not (tmp_path / 'k.png').exists()
-    errors, losses = drawn['curves.png']
-    assert errors == [[90], [95]] and losses == [[1], [pytest.approx(math.nan, nan_ok=True)]]
-
-
-def test_pictures_of_a_run_without_a_validation(tmp_path, drawn):
-    """Of a deep network, with one k a channel."""
-    log = RunLog(tmp_path)
-    log.append(0, dict(loss=1., top1=10.), None, 0.1, {f'blocks.{i}': [i, i + 1] for i in range(13)})
-    log.plot()
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in ('curves.png', 'k.png'))
-    assert drawn['curves.png'] == [[[90], []], [[1], []]]
-    assert drawn['k.png'] == [[*([i + 0.5] for i in range(13)), [0, 0]]]
-
-
-@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='the system has no /dev/full')
-@pytest.mark.parametrize('name', ['metrics.jsonl', 'summary.csv'])
-def test_full_disk_for_the_metrics_is_told(tmp_path, name):
-    (tmp_path / name).symlink_to('/dev/full')
-    log = RunLog(tmp_path)
-    with pytest.raises(UserError, match='could not be written .*No space left.* --resume auto'):
-        log.append(0, dict(loss=1., top1=2., images_per_second=3.), None, 0.1, {})
-
-
 def test_going_back_sets_later_checkpoints_aside(few_digits, left_alone, tmp_path, command, fails):
     """So that --resume auto goes on from where the run is now, not from where it was before."""
     shutil.copytree(left_alone / 'run', tmp_path / 'run')
@@ -769,38 +721,6 @@ def test_files_have_the_rights_of_any_new_file(tmp_path):
     assert modes == {'new': 0o750, 'step-000000001': 0o750, 'state.json': 0o640, 'state.safetensors': 0o640,
                      'page.md': 0o640, 'cache.safetensors': 0o640}
     assert (tmp_path / 'page.md').read_text() == 'caf\\udce9'
-
-
-def test_lines_of_a_run_are_in_its_log_at_once(tmp_path):
-    script = tmp_path / 'script.py'
-    script.write_text("""
-import os, signal
-from timm_lm.training.run_log import write_line
-write_line('epoch 1')
-os.kill(os.getpid(), signal.SIGKILL)
-""")
-    code, out, err = Command(script=script).wait()
-    assert code == -signal.SIGKILL and 'epoch 1' in out, err
-
-
-@pytest.mark.parametrize('backend', ['missing', 'svg'])
-def test_pictures_are_drawn_whatever_backend_the_environment_names(tmp_path, backend):
-    """That of a notebook is often missing in the environment of its commands; elsewhere its own pictures need it."""
-    script = tmp_path / 'script.py'
-    script.write_text("""
-import os, sys
-from pathlib import Path
-for name in [name for name in sys.modules if name.partition('.')[0] == 'matplotlib']:
-    del sys.modules[name]
-os.environ['MPLBACKEND'] = sys.argv[1]
-from timm_lm.figures import new_figure, save_figure
-save_figure(new_figure(2, 1), Path(sys.argv[2]))
-import matplotlib
-print(os.environ['MPLBACKEND'], sys.argv[1] == 'missing' or matplotlib.get_backend())
-""")
-    code, out, err = Command(backend, tmp_path / 'picture.png', script=script).wait()
-    assert (code, out) == (0, f"{backend} {'svg' if backend == 'svg' else True}\n"), err
-    assert (tmp_path / 'picture.png').stat().st_size > 100
 
 
 def test_other_options_are_refused_by_name(few_digits, left_alone, tmp_path, fails):
