@@ -206,8 +206,7 @@ def _add_loss(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--bce-pos-weight', type=float, metavar='X', help='weight of positive targets')
     group.add_argument('--kd-model-name', type=with_scheme, metavar='NAME_OR_FOLDER',
                        help='distil from the logits of this network')
-    group.add_argument('--kd-distill-type', default='logit', choices=('logit', 'feature', 'token'),
-                       help='what is distilled; only logit is supported')
+    group.add_argument('--kd-distill-type', default='logit', choices=('logit',), help='what is distilled')
     group.add_argument('--kd-loss-type', default='kl', choices=('kl',), help='which divergence is used')
     group.add_argument('--kd-temperature', type=float, default=4., metavar='T', help='temperature of both softmaxes')
     group.add_argument('--distill-loss-weight', type=float, metavar='X',
