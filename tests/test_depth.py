@@ -199,7 +199,7 @@ def test_training_starts_from_the_grown_weights(few_digits, weights, tmp_path, c
     words = ['train', *FEW, *DEEP, '--data-dir', few_digits, '--grow-from', weights, '--lr', 1e-12, '--weight-decay', 0,
              '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
     code, out, err = command(*words)
-    assert code == 0 and f'starting from {weights}' in out, err
+    assert code == 0 and f', starting from the weights of `{weights.parent.name}`\n' in out, err
     card = (tmp_path / 'run' / 'weights' / 'README.md').read_text()
     assert f'1 epoch, starting from the weights of `{weights.parent.name}`, seed 42, ' in card
     saved = load_file(tmp_path / 'run' / 'weights' / 'model.safetensors')

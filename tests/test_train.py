@@ -404,7 +404,7 @@ def test_fine_tuning_of_a_folder_keeps_the_shape_of_its_network(weights, few_dig
     """The folder's network has fewer blocks than its name says; the new folder must say so too."""
     code, out, err = command('train', '-c', 'demo_digits', '--data-dir', few_digits, '--pretrained', '--model',
                              weights, '--epochs', 1, '--warmup-epochs', 0, '--output', tmp_path, '--experiment', 'run')
-    assert code == 0 and f', starting from {weights}\n' in out, err
+    assert code == 0 and f', starting from the weights of `{weights.parent.name}`\n' in out, err
     tuned = tmp_path / 'run' / 'weights'
     verify_folder(tuned)
     assert load_file(tuned / 'model.safetensors').keys() == load_file(weights / 'model.safetensors').keys()

@@ -9,12 +9,10 @@ from accelerate import Accelerator
 from timm_lm.data import Split
 from timm_lm.loader import BatchLoader, MemoryLoader
 from timm_lm.model_config import TimmModel
-from timm_lm.names import with_default_tag
 from timm_lm.network_size import count_parameters
 from timm_lm.precision import asked_precision
 
 from .option_rules import not_in_memory
-from .places import start_word
 from .schedule import create_schedule
 
 WIDTH, HEIGHT = 72, 8  # characters of the picture
@@ -69,17 +67,17 @@ def describe_data(model: TimmModel, splits: Sequence[Split]) -> List[str]:
 def describe_run(
         args: argparse.Namespace,
         model: TimmModel,
+        start: str,
         train_loader: BatchLoader,
         eval_loader: Optional[BatchLoader],
         accelerator: Accelerator,
         folder: Path,
 ) -> str:
-    """Network, data, batches, device and folder of a run, a line each."""
+    """Network, data, batches, device and folder of a run, a line each; ``start`` is that of ``run_facts``."""
     size = 'x'.join(map(str, model.pretrained_cfg['input_size']))
     lines: Dict[str, str] = {
-        'network': f'{args.model}: {count_parameters(model):,} parameters, {model.num_classes} classes, images {size}'
-                   + f', {_initial_weights(args)}'
-                   + (f', distilled from {args.kd_model_name}' if args.kd_model_name else ''),
+        'network': f'{args.model}: {count_parameters(model):,} parameters, {model.num_classes} classes, images {size}, '
+                   + (start or 'new weights'),
         'data': f'{len(train_loader.data):,} images to train on ({_place(args, train_loader)})'
                 + (f', {len(eval_loader.data):,} to validate on' if eval_loader else ', none to validate on'),
         'batches': f'{args.batch_size} images'
@@ -91,14 +89,6 @@ def describe_run(
         'run folder': str(folder),
     }
     return '\n'.join(f'{name:<11}{text}' for name, text in lines.items())
-
-
-def _initial_weights(args: argparse.Namespace) -> str:
-    """What weights the network has before it is trained."""
-    if args.grow_from:
-        return f'{start_word(args.model, args.grow_from)} {args.grow_from}'
-    source = args.initial_checkpoint or args.pretrained and (args.pretrained_path or with_default_tag(args.model))
-    return f'starting from {source}' if source else 'new weights'
 
 
 def _place(args: argparse.Namespace, loader: BatchLoader) -> str:

@@ -96,7 +96,7 @@ def train(args: argparse.Namespace, command: str = '') -> Path:
     signals = StopSignals(several=accelerator.num_processes > 1)
     training = Training(args, accelerator, model, train_loader, data_config, store, signals)
     training.facts = run_facts(args, model, command, accelerator.device, accelerator.num_processes, recorded)
-    tell(describe_run(args, model, train_loader, eval_loader, accelerator, folder))
+    tell(describe_run(args, model, training.facts['start'], train_loader, eval_loader, accelerator, folder))
     for remark in describe_data(model, [data for data in (train_set, eval_set) if data is not None]):
         tell(f'note: {remark}')
     del train_set, eval_set  # on a GPU the loaders have their own copies
