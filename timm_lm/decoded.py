@@ -10,9 +10,8 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from .files import atomic_file
+from .files import atomic_file, save_tensors
 
 UNUSED_DAYS = 30  # after which a cached split is removed
 
@@ -100,8 +99,8 @@ def write_cache(path: Optional[Path], data: DecodedImages, content: str = '') ->
     if path is None:
         return
     with suppress(OSError, SafetensorError), atomic_file(path, f'.{path.name}.{os.getpid()}') as temporary:
-        save_file(dict(images=data.images, labels=data.labels), temporary,
-                  metadata=dict(class_names=json.dumps(data.class_names), content=content))
+        save_tensors(dict(images=data.images, labels=data.labels), temporary,
+                     dict(class_names=json.dumps(data.class_names), content=content))
     _remove_unused(path.parent)
 
 

@@ -5,13 +5,13 @@ import os
 import secrets
 import shutil
 import tempfile
-import threading
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Dict, Iterator, List, Union
+from typing import Dict, Iterator, List, Mapping, Optional, Union
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from .errors import UserError
 
@@ -20,7 +20,6 @@ try:
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-_UMASK = threading.Lock()
 _OLD = '.old.'  # in the name of a folder that holds one that is being replaced
 
 
@@ -92,20 +91,10 @@ def atomic_file(path: Path, name: str = '') -> Iterator[Path]:
     temporary = path.with_name(name or f'.{path.name}.new')
     try:
         yield temporary
-        give_usual_rights(temporary)
         sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def give_usual_rights(path: Path) -> None:
-    """Give a file or folder the default permissions; ``tempfile`` and safetensors allow only the owner."""
-    with _UMASK:
-        umask = os.umask(0o077)  # for a moment, in which other threads may create files
-        os.umask(umask)
-    with suppress(OSError):  # some network disks have their own permissions
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 @contextmanager
@@ -174,25 +163,32 @@ def atomic_folder(folder: Union[str, Path]) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(folder.parent, f'.{folder.name}.') as temporary:
         yield temporary
-        for path in (*temporary.rglob('*'), temporary):
-            give_usual_rights(path)
         for path in (*(path for path in temporary.rglob('*') if path.is_file()), temporary):
             sync(path)
         _put_in_place(temporary, folder)
         sync(folder.parent)
 
 
-def own_memory(tensors: Dict[str, torch.Tensor]) -> None:
-    """Copy tensors that share memory with an earlier one, as a network's tied weights do; safetensors refuses them.
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Optional[Dict[str, str]] = None) -> None:
+    """Write a safetensors file with the permissions of any new file; safetensors gives them to the owner alone.
 
-    Its ``save_model`` would keep only one of the names, but timm's strict loading needs all.
+    Tensors that share memory, as a network's tied weights do, are written one by one. safetensors refuses them, and its
+    ``save_model`` would keep only one of the names, but timm's strict loading needs all.
 
     Args:
-        tensors: By name; changed in place.
+        tensors: By name, on any device.
+        path: The file.
+        metadata: Texts for its header.
     """
-    seen = set()
+    own: Dict[str, torch.Tensor] = {}
+    places = set()
     for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
         place = tensor.untyped_storage().data_ptr()
-        if place in seen:
-            tensors[name] = tensor.clone()
-        seen.add(place)
+        own[name] = tensor.clone() if place in places else tensor
+        places.add(place)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(own, path, metadata)
+    with suppress(OSError):  # some network disks have their own permissions
+        path.chmod(mode)

@@ -11,11 +11,11 @@ from typing import Any, Dict, Optional, Union
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models._hub import save_config_for_hf
 
 from .errors import UserError, one_line
-from .files import atomic_folder, own_memory, sha256, write_text
+from .files import atomic_folder, save_tensors, sha256, write_text
 from .model_config import TimmModel, image_config, label_names
 from .models._weights import WEIGHTS_NAME, check_shipped
 
@@ -87,25 +87,22 @@ def save_folder(
     in_chans = getattr(model, 'in_chans', 3)
     if in_chans != 3:
         args['in_chans'] = in_chans
-    state = {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    own_memory(state)
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+             for name, tensor in model.state_dict().items()}
     with atomic_folder(folder) as temporary:
         weights = temporary / WEIGHTS_NAME
-        save_file(state, weights, metadata=dict(format='pt'))
+        save_tensors(state, weights, dict(format='pt'))
         _write_config(model, temporary / CONFIG_NAME, args, dtype)
         write_text(temporary / CARD_NAME, card)
         reloaded = timm.create_model(f'local-dir:{temporary}', pretrained=True).eval()
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(CHECK_BATCH, *image_config(model)['input_size'], generator=generator)
-        tensors = {name: tensor.contiguous() for name, tensor in _check_tensors(reloaded, images).items()}
+        tensors = _check_tensors(reloaded, images)
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise UserError(f'The outputs of the network are not finite, so {folder} was not written; use a smaller '
                             'learning rate.')
         (temporary / CHECK_NAME).parent.mkdir()
-        save_file(tensors, temporary / CHECK_NAME, metadata=dict(model_sha256=sha256(weights)))
+        save_tensors(tensors, temporary / CHECK_NAME, dict(model_sha256=sha256(weights)))
     return Path(folder)
 
 

@@ -17,10 +17,10 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from timm_lm.errors import RESUME, UserError
-from timm_lm.files import atomic_folder, own_memory, replaced, sha256, writing
+from timm_lm.files import atomic_folder, replaced, save_tensors, sha256, writing
 
 TENSORS, STATE = 'state.safetensors', 'state.json'
 PREFIX = 'step-'
@@ -177,18 +177,14 @@ class CheckpointStore:
         optimizer_tensors, optimizer_rest = _split_optimizer(optimizer)
         groups = dict(tensors, optimizer=optimizer_tensors)
         groups.update({f'process{rank}': states for rank, states in enumerate(process_states)})
-        flat = {
-            f'{group}/{key}': tensor.detach().cpu().contiguous()
-            for group, named in groups.items() for key, tensor in named.items()
-        }
-        own_memory(flat)
+        flat = {f'{group}/{key}': tensor for group, named in groups.items() for key, tensor in named.items()}
         state = json.loads(json.dumps(dict(rest, progress=asdict(progress), optimizer=optimizer_rest)))  # as read back
         folder = self.folder / self.name(updates)
         earlier = next((path for path in self.newest_first() if path != folder), None)
         cure = (f'The one before is {earlier}. Make room, then resume {RESUME}.' if earlier else
                 'There is none before. Make room, then start again (with --experiment also by --resume auto).')
         with writing(f'The checkpoint {folder}', cure), atomic_folder(folder) as temporary:
-            save_file(flat, temporary / TENSORS)
+            save_tensors(flat, temporary / TENSORS)
             state['sha256'] = sha256(temporary / TENSORS)
             (temporary / STATE).write_text(json.dumps(dict(state, state_sha256=state_digest(state))))
         for old in self.newest_first()[self.keep:]:
