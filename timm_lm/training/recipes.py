@@ -82,16 +82,12 @@ def read_recipe(path: Path, actions: Dict[str, argparse.Action]) -> Dict[str, An
         raise UserError(f'The recipe {path} must hold "option: value" lines.')
     asked = {str(name): value for name, value in values.items()
              if name not in REFUSED or asks(str(name), value)}
-    if asked.get('data', '') is None:  # timm's older name of data_dir, which it also writes
-        del asked['data']
     return {name: _recipe_value(path, name, value, actions) for name, value in asked.items()}
 
 
 def _recipe_value(path: Path, name: str, value: Any, actions: Dict[str, argparse.Action]) -> Any:
     if name in REFUSED:
         raise UserError(f"The option '{name}' in {path} is refused: {REFUSED[name]}.")
-    if name == 'data':
-        raise UserError(f"The option 'data' in {path} is timm's older name of data_dir; rename it.")
     if name not in actions:
         near = difflib.get_close_matches(name, actions, n=1)
         hint = f'did you mean {near[0]}?' if near else 'see `timm-lm train --help`.'

@@ -3,7 +3,7 @@
 One that is set to off, or to timm's default, asks for nothing and is accepted.
 """
 import argparse
-from typing import Any, Dict, Type
+from typing import Any, Dict
 
 from timm_lm.errors import UserError
 from timm_lm.parser import literal, option_name
@@ -25,6 +25,7 @@ REFUSED: Dict[str, str] = {
                      'variable_batch_loss_scale', 'naflex_loader', 'naflex_train_seq_lens', 'naflex_max_seq_len',
                      'naflex_patch_sizes', 'naflex_patch_size_probs', 'naflex_loss_scale',
                      'naflex_patchify_channels_first'], _STATIC),
+    'data': "it is timm's older name of --data-dir",
     'dataset_trust_remote_code': 'code of a data set is never run',
     'drop_connect': 'timm calls it --drop-path now',
     'amp_impl': "mixed precision is PyTorch's own",
@@ -63,19 +64,17 @@ _TIMM_DEFAULTS: Dict[str, Any] = {
 
 def add_refused_options(parser: argparse.ArgumentParser) -> None:
     """Add options that end the command with the reason, and that its help does not list."""
-    for name, reason in REFUSED.items():
+    for name in REFUSED:
         names = filter(None, (option_name(name), _OTHER_NAMES.get(name)))
-        parser.add_argument(*names, nargs='*', dest=name, action=_refuse(name, reason), default=argparse.SUPPRESS,
+        parser.add_argument(*names, nargs='*', dest=name, action=_Refuse, default=argparse.SUPPRESS,
                             help=argparse.SUPPRESS)
 
 
-def _refuse(name: str, reason: str) -> Type[argparse.Action]:
-    class Refuse(argparse.Action):
-        def __call__(self, parser, namespace, values, option_string=None):
-            items = [literal(item) for item in values]
-            if not values or asks(name, items[0] if len(items) == 1 else items):
-                raise UserError(f'{option_string} is refused: {reason}.')
-    return Refuse
+class _Refuse(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        items = [literal(item) for item in values]
+        if not values or asks(self.dest, items[0] if len(items) == 1 else items):
+            raise UserError(f'{option_string} is refused: {REFUSED[self.dest]}.')
 
 
 def asks(name: str, value: Any) -> bool:
