@@ -220,32 +220,23 @@ def _unread_by_optimizer(opt: str) -> Tuple[str, ...]:
     return tuple(name for name, is_read in read.items() if not is_read)
 
 
-def check_effect(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:
-    """Refuse options that were changed but have no effect."""
-    for names, why in without_effect(values):
-        for name in _changed(names, values, before, defaults):
-            raise UserError(f'{option_name(name)} does nothing {why}, or leave it out.')
+def replaced(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
+    """Options that others replace or turn off, and why; a recipe may have both, as a run records what it computed."""
+    for taken, left_out in _INSTEAD.items():
+        if values[taken] is not None:
+            yield left_out, f'with {option_name(taken)}, which may come from the recipe; give that one'
+    if values['no_aug']:
+        yield tuple(name for name in _AUGMENTATION if values[name]), 'with --no-aug; take that one back'
 
 
-def check_taken(values: Dict[str, Any], before: Dict[str, Any], defaults: Dict[str, Any]) -> None:
-    """Refuse options of the command line that others, perhaps of the recipe, replace or turn off.
-
-    A recipe may have both, as a run records what it computed.
+def check_effect(idle: Iterable[Tuple[Tuple[str, ...], str]], values: Dict[str, Any], before: Dict[str, Any],
+                 defaults: Dict[str, Any]) -> None:
+    """Refuse options that were changed, by a recipe or after it, but are idle.
 
     Raises:
         UserError: At the first one.
     """
-    for taken, left_out in _INSTEAD.items():
-        for name in _changed(left_out, values, before, defaults):
-            if values[taken] is not None:
-                raise UserError(f'{option_name(name)} does nothing with {option_name(taken)}, which may come from '
-                                'the recipe; give the latter.')
-    if values['no_aug']:
-        for name in _changed(_AUGMENTATION, values, before, defaults):
-            if values[name]:
-                raise UserError(f'{option_name(name)} does nothing with --no-aug; leave one of them out.')
-
-
-def _changed(names: Iterable[str], values: Dict[str, Any], before: Dict[str, Any],
-             defaults: Dict[str, Any]) -> List[str]:
-    return [name for name in names if values[name] not in (before[name], defaults[name])]
+    for names, why in idle:
+        for name in names:
+            if values[name] not in (before[name], defaults[name]):
+                raise UserError(f'{option_name(name)} does nothing {why}, or leave it out.')

@@ -10,7 +10,7 @@ from timm_lm.parser import Parser
 from timm_lm.timm_data import SPLIT_NAMES, TRAIN_OR_TEST
 
 from .arguments import build_parser
-from .option_rules import ONLY_WITH, check_effect, check_options, check_taken, usual_decay_epochs, without_effect
+from .option_rules import ONLY_WITH, check_effect, check_options, replaced, usual_decay_epochs, without_effect
 from .recipes import find_recipe, read_recipe
 
 
@@ -37,7 +37,7 @@ def parse_options(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         path, model = find_recipe(config)
         given = defaults | read_recipe(path, actions) | (dict(model=model) if model else {})
         _unset_usual_decay(given)
-        check_effect(given, defaults, defaults)
+        check_effect(without_effect(given), given, defaults, defaults)
         parser.set_defaults(**given)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -51,8 +51,7 @@ def parse_options(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         args.val_split = 'test'  # which timm takes for any other name, and validation is its default
     _unset_usual_decay(vars(args))
     check_options(args)
-    check_effect(vars(args), given, defaults)
-    check_taken(vars(args), given, defaults)
+    check_effect((*without_effect(vars(args)), *replaced(vars(args))), vars(args), given, defaults)
     if args.no_aug:
         args.hflip, args.vflip, args.pad_crop, args.reprob = 0., 0., 0, 0.
     for names, _ in without_effect(vars(args)):
