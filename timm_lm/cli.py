@@ -349,26 +349,27 @@ COMMANDS: Dict[str, Callable[[List[str]], Optional[int]]] = {
 }
 
 
-# Errors of PyTorch and the system that a user can do something about: their types, words in them, and the message.
-_FAILURES: Tuple[Tuple[Tuple[str, ...], Tuple[str, ...], str], ...] = (
-    (('MemoryError', 'OutOfMemoryError'), ('not enough memory', "can't allocate memory", 'out of memory'),
+# Errors of PyTorch and the system that a user can do something about: words in their type or text, and the message.
+_FAILURES: Tuple[Tuple[Tuple[str, ...], str], ...] = (
+    (('MemoryError', 'not enough memory', "can't allocate memory", 'out of memory'),
      'There is too little memory ({}); use a smaller --batch-size or a smaller network.'),
-    ((), ('DataLoader worker (pid', 'unable to allocate shared memory'),  # killed, or a full /dev/shm
+    (('DataLoader worker (pid', 'unable to allocate shared memory'),  # killed, or a full /dev/shm
      'The processes that read images failed ({}), perhaps for lack of memory or of space in /dev/shm; use fewer '
      f'--workers. A training resumes {RESUME}.'),
-    ((), ('no kernel image is available',),
+    (('no kernel image is available',),
      'This PyTorch has no code for this GPU ({}); install one that has, or give --device cpu.'),
     # where it is raised says little, as the host runs ahead
-    (('AcceleratorError',),
-     ('CUDA error', 'CUDA driver error', 'cuDNN error', 'HIP error', 'miopenStatus', 'Triton Error ['),
+    (('AcceleratorError', 'CUDA error', 'CUDA driver error', 'cuDNN error', 'HIP error', 'miopenStatus',
+      'Triton Error ['),
      f'The device failed ({{}}), perhaps because of another process on it; start again. A training resumes {RESUME}.'),
 )
 
 
 def _failure(error: BaseException) -> str:
     """The message for an error that the user can do something about, '' for others."""
-    for types, words, message in _FAILURES:
-        if type(error).__name__ in types or any(word in str(error) for word in words):
+    text = f'{type(error).__name__}: {error}'
+    for words, message in _FAILURES:
+        if any(word in text for word in words):
             return message.format(one_line(error))
     return ''
 
