@@ -20,7 +20,7 @@ from .errors import RESUME, UserError, one_line, printable
 from .layers.steps import k_values
 from .model_config import TimmModel, image_config
 from .models._weights import weights_dir
-from .names import is_folder_name, is_repo_name, load_model, model_tags, our_models, timm_source, with_scheme
+from .names import is_repo_name, load_model, model_tags, our_models, timm_source, with_scheme
 from .network_size import count_macs, count_parameters, network_size
 from .parser import Parser
 from .training.streams import reader_is_gone
@@ -91,15 +91,14 @@ def _validate(argv: List[str]) -> None:
     parser.add_argument('model', metavar='MODEL_OR_FOLDER', help=_WHICH)
     add_data_options(parser)
     parser.set_defaults(val_split='test')
-    parser.add_argument('-b', '--batch-size', type=int, default=COUNT_BATCH_SIZE, metavar='N',
-                        help='images per batch (default: %(default)s)')
+    parser.add_argument('-b', '--batch-size', type=int, default=COUNT_BATCH_SIZE, metavar='N', help='images per batch')
     parser.add_argument('-j', '--workers', type=int, default=4, metavar='N',
-                        help='processes that read images if they do not fit in memory (default: 4)')
+                        help='processes that read images if they do not fit in memory')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast instead of float32')
     parser.add_argument('--channels-last', action='store_true', help='channels_last memory layout')
     parser.add_argument('--torchcompile', action=argparse.BooleanOptionalAction, default=False,
                         help='compile the network')
-    parser.add_argument('--device', metavar='NAME', default='cpu', help='where the network runs (default: cpu)')
+    parser.add_argument('--device', metavar='NAME', default='cpu', help='where the network runs')
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise UserError(f'--batch-size must be at least 1, not {args.batch_size}.')
@@ -240,14 +239,13 @@ def _predict(argv: List[str]) -> int:
     """classify images"""
     parser = _parser('predict', _predict)
     parser.add_argument('images', metavar='IMAGE', nargs='+', help='a file, a folder, or - for a list from stdin')
-    parser.add_argument('--model', metavar='NAME_OR_FOLDER', default='lm_resnet20',
-                        help=f'{_WHICH} (default: lm_resnet20)')
-    parser.add_argument('--topk', type=int, default=3, metavar='N', help='classes per image (default: 3)')
+    parser.add_argument('--model', metavar='NAME_OR_FOLDER', default='lm_resnet20', help=_WHICH)
+    parser.add_argument('--topk', type=int, default=3, metavar='N', help='classes per image')
     parser.add_argument('--json', action='store_true',
                         help='print a line of JSON for each image: its path, and classes with '
                              'probabilities from 0 to 1, or an error')
-    parser.add_argument('-b', '--batch-size', type=int, default=64, metavar='N', help='images per batch (default: 64)')
-    parser.add_argument('--device', metavar='NAME', default='cpu', help='where the network runs (default: cpu)')
+    parser.add_argument('-b', '--batch-size', type=int, default=64, metavar='N', help='images per batch')
+    parser.add_argument('--device', metavar='NAME', default='cpu', help='where the network runs')
     args = parser.parse_args(argv)
     for option, value in (('--topk', args.topk), ('--batch-size', args.batch_size)):
         if value < 1:
@@ -277,21 +275,17 @@ def _export(argv: List[str]) -> None:
     """write a network as ONNX, torch.export or TorchScript"""
     parser = _parser('export', _export)
     parser.add_argument('model', metavar='MODEL_OR_FOLDER', help=_WHICH)
-    parser.add_argument('--format', choices=('onnx', 'torch-export', 'torchscript'), default='onnx',
-                        help='file format (default: onnx)')
+    parser.add_argument('--format', choices=('onnx', 'torch-export', 'torchscript'), default='onnx', help='file format')
     parser.add_argument('--output', type=Path, metavar='FILE',
                         help='the file (default: the model\'s name, in the current folder)')
     args = parser.parse_args(argv)
 
     from .export import FORMATS, export_model
+    from .training.places import last_name
 
     model = load_model(args.model, **(dict(scriptable=True) if args.format == 'torchscript' else {}))
     ending = FORMATS[args.format][1]
-    source = Path(args.model.rpartition(':')[2])
-    if is_folder_name(args.model):
-        source = source.resolve()
-        source = source.parent if source.name == 'weights' else source  # that of a run
-    path = args.output or Path(source.name + ending)
+    path = args.output or Path(last_name(str(Path(args.model.rpartition(':')[2]).resolve())) + ending)
     difference = export_model(model, args.format, path)
     print(f'{path}: {path.stat().st_size / 1e6:.1f} MB, logits within {difference:.1e}, batches of any size')
 
@@ -301,9 +295,9 @@ def _report(argv: List[str]) -> None:
     parser = _parser('report', _report)
     parser.add_argument('--add', nargs='+', default=[], metavar='RUN', help='run folders to add first')
     parser.add_argument('--results', type=Path, default=Path('results'), metavar='DIR',
-                        help='folder of the record of runs (default: results)')
+                        help='folder of the record of runs')
     parser.add_argument('--page', type=Path, default=Path('docs/results.md'), metavar='FILE',
-                        help='the results page (default: docs/results.md)')
+                        help='the results page')
     parser.add_argument('--readme', type=Path, metavar='FILE', help='also update the table of networks in this file')
     args = parser.parse_args(argv)
 
@@ -326,8 +320,7 @@ def _report(argv: List[str]) -> None:
 def _demo(argv: List[str]) -> None:
     """train, save, reload and evaluate on scikit-learn's digits, in two minutes"""
     parser = _parser('demo', _demo)
-    parser.add_argument('--output', default='output/demo', metavar='DIR',
-                        help='folder for the demonstration (default: output/demo)')
+    parser.add_argument('--output', default='output/demo', metavar='DIR', help='folder for the demonstration')
     args = parser.parse_args(argv)
 
     from .demo import demo
@@ -458,8 +451,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if command is None:
             raise UserError(f"There is no command '{argv[0]}'; the commands are {', '.join(COMMANDS)}.")
         code = command(argv[1:]) or 0
-        if sys.stdout is not None:  # closed from the start
-            sys.stdout.flush()  # a closed pipe is noticed here, not when Python exits
+        print(end='', flush=True)  # a closed pipe is noticed here, not when Python exits
         return code
     except UserError as e:
         _tell(f'timm-lm: error: {e}')

@@ -98,7 +98,7 @@ def write_cache(path: Optional[Path], data: DecodedImages, content: str = '') ->
     """
     if path is None:
         return
-    with suppress(OSError, SafetensorError), atomic_file(path, f'.{path.name}.{os.getpid()}') as temporary:
+    with suppress(OSError, SafetensorError), atomic_file(path) as temporary:
         save_tensors(dict(images=data.images, labels=data.labels), temporary,
                      dict(class_names=json.dumps(data.class_names), content=content))
     _remove_unused(path.parent)

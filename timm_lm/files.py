@@ -81,14 +81,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path, name: str = '') -> Iterator[Path]:
-    """A new file to write, which replaces ``path`` when the block ends without an error.
-
-    Args:
-        path: The file to write.
-        name: Name of the new file until then; must differ between processes if several may write at once.
-    """
-    temporary = path.with_name(name or f'.{path.name}.new')
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A new file to write, which replaces ``path`` when the block ends without an error."""
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')  # several processes may write at once
     try:
         yield temporary
         sync(temporary)

@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Model')
     group.add_argument('--model', type=with_scheme, metavar='NAME', default='lm_resnet20',
-                       help='name in timm, weights folder or hf-hub:OWNER/NAME (default: lm_resnet20)')
+                       help='name in timm, weights folder or hf-hub:OWNER/NAME')
     group.add_argument('--pretrained', action=_FLAG, default=False, help='start from its pretrained weights')
     group.add_argument('--pretrained-path', metavar='FILE', help='file with the pretrained weights')
     group.add_argument('--initial-checkpoint', metavar='FILE', default='', help='start from these weights')
