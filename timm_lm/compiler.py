@@ -2,12 +2,10 @@
 import getpass
 import importlib.util
 import os
-import shlex
 import shutil
 import sys
 import sysconfig
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Optional
 
@@ -61,15 +59,12 @@ def _name_cache() -> None:
 
 
 def _check_cpp() -> None:
-    from torch._inductor import cpp_builder
-    usual = {'darwin': 'clang++', 'win32': 'cl'}.get(sys.platform, 'g++')
-    compiler = os.environ.get('CXX', usual)
-    if sys.platform != 'win32' and hasattr(cpp_builder, '_split_compiler_command'):  # of newer PyTorch
-        with suppress(ValueError):  # an unclosed quote; no program has such a name
-            compiler = next(iter(shlex.split(compiler)), '')
-    if not shutil.which(compiler):
-        raise UserError(f"--torchcompile needs a C++ compiler on the CPU and there is no '{compiler}'; install "
-                        f'{usual}, name another one in the variable CXX, or run eagerly with --no-torchcompile.')
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    try:
+        get_cpp_compiler()
+    except (OSError, RuntimeError) as e:
+        raise UserError(f'--torchcompile needs a C++ compiler on the CPU ({one_line(e)}); install one, name another '
+                        'one in the variable CXX, or run eagerly with --no-torchcompile.') from e
     _check_headers('CPLUS_INCLUDE_PATH')
 
 
