@@ -90,11 +90,12 @@ def test_recipe_lists_prints_and_locates(command):
     assert code == 0 and r'model: runs\demo' in tuned.splitlines()
 
 
-def test_demonstration_that_is_stopped(tmp_path):
-    demo = Command('demo', '--output', tmp_path / 'demo')
-    demo.signal_when(lambda: (tmp_path / 'demo' / 'run' / 'metrics.jsonl').exists(), signal.SIGINT)
-    code, _, err = demo.wait()
-    assert code == 130 and 'Traceback' not in err
+def test_demonstration_that_is_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('timm_lm.training.loop.Training.step', lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as e:
+        cli.main(['demo', '--output', str(tmp_path / 'demo')])
+    err = capsys.readouterr().err
+    assert e.value.code == 130 and 'Traceback' not in err
     assert err.strip().splitlines()[-1].startswith('timm-lm: the demonstration was stopped; `timm-lm demo --output ')
 
 
