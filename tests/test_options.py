@@ -256,7 +256,7 @@ def test_length_of_a_decay_is_that_of_its_schedule(sched, epochs, tmp_path):
 
 @pytest.mark.parametrize('words, message', [
     (['--img-size', '64'], '--img-size does nothing with --input-size'),
-    (['--lr-base', '0.2'], '--lr-base does nothing with --lr, which may come from the recipe; give that one, or leave it out'),
+    (['--lr-base', '0.2'], '--lr-base does nothing with --lr, which may come from the recipe; give that one'),
     (['--no-aug', '--pad-crop', '2'], '--pad-crop does nothing with --no-aug; take that one back, or leave it out'),
     (['--no-aug', '--aa', 'rand-m9'], '--aa does nothing with --no-aug'),
     (['--no-aug', '--recount', '3'], '--recount does nothing with'),

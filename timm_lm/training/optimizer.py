@@ -75,7 +75,7 @@ def create_optimizer(args: argparse.Namespace, model: TimmModel, sharded: bool =
     if not kwargs.keys() & {'fused', 'foreach'} and not sharded and can_begin and has_fused_kernel(name, device.type):
         kwargs['fused'] = True
     if not kwargs.get('filter_bias_and_bn', True) and args.layer_decay is None and not _TIMM_SPARES:
-        exempt = getattr(model, 'no_weight_decay', set)()
+        exempt: Any = getattr(model, 'no_weight_decay', set)()
 
         def groups(model: TimmModel) -> List[Dict[str, Any]]:
             trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
