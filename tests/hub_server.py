@@ -238,12 +238,13 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{asked['organization']}/{asked['name']}"
         if not self._may_write(name):
             return self._error(403, f"You don't have the rights to create a model under {asked['organization']}")
+        url = f'{self.hub.endpoint}/{name}'
         with self.hub.lock:
             if name in self.hub.repos:
-                return self._error(409, 'You already created this model repo')
+                return self._error(409, 'You already created this model repo', url=url)
             repo = self.hub.repos[name] = Repo(bool(asked.get('private')) or asked.get('visibility') == 'private')
             repo.commit({'.gitattributes': ''.join(f'*{name} filter=lfs\n' for name in LARGE).encode()})
-        self._json(dict(url=f'{self.hub.endpoint}/{name}'))
+        self._json(dict(url=url))
 
     def _branch(self, name, repo, branch):
         if branch in repo.refs:
@@ -317,11 +318,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, content):
         self._send(200, json.dumps(content).encode(), {'Content-Type': 'application/json'})
 
-    def _error(self, status, message, header=None, code=None):
+    def _error(self, status, message, header=None, code=None, **content):
         headers = {'Content-Type': 'application/json', 'X-Error-Message': header or message}
         if code:
             headers['X-Error-Code'] = code
-        self._send(status, json.dumps(dict(error=message)).encode(), headers)
+        self._send(status, json.dumps(dict(content, error=message)).encode(), headers)
 
     def _send(self, status, data, headers=()):
         self.send_response(status)

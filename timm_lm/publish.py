@@ -1,17 +1,15 @@
 """Weights folders to the Hub and back: checked, published in one commit, and verified on the Hub."""
-import hashlib
 import json
 import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, Optional, Sequence, Union
 
 import jinja2
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
@@ -210,68 +208,34 @@ def push(
 def _push(api: HfApi, upload: Upload, private: bool, revision: Optional[str], create_pr: bool) -> str:
     repo_id = upload.repo_id
     with explained(repo_id):
-        is_open = _find_or_create(api, repo_id, private, create_pr)
-        there = _digests(api, repo_id, revision)
-        if there is None and not create_pr:
-            api.create_branch(repo_id, branch=str(revision), exist_ok=True)
-            there = _digests(api, repo_id, revision)  # those of main
-        foreign = sorted(name for name in there or () if name not in FILES and name.endswith(LOADED))
-        new = {name: content for name, content in upload.files.items()
-               if (there or {}).get(name) not in _possible_digests(content)}
-        if new:
-            commit = api.create_commit(
-                repo_id,
-                [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in new.items()],
-                commit_message=f'Upload {upload.folder.resolve().name} with timm-lm {__version__}',
-                revision=revision,
-                create_pr=create_pr)
-            sha = commit.oid
-            line = f"{repo_id}: {len(new)} files in one commit, {commit.pr_url if create_pr else commit.commit_url}"
-            if replaced := sorted(new.keys() & (there or {}).keys()):  # possibly edited on the Hub
-                line += f"; replaced: {', '.join(replaced)}"
-        else:
-            sha = str(api.model_info(repo_id, revision=revision).sha)
-            line = f'{repo_id}: nothing to do, commit {sha} is identical'
+        if not create_pr:
+            api.create_repo(repo_id, private=private or None, exist_ok=True)
+        there = api.model_info(repo_id)
+        if private and not there.private:
+            raise UserError(f'{repo_id} exists and is public; make it private in its settings, or push without '
+                            '--private.')
+        if revision and not create_pr and not api.revision_exists(repo_id, revision):
+            api.create_branch(repo_id, branch=revision)
+        there = api.model_info(repo_id, revision=revision)
+        commit = api.create_commit(  # of what changed; without changes it returns the one that is there
+            repo_id,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in upload.files.items()],
+            commit_message=f'Upload {upload.folder.resolve().name} with timm-lm {__version__}',
+            revision=revision,
+            create_pr=create_pr)
+    if commit.oid == there.sha:
+        line = f'{repo_id}: nothing to do, commit {there.sha} is identical'
+    else:
+        line = f'{repo_id}: {commit.pr_url or commit.commit_url}'
+    names = {file.rfilename for file in there.siblings or []}
+    foreign = sorted(name for name in names if name not in FILES and name.endswith(LOADED))
     if foreign:
         line += f'; also there, delete what is of another model: {some(foreign)}'
-    is_proposed = new and create_pr or (revision or '').startswith('refs/pr/')
-    if is_open and not is_proposed and _record(upload.folder, repo_id, sha):
+    is_open = not there.private and not there.gated
+    is_proposed = create_pr or (revision or '').startswith('refs/pr/')
+    if is_open and not is_proposed and _record(upload.folder, repo_id, commit.oid):
         line += f'; recorded in {PUBLISHED_NAME}'
     return line
-
-
-def _find_or_create(api: HfApi, repo_id: str, private: bool, create_pr: bool) -> bool:
-    """Find or create a repo; returns whether everyone can load from it."""
-    try:
-        there = api.model_info(repo_id)
-    except GatedRepoError:  # it exists
-        raise
-    except RepositoryNotFoundError:
-        there = None
-    if there is None:
-        if create_pr:
-            raise UserError(f'There is no {repo_id} to open a pull request on; push without --create-pr to create it.')
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-        there = api.model_info(repo_id)
-    if private and not there.private:
-        raise UserError(f'{repo_id} exists and is public; make it private in its settings, or push without --private.')
-    return not there.private and not there.gated
-
-
-def _digests(api: HfApi, repo_id: str, revision: Optional[str]) -> Optional[Dict[str, str]]:
-    """Digests of the files in a repo, by path; None if there is no such revision."""
-    try:
-        files = [info for info in api.list_repo_tree(repo_id, recursive=True, revision=revision)
-                 if isinstance(info, RepoFile)]
-    except RevisionNotFoundError:
-        return None
-    return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
-
-
-def _possible_digests(content: Union[Path, bytes]) -> Tuple[str, str]:
-    """The digests that the Hub may report for a content: SHA-256 if it is a large file, otherwise git's blob id."""
-    data = content if isinstance(content, bytes) else content.read_bytes()
-    return hashlib.sha256(data).hexdigest(), hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
 
 
 def _record(folder: Path, repo_id: str, revision: str) -> bool:
