@@ -4,13 +4,11 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import jinja2
-import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
@@ -65,12 +63,12 @@ def prepare(folder: Union[str, Path], repo_id: str) -> Upload:
     _check_repo_id(repo_id)
     folder = Path(folder)
     verify_folder(folder)
-    text = _read_card(folder)
+    text, data = _read_card(folder)
     card = published_card(text, repo_id, is_ours(read_config(folder)['architecture']))
     files: Dict[str, Union[Path, bytes]] = {name: folder / name for name in FILES}
     files[CARD_NAME] = card.encode()
     remarks = []
-    if not ModelCard(text).data.to_dict().get('datasets'):
+    if not data.get('datasets'):
         remarks.append('the card names no data set of the Hub')
     if recorded_error(folder) is None:
         remarks.append('the card records no test error')
@@ -105,28 +103,22 @@ def _check_repo_id(repo_id: str) -> None:
         raise UserError(f"'{repo_id}' cannot name a repo ({one_line(e)}); give OWNER/NAME.") from e
 
 
-def _read_card(folder: Path) -> str:
-    """The text of a card whose front matter survives a round trip through huggingface_hub's classes."""
+def _read_card(folder: Path) -> Tuple[str, Dict[str, Any]]:
+    """The text of a card, and what its front matter holds."""
     path = folder / CARD_NAME
     try:
         text = path.read_text(encoding='utf-8-sig')
-        block = REGEX_YAML_BLOCK.search(text)
-        written = yaml.safe_load(block.group(2) if block else '') or {}
-        understood = ModelCard(text).data.to_dict()
+        data = ModelCard(text).data.to_dict()
     except FileNotFoundError:
         raise UserError(f'{folder} has no {CARD_NAME}; weights are published with their card, restore it.') from None
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as e:
+    except Exception as e:
         raise UserError(f'The front matter of {path} is not readable ({one_line(e)}); fix it.') from e
-    missing = [key for key in CARD_KEYS if not written.get(key)]
+    missing = [key for key in CARD_KEYS if not data.get(key)]
     if missing:
         raise UserError(f"The front matter of {path} lacks {', '.join(missing)}; add that.")
-    if written['library_name'] != 'timm':
-        raise UserError(f"The front matter of {path} has library_name '{written['library_name']}'; it must be timm.")
-    changed = sorted(key for key in {*written, *understood} if written.get(key) != understood.get(key))
-    if changed:
-        raise UserError(f"The front matter of {path} has something under {', '.join(changed)} that huggingface_hub "
-                        'drops or changes; write it as `timm-lm train` does.')
-    return text
+    if data['library_name'] != 'timm':
+        raise UserError(f"The front matter of {path} has library_name '{data['library_name']}'; it must be timm.")
+    return text, data
 
 
 def published_card(text: str, repo_id: str, ours: bool = True) -> str:
