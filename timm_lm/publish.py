@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from . import __version__
 from .card import CARD_TEMPLATE, recorded_error
 from .errors import UserError, one_line, some
-from .files import locked, whole_entries, write_text
+from .files import whole_entries, write_text
 from .hub_client import AGAIN, LOG_IN, draw_no_bars_into_files, explained, set_up_client
 from .models._weights import PUBLISHED_NAME, WEIGHTS_NAME, weights_dir
 from .names import is_ours
@@ -148,10 +148,6 @@ def published_card(text: str, repo_id: str, ours: bool = True) -> str:
 # Publishing
 
 
-class NotRecorded(UserError):
-    """Weights were published, but this could not be recorded."""
-
-
 def push(
         uploads: Sequence[Upload],
         private: bool = False,
@@ -169,10 +165,10 @@ def push(
         create_pr: Open a pull request for each commit.
 
     Yields:
-        A line for each folder.
+        A line for each folder, and one with the record if something was recorded.
 
     Raises:
-        UserError: If the Hub cannot be reached or refuses a request.
+        UserError: If the Hub cannot be reached or refuses a request, or if what was published cannot be recorded.
     """
     set_up_client()
     draw_no_bars_into_files()
@@ -187,17 +183,24 @@ def push(
     api = HfApi(token=token, library_name='timm-lm', library_version=__version__)
     with explained(uploads[0].repo_id):
         api.whoami()
-    not_recorded: Optional[NotRecorded] = None
+    records = {}
     for upload in uploads:
-        try:
-            yield _push(api, upload, private, revision, create_pr)
-        except NotRecorded as e:  # the others are still published
-            not_recorded = not_recorded or e
-    if not_recorded:
-        raise not_recorded
+        line, sha = _push(api, upload, private, revision, create_pr)
+        yield line
+        if sha and upload.folder.resolve().parent == weights_dir().resolve():
+            records[upload.folder.resolve().name] = dict(repo_id=upload.repo_id, revision=sha)
+    if records:
+        yield f'recorded in {_record(records)}'
 
 
-def _push(api: HfApi, upload: Upload, private: bool, revision: Optional[str], create_pr: bool) -> str:
+def _push(
+        api: HfApi,
+        upload: Upload,
+        private: bool,
+        revision: Optional[str],
+        create_pr: bool,
+) -> Tuple[str, Optional[str]]:
+    """Publish a folder; returns a line, and the commit if everyone can load it."""
     repo_id = upload.repo_id
     with explained(repo_id):
         if not create_pr:
@@ -225,29 +228,20 @@ def _push(api: HfApi, upload: Upload, private: bool, revision: Optional[str], cr
         line += f'; also there, delete what is of another model: {some(foreign)}'
     is_open = not there.private and not there.gated
     is_proposed = create_pr or (revision or '').startswith('refs/pr/')
-    if is_open and not is_proposed and _record(upload.folder, repo_id, commit.oid):
-        line += f'; recorded in {PUBLISHED_NAME}'
-    return line
+    return line, commit.oid if is_open and not is_proposed else None
 
 
-def _record(folder: Path, repo_id: str, revision: str) -> bool:
-    """Record the publication of shipped weights; returns whether there was anything to write."""
-    tree = weights_dir()
-    if folder.resolve().parent != tree.resolve():
-        return False
-    path = tree / PUBLISHED_NAME
+def _record(records: Dict[str, Dict[str, str]]) -> Path:
+    """Record the publication of shipped weights, by name; returns the file."""
+    path = weights_dir() / PUBLISHED_NAME
     try:
-        with locked(tree):
-            published = json.loads(path.read_text()) if path.is_file() else {}
-            record = dict(repo_id=repo_id, revision=revision)
-            if published.get(folder.resolve().name) == record:
-                return False
-            published[folder.resolve().name] = record
-            write_text(path, json.dumps(dict(sorted(published.items())), indent=2) + '\n')
-    except (OSError, ValueError, AttributeError, TypeError) as e:  # the last two if it is not a dict of dicts
-        raise NotRecorded(f'{repo_id} is published, but {path} cannot be written ({one_line(e)}); fix that and '
+        published = json.loads(path.read_text()) if path.is_file() else {}
+        if published | records != published:
+            write_text(path, json.dumps(dict(sorted((published | records).items())), indent=2) + '\n')
+    except (OSError, ValueError, TypeError) as e:  # the last if it is no table
+        raise UserError(f'The weights are published, but {path} cannot be written ({one_line(e)}); fix that and '
                         f'{AGAIN}.') from e
-    return True
+    return path
 
 
 # Verifying
