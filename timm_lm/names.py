@@ -3,21 +3,13 @@ import difflib
 import os
 import re
 from pathlib import Path
-from pickle import PickleError
-from struct import error as StructError
-from typing import Any, Dict, List, Tuple, Type
+from typing import Any, Dict, List
 
 import timm
-from safetensors import SafetensorError
 
 from .errors import UserError, one_line
-from .hub_client import HUB_ERRORS
 from .model_config import TimmModel
 from .weights_folder import CONFIG_NAME, load_folder, read_config
-
-_NOT_LOADED: Tuple[Type[BaseException], ...] = (
-    *HUB_ERRORS, ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, TypeError, PickleError,
-    SafetensorError, StructError)
 
 
 def our_models() -> List[str]:
@@ -126,7 +118,7 @@ def load_model(source: str, **kwargs: Any) -> TimmModel:
         raise
     except KeyError as e:
         raise UserError(f'{source} could not be loaded (its config has no {e}); give a repo of a timm model.') from e
-    except _NOT_LOADED as e:
+    except Exception as e:
         raise UserError(f'{source} could not be loaded ({one_line(e)}).') from e
 
 

@@ -119,7 +119,7 @@ def download_parquet(repo_id: str, split: str) -> Path:
     """Download the Parquet files of a data set repo's split to the Hub's cache, and return their folder."""
     from huggingface_hub import snapshot_download
 
-    from .hub_client import HUB_ERRORS, set_up_client
+    from .hub_client import set_up_client
     set_up_client()
     try:
         patterns = [f'*{split}*.parquet', f'*{split}/*.parquet']
@@ -127,7 +127,7 @@ def download_parquet(repo_id: str, split: str) -> Path:
         if any(name == split for _, name in _parquet_splits(folder)):
             return folder
         names = _splits_of_repo(repo_id)
-    except HUB_ERRORS as e:
+    except Exception as e:
         reason = one_line(e)
         raise UserError(f'The data set {repo_id} could not be downloaded from the Hub ({reason}); give a folder of its '
                         'Parquet files with --data-dir.') from e
