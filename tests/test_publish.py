@@ -522,12 +522,12 @@ def garbled_token(hub):
 
 
 def no_identity(hub):
-    return dict(HF_OIDC_RESOURCE='owner/faults', GITHUB_ACTIONS=''), 'HF_OIDC_RESOURCE is set, but gives no token ('
+    return dict(HF_OIDC_RESOURCE='owner/faults', GITHUB_ACTIONS=''), 'OIDC'
 
 
 def no_right(hub):
     return dict(HF_TOKEN='hf_of_a_reader'), (
-        "does not let the token write to owner/faults (403: You don't have the rights to create")
+        "does not give the token access to owner/faults (403: You don't have the rights to create")
 
 
 def log_in_fails(hub):
@@ -577,12 +577,12 @@ def not_a_hub(hub):
 
 def upload_cut(hub):
     hub.cut('PUT /lfs', times=100)
-    return {}, 'The connection to http'
+    return {}, 'The request to http'
 
 
 def commit_cut(hub):
     hub.cut('/commit/')
-    return {}, 'The connection to http'
+    return {}, 'The request to http'
 
 
 def upload_stalls(hub):
@@ -676,10 +676,10 @@ def test_pull_request_to_a_gated_repo(hub, refused, folder):
 
 
 @pytest.mark.parametrize('fault, message', [
-    (dict(status=403), 'does not let the token read owner/faults (403'),
+    (dict(status=403), 'does not give the token access to owner/faults (403'),
     (dict(status=403, code='GatedRepo'), 'gives access to owner/faults on request only; ask for it on its page'),
 ])
-def test_who_only_reads_is_told_of_reading(hub, refused, fault, message):
+def test_what_may_not_be_read_is_told(hub, refused, fault, message):
     hub.fail('GET /api/models/owner/faults', **fault)
     assert message in refused('verify', 'hf-hub:owner/faults')
 
@@ -689,8 +689,8 @@ def test_no_connection(hub, refused, done, folder):
     hub.stop()
     try:
         line = refused('push', folder, '--repo-id', 'owner/faults')
-        assert f'The connection to {hub.endpoint} failed (' in line and 'refused); check the network' in line
-        assert 'The connection to' in refused('verify', 'hf-hub:owner/faults')
+        assert f'The request to {hub.endpoint} failed (' in line and 'refused); fix that' in line
+        assert 'The request to' in refused('verify', 'hf-hub:owner/faults')
     finally:
         hub.start()
     done('push', folder, '--repo-id', 'owner/faults')

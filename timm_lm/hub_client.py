@@ -1,44 +1,27 @@
-"""The Hub client: how long it waits, which errors it may raise, and how they are explained."""
-import errno
+"""The Hub client: how long it waits, and how its errors are explained."""
 import importlib
 import sys
 from contextlib import contextmanager
-from typing import Any, Iterator, Tuple, Type
+from typing import Any, Iterator
 
 import huggingface_hub
-from huggingface_hub import errors
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
 from .errors import UserError, one_line
 
 SILENCE = 60  # seconds without a byte before a connection is dropped
-# What a download or an upload may raise. Whichever package makes the requests (requests up to huggingface_hub 0.x), its
-# errors and the Hub's own have the same base. XetError was removed in huggingface_hub 1.19; OIDCError is in 2.x.
-HUB_ERRORS: Tuple[Type[BaseException], ...] = (
-    OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__, getattr(errors, 'XetError', OSError),
-    getattr(errors, 'OIDCError', OSError))
 LOG_IN = 'log in with `hf auth login` (`huggingface-cli login` before huggingface_hub 0.34)'
 AGAIN = 'run the same command again, what is already there is left alone'
 
 
-def draw_no_bars_into_files() -> None:
-    """Make huggingface_hub show its progress on a terminal only."""
+def set_up_client() -> None:
+    """Make huggingface_hub give up on a server that does not respond, and show its progress on a terminal only.
+
+    By default it waits forever. A client that the user set up, such as one for a proxy, is kept.
+    """
     if not sys.stderr.isatty():
         disable_progress_bars()
-
-
-def set_up_client() -> None:
-    """Make huggingface_hub give up on a server that does not respond; by default it waits forever.
-
-    A client that the user set up, such as one for a proxy, is kept.
-    """
     modern = hasattr(huggingface_hub, 'set_client_factory')
     try:
         http = importlib.import_module('huggingface_hub.utils._http')
@@ -63,49 +46,36 @@ def set_up_client() -> None:
 
 
 @contextmanager
-def explained(repo_id: str, again: str = AGAIN, writes: bool = True) -> Iterator[None]:
+def explained(repo_id: str, again: str = AGAIN) -> Iterator[None]:
     """Turn the errors of requests to the Hub into one line.
 
     Args:
         repo_id: ``OWNER/NAME`` of the requested repo.
         again: What to do once the cause is fixed.
-        writes: Whether the repo is written to, and not only read.
 
     Raises:
-        UserError: If the block fails with one of ``HUB_ERRORS``.
+        UserError: If the block fails.
     """
     try:
         yield
     except UserError:
         raise
-    except HUB_ERRORS as e:
-        raise UserError(_explain(e, repo_id, again, writes)) from e
+    except Exception as e:
+        raise UserError(_explain(e, repo_id, again)) from e
 
 
-def _explain(error: BaseException, repo_id: str, again: str, writes: bool) -> str:
+def _explain(error: BaseException, repo_id: str, again: str) -> str:
     """One line that says why a request to the Hub failed and what to do."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
-    endpoint, owner = huggingface_hub.constants.ENDPOINT, repo_id.partition('/')[0]
+    endpoint = huggingface_hub.constants.ENDPOINT
     if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
         return f'{endpoint} was not contacted, because HF_HUB_OFFLINE is set; unset it, and {again}.'
     answered = next((e for e in chain if getattr(e, 'response', None) is not None), None)
-    access = f'write access to {owner}' if writes else f'read access to {repo_id}'
-    no_access = (f'{endpoint} does not accept the token (401); set HF_TOKEN to one with {access}, or {LOG_IN}, and '
-                 f'{again}.')
-    if any(type(e).__name__ == 'XetAuthenticationError' for e in chain):  # from hf_xet, without a response
-        return no_access
-    if type(error).__name__ == 'OIDCError':
-        return f'HF_OIDC_RESOURCE is set, but gives no token ({one_line(error)}); fix that or unset it, and {again}.'
     if answered is None:
-        failures = [e for e in chain if isinstance(e, (OSError, *HfHubHTTPError.__bases__))]
-        if not failures:
-            return f'{endpoint} did not answer like a Hub ({one_line(error)}); check the network, and {again}.'
-        deepest = next((e for e in reversed(failures) if isinstance(e, OSError)), failures[-1])
-        if getattr(deepest, 'errno', None) == errno.ENOSPC:
-            return f'The disk is full ({one_line(deepest)}); free some space, and {again}.'
-        return f'The connection to {endpoint} failed ({one_line(deepest)}); check the network, and {again}.'
+        reason = next((e for e in reversed(chain) if isinstance(e, OSError)), error)
+        return f'The request to {endpoint} failed ({one_line(reason)}); fix that (often the network), and {again}.'
     status = getattr(answered, 'response').status_code  # noqa: B009
     # huggingface_hub may raise an error of its own, with its guess of the cause, from that with the server's words
     message = one_line(next(filter(None, (getattr(e, 'server_message', None) for e in chain)), answered))
@@ -117,11 +87,10 @@ def _explain(error: BaseException, repo_id: str, again: str, writes: bool) -> st
     if isinstance(answered, RevisionNotFoundError):
         return f'There is no such revision of {repo_id} on {endpoint}; check its name.'
     if status == 401:
-        return no_access
+        return f'{endpoint} does not accept the token (401); set HF_TOKEN to another one, or {LOG_IN}, and {again}.'
     if status == 403:
-        right = f'write to {repo_id}' if writes else f'read {repo_id}'
-        return (f'{endpoint} does not let the token {right} (403: {message}); if the token lacks that right, use one '
-                f'that has it, or another name, and {again}.')
+        return (f'{endpoint} does not give the token access to {repo_id} (403: {message}); use one that has the right, '
+                f'or another name, and {again}.')
     if status == 429 or status >= 500:
         return f'{endpoint} is not working as it should ({status}: {message}); wait a while, and {again}.'
     return f'{endpoint} refused {repo_id} ({status}: {message}); fix that, and {again}.'

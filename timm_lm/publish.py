@@ -15,7 +15,7 @@ from . import __version__
 from .card import CARD_TEMPLATE, recorded_error
 from .errors import UserError, one_line, some
 from .files import whole_entries, write_text
-from .hub_client import AGAIN, LOG_IN, draw_no_bars_into_files, explained, set_up_client
+from .hub_client import AGAIN, LOG_IN, explained, set_up_client
 from .models._weights import PUBLISHED_NAME, WEIGHTS_NAME, weights_dir
 from .names import is_ours
 from .weights_folder import CARD_NAME, CHECK_NAME, CONFIG_NAME, read_config, verify_folder
@@ -171,7 +171,6 @@ def push(
         UserError: If the Hub cannot be reached or refuses a request, or if what was published cannot be recorded.
     """
     set_up_client()
-    draw_no_bars_into_files()
     with explained(uploads[0].repo_id):
         token = get_token()
     owner = uploads[0].repo_id.partition('/')[0]
@@ -262,10 +261,9 @@ def verify_repo(source: str) -> Dict[str, float]:
     repo_id, _, revision = source.removeprefix('hf-hub:').partition('@')
     _check_repo_id(repo_id)
     set_up_client()
-    draw_no_bars_into_files()
     api = HfApi(library_name='timm-lm', library_version=__version__)
     with tempfile.TemporaryDirectory(prefix='timm-lm-') as folder:
-        with explained(repo_id, again='run the same command again', writes=False):
+        with explained(repo_id, again='run the same command again'):
             info = api.model_info(repo_id, revision=revision or None)
             for name in sorted({file.rfilename for file in info.siblings or []} & {*FILES}):
                 # not from the cache: the files to check are those on the Hub
