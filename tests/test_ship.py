@@ -111,7 +111,7 @@ def test_what_can_not_ship_leaves_everything_as_it_was(run, places, monkeypatch)
     (run / 'result.json').write_text(result)
     file = run / 'weights' / 'model.safetensors'
     file.write_bytes(file.read_bytes()[:-1])
-    refused('damaged or no safetensors file')
+    refused('damaged or was changed')
 
 
 def test_what_a_killed_process_left_is_not_taken_for_weights(run, places):

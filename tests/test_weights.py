@@ -218,6 +218,8 @@ def short_arguments(folder):
 
 
 def pickled_weights(folder):
+    """Beside no recorded digest."""
+    (folder / CHECK_NAME).unlink()
     (folder / 'model.safetensors').write_bytes(pickle.dumps({'stem.conv.weight': [1.0]}))
 
 
@@ -234,14 +236,14 @@ def broken_config(folder):
     (missing_weights, 'has no model.safetensors'),
     (missing_config, 'has no config.json'),
     (broken_config, 'not a readable timm config'),
-    (cut_weights, 'damaged or no safetensors file'),
+    (cut_weights, 'damaged or was changed'),
     (flipped_weights, 'damaged or was changed'),
-    (other_network, "another network than the 'lm_resnet32'"),
-    (no_arguments, 'lm_resnet20'),  # in older timm only the weights do not fit
-    (short_arguments, 'does not fit the network convnext_atto (list index'),
+    (other_network, 'do not fit the network lm_resnet32 ('),
+    (no_arguments, 'do not fit the network lm_resnet20 ('),
+    (short_arguments, 'do not fit the network convnext_atto (list index'),
     (unknown_network, "architecture 'lm_resnet21', which timm does not know"),
-    (pickled_weights, 'damaged or no safetensors file'),
-    (torch_weights, 'damaged or no safetensors file'),
+    (pickled_weights, 'do not fit the network lm_resnet20 (Error while deserializing header'),
+    (torch_weights, 'damaged or was changed'),
 ])
 def test_damage_is_named_by_verify_and_validate(folder, few_digits, fails, damage, message):
     damage(folder)

@@ -133,21 +133,6 @@ def read_config(folder: Path) -> Dict[str, Any]:
     return config
 
 
-def _compare_header(weights: Path, model: TimmModel, architecture: str) -> None:
-    """Compare the names and shapes in a weights file with the network, from the file's header alone."""
-    try:
-        with safe_open(weights, 'pt') as f:
-            shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
-    except SafetensorError as e:
-        raise UserError(f'{weights} is damaged or no safetensors file ({e}); copy or download it again.') from e
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    differing = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
-    if differing:
-        raise UserError(
-            f"{weights} holds another network than the '{architecture}' of its config: {len(differing)} tensors "
-            f'differ, the first is {differing[0]}; put the right file or config there.')
-
-
 def load_folder(folder: Union[str, Path], **kwargs: Any) -> TimmModel:
     """Load the network of a weights folder, after checks that report what is wrong.
 
@@ -172,35 +157,25 @@ def load_folder(folder: Union[str, Path], **kwargs: Any) -> TimmModel:
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
         raise UserError(f'{folder} has no {WEIGHTS_NAME}; other formats are not read, convert them to safetensors.')
-    try:
-        model = timm.create_model(f'local-dir:{folder}', pretrained=False, **kwargs)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f'The config of {folder} does not fit the network {architecture} ({one_line(e)}).') from e
-    if not kwargs:
-        _compare_header(weights, model, architecture)
     _compare_digest(folder)
     try:
         return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
-    except (OSError, RuntimeError, SafetensorError) as e:
-        raise UserError(f"The weights of {folder} do not fit the network {architecture} with these options "
-                        f"({one_line(e)}).") from e
-
-
-def _recorded_digest(folder: Path) -> Optional[str]:
-    path = folder / CHECK_NAME
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, 'pt') as f:
-            return (f.metadata() or {}).get('model_sha256')
-    except SafetensorError as e:
-        raise UserError(f'{path} is damaged or no safetensors file ({e}); copy or download the folder again.') from e
+    except Exception as e:
+        options = ' with these options' if kwargs else ''
+        raise UserError(f'The config or the weights of {folder} do not fit the network {architecture}{options} '
+                        f'({one_line(e)}); give a folder where they do.') from e
 
 
 def _compare_digest(folder: Path) -> None:
-    weights = folder / WEIGHTS_NAME
+    weights, check = folder / WEIGHTS_NAME, folder / CHECK_NAME
     check_shipped(str(weights.resolve()))
-    recorded = _recorded_digest(folder)
+    if not check.is_file():
+        return
+    try:
+        with safe_open(check, 'pt') as f:
+            recorded = (f.metadata() or {}).get('model_sha256')
+    except SafetensorError as e:
+        raise UserError(f'{check} is damaged or no safetensors file ({e}); copy or download the folder again.') from e
     if recorded is not None and sha256(weights) != recorded:
         raise UserError(f'{weights} is damaged or was changed: its SHA-256 is not the one recorded in {CHECK_NAME}; '
                         'copy or download the folder again.')
