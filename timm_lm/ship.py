@@ -9,7 +9,7 @@ from typing import Any, Dict, Optional, Sequence, Union
 import torch
 from safetensors import SafetensorError
 
-from .errors import RESUME, UserError
+from .errors import UserError
 from .files import atomic_folder, locked, whole_entries, write_text
 from .models._weights import weights_dir, write_digests
 from .names import check_name, is_ours, saved_model_args
@@ -48,12 +48,9 @@ def ship(run: Union[str, Path], weights: Path, results: Path, data_dir: Optional
     """
     run = Path(run)
     row = read_run(run)
-    if row['status'] != 'done':
-        raise UserError(f"The run {run} has no error count to ship ({row['status']}); resume it "
-                        f'{RESUME}.')
     if not row['errors']:
-        raise UserError(f'The run {run} has no error count to ship, as it was trained without a --val-split; train '
-                        'another with one.')
+        raise UserError(f"The run {run} has no error count to ship ({row['status']}); train it to the end, with a "
+                        '--val-split.')
     check_name(row['model'])
     if not is_ours(row['model']) or '.' not in row['model']:
         raise UserError(f"The run {run} is of {row['model']}; only networks of this package can ship, and "
@@ -114,12 +111,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog='ship', description='Add weights of runs to the shipped ones.')
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a finished run')
     parser.add_argument('--data-dir', metavar='DIR', help='where the data is now (default: where it was)')
-    parser.add_argument('--project', type=Path, default=Path(), metavar='DIR', help='a checkout (default: this folder)')
     args = parser.parse_args(argv)
-    project, results = args.project, args.project / 'results'
+    project = weights_dir().parent
+    results = project / 'results'
     try:
-        if weights_dir().resolve() != (project / 'weights').resolve():
-            raise UserError(f'{project.resolve()} is not the checkout that this package runs from; change to it.')
         rows = []
         try:
             for run in args.runs:
