@@ -301,13 +301,10 @@ def _report(argv: List[str]) -> None:
     parser.add_argument('--readme', type=Path, metavar='FILE', help='also update the table of networks in this file')
     args = parser.parse_args(argv)
 
-    from .readme_table import split_page, write_table
-    from .results_page import read_frame, write_report
+    from .readme_table import write_table
+    from .results_page import write_report
     from .run_row import add_runs
 
-    read_frame(args.results)  # reports what is in the way before anything is written
-    if args.readme:
-        split_page(args.readme)
     for path in add_runs(args.add, args.results):
         print(path)
     write_report(args.results, args.page)

@@ -63,30 +63,20 @@ def _errors(by_recipe: Dict[str, str]) -> str:
     return ', '.join(f'{error} (`{recipe}`)' for recipe, error in by_recipe.items())
 
 
-def split_page(page: Path) -> Tuple[str, str]:
-    """The text before and after the table of networks in a page, including the marks around it.
-
-    Raises:
-        UserError: If the page cannot be read or has no such marks.
-    """
-    try:
-        text = page.read_text(encoding='utf-8')
-    except (OSError, ValueError) as e:  # not UTF-8
-        reason = e.strerror if isinstance(e, OSError) else e
-        raise UserError(f'{page} cannot be read ({reason}); name the README of a checkout.') from e
-    before, start, rest = text.partition(_START)
-    _, end, after = rest.partition(_END)
-    if not start or not end:
-        raise UserError(f"{page} has no place for the table of networks; put '{_START}' and '{_END}' there.")
-    return before + start, end + after
-
-
 def write_table(results: Path, page: Path) -> None:
     """Write the table of networks between its two marks in a page.
 
     Raises:
-        UserError: As ``split_page``.
+        UserError: If the page cannot be read or has no such marks.
     """
     with locked(page.parent):
-        before, after = split_page(page)
-        write_text(page, '\n'.join([before, '', *network_table(results), '', after]))
+        try:
+            text = page.read_text(encoding='utf-8')
+        except (OSError, ValueError) as e:  # not UTF-8
+            reason = e.strerror if isinstance(e, OSError) else e
+            raise UserError(f'{page} cannot be read ({reason}); name the README of a checkout.') from e
+        before, start, rest = text.partition(_START)
+        _, end, after = rest.partition(_END)
+        if not start or not end:
+            raise UserError(f"{page} has no place for the table of networks; put '{_START}' and '{_END}' there.")
+        write_text(page, '\n'.join([before + start, '', *network_table(results), '', end + after]))
