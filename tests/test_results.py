@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from timm_lm import readme_table, results_plots, run_row
+from timm_lm import results_plots, run_row
 from timm_lm.errors import UserError
 from timm_lm.names import model_tags
 from timm_lm.results import COLUMNS, add_rows, read_rows
@@ -292,16 +292,6 @@ def test_rows_that_are_added_at_once_are_all_there(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: add_rows([row('lm_resnet20', '9.00', seed=number)], tmp_path), range(40)))
     assert len(read_rows(tmp_path / 'cifar10.csv')) == 40
-
-
-def test_pages_that_are_written_at_once(results, no_pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(readme_table, 'network_table', lambda results: ['| network |'])
-    page, readme = tmp_path / 'results.md', tmp_path / 'README.md'
-    readme.write_text(f'# Mine\n{readme_table._START}\n{readme_table._END}\n')
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: write_report(results, page), range(24)))
-        list(pool.map(lambda _: readme_table.write_table(results, readme), range(24)))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['README.md', 'results', 'results.md']
 
 
 def test_record_with_a_column_of_its_own_is_left_alone(tmp_path):

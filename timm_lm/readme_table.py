@@ -7,7 +7,7 @@ import timm
 
 from .card import recorded_error
 from .errors import UserError
-from .files import locked, write_text
+from .files import write_text
 from .models._weights import weights_dir
 from .names import model_tags, our_models
 from .network_size import network_size
@@ -69,14 +69,13 @@ def write_table(results: Path, page: Path) -> None:
     Raises:
         UserError: If the page cannot be read or has no such marks.
     """
-    with locked(page.parent):
-        try:
-            text = page.read_text(encoding='utf-8')
-        except (OSError, ValueError) as e:  # not UTF-8
-            reason = e.strerror if isinstance(e, OSError) else e
-            raise UserError(f'{page} cannot be read ({reason}); name the README of a checkout.') from e
-        before, start, rest = text.partition(_START)
-        _, end, after = rest.partition(_END)
-        if not start or not end:
-            raise UserError(f"{page} has no place for the table of networks; put '{_START}' and '{_END}' there.")
-        write_text(page, '\n'.join([before + start, '', *network_table(results), '', end + after]))
+    try:
+        text = page.read_text(encoding='utf-8')
+    except (OSError, ValueError) as e:  # not UTF-8
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise UserError(f'{page} cannot be read ({reason}); name the README of a checkout.') from e
+    before, start, rest = text.partition(_START)
+    _, end, after = rest.partition(_END)
+    if not start or not end:
+        raise UserError(f"{page} has no place for the table of networks; put '{_START}' and '{_END}' there.")
+    write_text(page, '\n'.join([before + start, '', *network_table(results), '', end + after]))

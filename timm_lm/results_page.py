@@ -13,7 +13,7 @@ import yaml
 from timm.models import get_arch_name
 
 from .errors import UserError
-from .files import locked, write_text
+from .files import write_text
 from .parser import option_name
 from .results import PUBLISHED_NAME, Row, read_rows
 from .results_plots import plot_errors, plot_k, with_k
@@ -55,24 +55,23 @@ def write_report(results: Path, page: Path) -> None:
     """
     tables, remarks = read_frame(results)
     page.parent.mkdir(parents=True, exist_ok=True)
-    with locked(page.parent):  # one report after the other, so that the last one has all rows
-        published = read_rows(results / PUBLISHED_NAME)
-        runs = {path.stem: read_rows(path) for path in sorted(results.glob('*.csv')) if path.name != PUBLISHED_NAME}
-        if not tables and not any(runs.values()):
-            raise UserError(f'{results} has no record of runs; add some with --add, or name a record with --results.')
-        lines = ['# Results', '', '<!-- made by `timm-lm report`; change results/ and run it again -->', '']
-        lines += [*_summary(tables, runs, published)] if tables else []
-        lines += ['## Remarks', '', remarks, ''] if remarks else []
-        for table in tables:
-            lines += _section(table, runs.get(table['dataset'], []), published)
-        for dataset in PLOTTED:
-            if plot_errors(runs.get(dataset, []), published, dataset, page.parent / f'error_{dataset}.png'):
-                lines += [f'![Error against parameters on {dataset}](error_{dataset}.png)', '']
-        all_rows = [row for rows in runs.values() for row in rows]
-        if plot_k(all_rows, page.parent / 'k_by_depth.png'):
-            lines += ['## The learned k', '', _about_k(all_rows), '', '![k of each block by depth](k_by_depth.png)', '']
-        lines += _all_runs(runs)
-        write_text(page, '\n'.join(lines).rstrip() + '\n')
+    published = read_rows(results / PUBLISHED_NAME)
+    runs = {path.stem: read_rows(path) for path in sorted(results.glob('*.csv')) if path.name != PUBLISHED_NAME}
+    if not tables and not any(runs.values()):
+        raise UserError(f'{results} has no record of runs; add some with --add, or name a record with --results.')
+    lines = ['# Results', '', '<!-- made by `timm-lm report`; change results/ and run it again -->', '']
+    lines += [*_summary(tables, runs, published)] if tables else []
+    lines += ['## Remarks', '', remarks, ''] if remarks else []
+    for table in tables:
+        lines += _section(table, runs.get(table['dataset'], []), published)
+    for dataset in PLOTTED:
+        if plot_errors(runs.get(dataset, []), published, dataset, page.parent / f'error_{dataset}.png'):
+            lines += [f'![Error against parameters on {dataset}](error_{dataset}.png)', '']
+    all_rows = [row for rows in runs.values() for row in rows]
+    if plot_k(all_rows, page.parent / 'k_by_depth.png'):
+        lines += ['## The learned k', '', _about_k(all_rows), '', '![k of each block by depth](k_by_depth.png)', '']
+    lines += _all_runs(runs)
+    write_text(page, '\n'.join(lines).rstrip() + '\n')
 
 
 def _summary(tables: List[Dict[str, Any]], runs: Dict[str, List[Row]], published: List[Row]) -> List[str]:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from .errors import UserError
-from .files import atomic_folder, locked, whole_entries, write_text
+from .files import atomic_folder, whole_entries, write_text
 from .models._weights import weights_dir, write_digests
 from .names import check_name, is_ours, saved_model_args
 from .readme_table import write_table
@@ -75,8 +75,7 @@ def _put(folder: Path, weights: Path) -> None:
         with atomic_folder(weights / folder.name) as new:
             shutil.copytree(folder, new, dirs_exist_ok=True)
     finally:  # weights without their digest would be refused
-        with locked(weights):
-            write_digests(weights)
+        write_digests(weights)
 
 
 def _count(folder: Path, told: Dict[str, Any], args: Dict[str, Any], data_dir: Optional[str]) -> Dict[str, Any]:
