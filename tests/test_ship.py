@@ -222,4 +222,4 @@ def test_counts_are_made_again(run, finished, places, tmp_path, monkeypatch, cap
     card.write_text(text.replace('uoft-cs/cifar10', 'uoft-cs/cifar11'))
     capsys.readouterr()
     assert check_weights.main([str(finished.parent)]) == 2
-    assert 'names the data set uoft-cs/cifar11' in capsys.readouterr().err
+    assert 'cifar11 does not exist' in capsys.readouterr().err

@@ -8,13 +8,9 @@ from huggingface_hub import ModelCard
 
 from .card import recorded_error
 from .errors import UserError
-from .files import whole_entries
 from .models._weights import read_digests, weights_dir
 from .validate import validate
-from .weights_folder import CARD_NAME, CONFIG_NAME, verify_folder
-
-# Id of a data set on the Hub, as in cards -> its folder.
-FOLDERS = {'uoft-cs/cifar10': 'cifar10', 'uoft-cs/cifar100': 'cifar100'}
+from .weights_folder import CARD_NAME, verify_folder
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -31,8 +27,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         names = {path.partition('/')[0] for path in read_digests(weights_dir())}
         if not names:
             raise UserError(f'{weights_dir()} has no table of digests; restore it.')
-        found = {path.name for path in whole_entries(weights_dir()) if (path / CONFIG_NAME).is_file()}
-        for name in sorted(names | found):
+        for name in sorted(names):
             wrong += not _check(weights_dir() / name, args.data)
     except UserError as e:
         print(f'check-weights: error: {e}', file=sys.stderr)
@@ -46,11 +41,9 @@ def _check(folder: Path, data: Path) -> bool:
     if recorded is None:
         raise UserError(f'The card of {folder} records no error; restore it, or train the network again.')
     results = ModelCard.load(folder / CARD_NAME).data.eval_results
-    dataset = results[0].dataset_type
-    if dataset not in FOLDERS:
-        raise UserError(f'The card of {folder} names the data set {dataset}; known ones are: {", ".join(FOLDERS)}.')
     result = validate(
-        str(folder), results[0].dataset_split or 'test', program='check-weights', data_dir=data / FOLDERS[dataset])
+        str(folder), results[0].dataset_split or 'test', program='check-weights',
+        data_dir=data / results[0].dataset_type.rpartition('/')[2])  # of its id on the Hub
     errors, count = int(result['errors']), int(result['images'])
     expected = round(recorded * count / 100)
     print(f'{folder.name}: {errors} errors of {count} images, recorded {expected}')

@@ -86,8 +86,6 @@ def prepare_tree(tree: Optional[Path], owner: str) -> List[Upload]:
         UserError: If there are none, or one of them is incomplete or damaged.
     """
     tree = weights_dir() if tree is None else Path(tree)
-    if not tree.is_dir():
-        raise UserError(f'The folder {tree} does not exist; give one that holds weights folders.')
     folders = [path for path in whole_entries(tree) if any((path / name).is_file() for name in FILES)]
     if not folders:
         raise UserError(f'There are no weights folders in {tree}; give a folder that holds some.')

@@ -37,13 +37,10 @@ def check_rows(rows: Sequence[Row], results: Path) -> None:
     """Check that rows replace only earlier ones of the same run.
 
     Raises:
-        UserError: If two networks or seeds have the same run name, in the record or among the rows, if a file has
-            columns of its own, or if a data set has the name of the published figures.
+        UserError: If two networks or seeds have the same run name, in the record or among the rows, or if a file has
+            columns of its own.
     """
     for dataset in {row['dataset'] for row in rows}:
-        if f'{dataset}.csv' == PUBLISHED_NAME:
-            raise UserError(f"{PUBLISHED_NAME} is for published figures, so runs on a data set named '{dataset}' have "
-                            'no place in the record; rename the data folder and train again.')
         known: Dict[str, Row] = {}
         path = results / f'{dataset}.csv'
         for row in (*read_rows(path), *(row for row in rows if row['dataset'] == dataset)):

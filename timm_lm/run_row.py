@@ -7,7 +7,7 @@ import yaml
 
 from .errors import UserError
 from .precision import asked_precision
-from .results import COLUMNS, Row, add_rows, check_rows
+from .results import COLUMNS, Row, add_rows
 from .timm_data import TORCH_FOLDERS
 from .training.checkpoint import CheckpointStore
 from .training.option_rules import without_effect
@@ -114,6 +114,4 @@ def add_runs(folders: Sequence[Union[str, Path]], results: Path) -> List[Path]:
         UserError: If a folder is not a run folder, or the record has another run of the same name; then nothing is
             written.
     """
-    rows = [read_run(folder) for folder in folders]
-    check_rows(rows, results)  # before a folder is created for them
-    return add_rows(rows, results)
+    return add_rows([read_run(folder) for folder in folders], results)
