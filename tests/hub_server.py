@@ -130,18 +130,6 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def do_HEAD(self):
-        self._handle()
-
-    def do_GET(self):
-        self._handle()
-
-    def do_POST(self):
-        self._handle()
-
-    def do_PUT(self):
-        self._handle()
-
     def _handle(self):
         url = urlsplit(self.path)
         self.body = None
@@ -163,6 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(411, 'a length is needed')
         with suppress(ConnectionError):  # the client may be gone
             self._route([unquote(part) for part in url.path.strip('/').split('/')])
+
+    do_HEAD = do_GET = do_POST = do_PUT = _handle
 
     def _route(self, parts):
         if parts[0] == 'lfs':
@@ -357,20 +347,3 @@ def running(hub: Hub):
         yield hub
     finally:
         hub.stop()
-
-
-@contextmanager
-def hub_server(repos):
-    """Serve folders as repos, to be read.
-
-    Args:
-        repos: Folder by 'OWNER/NAME' (models) or 'datasets/OWNER/NAME'.
-
-    Yields:
-        The endpoint, for HF_ENDPOINT.
-    """
-    hub = Hub()
-    for name, folder in repos.items():
-        hub.add(name, folder)
-    with running(hub):
-        yield hub.endpoint

@@ -14,10 +14,10 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_server import Hub, running, sha256
+from hub_server import Hub, running
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import _http
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import timm_lm
 from timm_lm import hub_client
@@ -298,14 +298,8 @@ def flip_a_bit(path):
     path.write_bytes(bytes(data))
 
 
-def pickled(path):
-    path.write_bytes(pickle.dumps({'stem.conv.weight': [1.0]}))
-
-
 @pytest.mark.parametrize('name, damage, message', [
     ('model.safetensors', flip_a_bit, 'damaged or was changed'),
-    ('model.safetensors', pickled, 'damaged or was changed'),
-    (CHECK_NAME, pickled, 'damaged or no safetensors file'),
     (CHECK_NAME, Path.unlink, f'has no {CHECK_NAME}'),
     ('config.json', Path.unlink, 'has no config.json'),
     (CARD_NAME, Path.unlink, f'has no {CARD_NAME}'),
@@ -509,97 +503,40 @@ def test_repos_of_other_kinds_are_told(hub, refused, tmp_path, config, message):
 # Faults
 
 
-def no_token(hub):
-    return dict(HF_TOKEN=''), 'There is no Hub token; set HF_TOKEN'
-
-
-def wrong_token(hub):
-    return dict(HF_TOKEN='hf_wrong'), 'does not accept the token (401); set HF_TOKEN'
-
-
-def garbled_token(hub):
-    return dict(HF_TOKEN='hf_a\tb'), 'holds characters that no token has'
-
-
-def no_identity(hub):
-    return dict(HF_OIDC_RESOURCE='owner/faults', GITHUB_ACTIONS=''), 'OIDC'
-
-
-def no_right(hub):
-    return dict(HF_TOKEN='hf_of_a_reader'), (
-        "does not give the token access to owner/faults (403: You don't have the rights to create")
-
-
-def log_in_fails(hub):
-    hub.fail('whoami')
-    return {}, 'is not working as it should (500: the server was told to fail)'
-
-
-def log_in_too_often(hub):
-    hub.fail('whoami', status=429)
-    return {}, 'is not working as it should (429: the server was told to fail)'
-
-
-def creation_fails(hub):
-    hub.fail('repos/create')
-    return {}, 'is not working as it should (500'
-
-
-def upload_fails(hub):
-    hub.fail('PUT /lfs', times=100)
-    return {}, 'is not working as it should (500'
-
-
-def commit_fails(hub):
-    hub.fail('/commit/')
-    return {}, 'is not working as it should (500'
-
-
-def too_many_requests(hub):
-    hub.fail('/commit/', status=429)
-    return {}, 'is not working as it should (429'
-
-
-def commit_refused(hub):
-    hub.fail('/commit/', status=409)
-    return {}, 'refused owner/faults (409: the server was told to fail)'
-
-
-def card_refused(hub):
-    hub.fail('validate-yaml', status=400)
-    return {}, 'refused owner/faults (400: the server was told to fail)'
-
-
-def not_a_hub(hub):
-    hub.fail('whoami', status=200, page=b'<html>Log in to this network</html>')
-    return {}, 'Expecting value'
-
-
-def upload_cut(hub):
-    hub.cut('PUT /lfs', times=100)
-    return {}, 'The request to http'
-
-
-def commit_cut(hub):
-    hub.cut('/commit/')
-    return {}, 'The request to http'
-
-
-def upload_stalls(hub):
-    hub.stall('PUT /lfs', times=100)
-    return dict(SILENCE='0.3'), 'timed out'
-
-
-FAULTS = [no_token, wrong_token, garbled_token, no_right, log_in_fails, log_in_too_often, creation_fails, upload_fails,
-          commit_fails, too_many_requests, commit_refused, card_refused, not_a_hub, upload_cut, commit_cut,
-          upload_stalls] + [no_identity] * hasattr(huggingface_hub.errors, 'OIDCError')
+NOT_WORKING = 'is not working as it should ({status}: the server was told to fail)'
+# what the Hub does, the environment of the command, and what is told
+FAULTS = {
+    'no token': (None, dict(HF_TOKEN=''), 'There is no Hub token; set HF_TOKEN'),
+    'wrong token': (None, dict(HF_TOKEN='hf_wrong'), 'does not accept the token (401); set HF_TOKEN'),
+    'garbled token': (None, dict(HF_TOKEN='hf_a\tb'), 'holds characters that no token has'),
+    'no right': (None, dict(HF_TOKEN='hf_of_a_reader'),
+                 "does not give the token access to owner/faults (403: You don't have the rights to create"),
+    'log-in fails': (lambda hub: hub.fail('whoami'), {}, NOT_WORKING.format(status=500)),
+    'log-in too often': (lambda hub: hub.fail('whoami', status=429), {}, NOT_WORKING.format(status=429)),
+    'creation fails': (lambda hub: hub.fail('repos/create'), {}, NOT_WORKING.format(status=500)),
+    'upload fails': (lambda hub: hub.fail('PUT /lfs', times=100), {}, 'is not working as it should (500'),
+    'commit fails': (lambda hub: hub.fail('/commit/'), {}, NOT_WORKING.format(status=500)),
+    'too many requests': (lambda hub: hub.fail('/commit/', status=429), {}, NOT_WORKING.format(status=429)),
+    'commit refused': (lambda hub: hub.fail('/commit/', status=409), {},
+                       'refused owner/faults (409: the server was told to fail)'),
+    'card refused': (lambda hub: hub.fail('validate-yaml', status=400), {},
+                     'refused owner/faults (400: the server was told to fail)'),
+    'not a Hub': (lambda hub: hub.fail('whoami', status=200, page=b'<html>Log in</html>'), {}, 'Expecting value'),
+    'upload cut': (lambda hub: hub.cut('PUT /lfs', times=100), {}, 'The request to http'),
+    'commit cut': (lambda hub: hub.cut('/commit/'), {}, 'The request to http'),
+    'upload stalls': (lambda hub: hub.stall('PUT /lfs', times=100), dict(SILENCE='0.3'), 'timed out'),
+}
+if hasattr(huggingface_hub.errors, 'OIDCError'):
+    FAULTS['no identity'] = (None, dict(HF_OIDC_RESOURCE='owner/faults', GITHUB_ACTIONS=''), 'OIDC')
 
 
 @pytest.mark.parametrize('fault', FAULTS)
 def test_fault_is_one_line_and_the_next_try_completes(hub, done, refused, folder, fault):
     hub.repos.pop('owner/faults', None)
     hub.large.clear()
-    env, message = fault(hub)
+    trouble, env, message = FAULTS[fault]
+    if trouble:
+        trouble(hub)
     line = refused('push', folder, '--repo-id', 'owner/faults', **env)
     assert message in line
     assert commits(hub, 'owner/faults') == []
@@ -726,49 +663,19 @@ def test_lost_answer_of_a_commit(hub, done, folder, monkeypatch, client):
 # Verified where they are published
 
 
-def tampered_weights(files):
-    files['model.safetensors'] = files['model.safetensors'][:-4] + b'\0\0\0\1'
-
-
-def tampered_check(files):
-    files[CHECK_NAME] = b'\x80\x04}.'
-
-
-def tampered_config(files):
-    files['config.json'] = files['config.json'].replace(b'lm_resnet20', b'lm_resnet32')
-
-
-def lost_weights(files):
-    del files['model.safetensors']
-
-
-@pytest.mark.parametrize('damage, message', [
-    (tampered_weights, 'hf-hub:owner/tampered/model.safetensors is damaged or was changed'),
-    (tampered_check, f'hf-hub:owner/tampered/{CHECK_NAME} is damaged or no safetensors file'),
-    (tampered_config, 'The config or the weights of hf-hub:owner/tampered do not fit the network lm_resnet32 ('),
-    (lost_weights, 'hf-hub:owner/tampered has no model.safetensors'),
+@pytest.mark.parametrize('lost, message', [
+    (False, 'hf-hub:owner/tampered/model.safetensors is damaged or was changed'),
+    (True, 'hf-hub:owner/tampered has no model.safetensors'),
 ])
-def test_tampered_repo_is_named(hub, done, refused, damage, message):
+def test_tampered_repo_is_named(hub, done, refused, lost, message):
     repo = hub.add('owner/tampered', SHIPPED)
     whole = repo.refs['main']
     done('verify', 'hf-hub:owner/tampered')
     files = dict(repo.files())
-    damage(files)
-    repo.commit(files)
+    weights = files.pop('model.safetensors')
+    repo.commit(files if lost else {**files, 'model.safetensors': weights[:-4] + b'\0\0\0\1'})
     assert message in refused('verify', 'hf-hub:owner/tampered')
     assert 'intact' in done('verify', f'hf-hub:owner/tampered@{whole}')
-
-
-@pytest.mark.parametrize('name, told', [('head.fc.bias', 'output'), ('norm.bias', 'features')])
-def test_changed_weights_with_a_new_digest_in_a_repo(hub, refused, folder, name, told):
-    """A repo whose digest was made again for other weights fails its check batch, however little they differ."""
-    state, check = load_file(folder / 'model.safetensors'), load_file(folder / CHECK_NAME)
-    state[name] += 1e-3 * check[told].abs().max()
-    save_file(state, folder / 'model.safetensors', metadata=dict(format='pt'))
-    digest = sha256((folder / 'model.safetensors').read_bytes())
-    save_file(check, folder / CHECK_NAME, metadata=dict(model_sha256=digest))
-    hub.add('owner/other', folder)
-    assert f"hf-hub:owner/other computes a different '{told}' than recorded" in refused('verify', 'hf-hub:owner/other')
 
 
 def test_verify_of_repos_that_are_not_there(hub, refused):
