@@ -30,20 +30,20 @@ def test_compiler_is_the_one_that_pytorch_takes_and_has_headers(tmp_path, monkey
     (headers / 'Python.h').write_text('')
     monkeypatch.setattr(sysconfig, 'get_path', lambda name, scheme='': str(headers))
     compiler = tmp_path / 'compiler'
-    monkeypatch.setattr(config.cpp, 'cxx', (None, str(compiler)))
-    for content, rights in ((None, 0), ('', 0o644), ('', 0o755), ('#!/bin/sh\nexit 1\n', 0o755)):
-        if content is not None:
-            compiler.write_text(content)
-            compiler.chmod(rights)
-        with pytest.raises(UserError, match='needs a C.. compiler on the CPU .*; install one, name another one in'):
-            check_compiler('inductor', None, on_cpu=True)
-    compiler.write_text('#!/bin/sh\n')
-    check_compiler('inductor', None, on_cpu=True)
-    monkeypatch.setattr(sysconfig, 'get_path', lambda name, scheme='': str(headers if scheme else tmp_path))
-    check_compiler('inductor', None, on_cpu=True)
-    (headers / 'Python.h').unlink()
-    with pytest.raises(UserError, match=f'the headers of Python and {tmp_path} has none'):
+    with config.patch({'cpp.cxx': (None, str(compiler))}):  # monkeypatch would delete it in the end
+        for content, rights in ((None, 0), ('', 0o644), ('', 0o755), ('#!/bin/sh\nexit 1\n', 0o755)):
+            if content is not None:
+                compiler.write_text(content)
+                compiler.chmod(rights)
+            with pytest.raises(UserError, match='needs a C.. compiler on the CPU .*; install one, name another one in'):
+                check_compiler('inductor', None, on_cpu=True)
+        compiler.write_text('#!/bin/sh\n')
         check_compiler('inductor', None, on_cpu=True)
+        monkeypatch.setattr(sysconfig, 'get_path', lambda name, scheme='': str(headers if scheme else tmp_path))
+        check_compiler('inductor', None, on_cpu=True)
+        (headers / 'Python.h').unlink()
+        with pytest.raises(UserError, match=f'the headers of Python and {tmp_path} has none'):
+            check_compiler('inductor', None, on_cpu=True)
 
 
 @pytest.mark.parametrize('missing, message', [
