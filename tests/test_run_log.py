@@ -1,13 +1,12 @@
 """The log of a run by itself: its metrics and pictures, and the lines that it prints."""
 import json
 import math
-import os
+import re
 import signal
 
 import pytest
 from forked import Command
 
-from timm_lm.errors import UserError
 from timm_lm.figures import save_figure
 from timm_lm.training.run_log import EVALUATION, RunLog
 
@@ -49,13 +48,24 @@ def test_pictures_of_a_run_without_a_validation(tmp_path, drawn):
     assert drawn['k.png'] == [[*([i + 0.5] for i in range(13)), [0, 0]]]
 
 
-@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='the system has no /dev/full')
 @pytest.mark.parametrize('name', ['metrics.jsonl', 'summary.csv'])
 def test_full_disk_for_the_metrics_is_told(tmp_path, name):
-    (tmp_path / name).symlink_to('/dev/full')
-    log = RunLog(tmp_path)
-    with pytest.raises(UserError, match='could not be written .*No space left.* --resume auto'):
-        log.append(0, dict(loss=1., top1=2., images_per_second=3.), None, 0.1, {})
+    full = b'\n' * 10_000
+    (tmp_path / name).write_bytes(full)
+    script = tmp_path / 'script.py'
+    script.write_text("""
+import pathlib, sys
+from timm_lm.errors import UserError
+from timm_lm.training.run_log import RunLog
+try:
+    RunLog(pathlib.Path(sys.argv[1])).append(0, dict(loss=1., top1=2., images_per_second=3.), None, 0.1, {})
+except UserError as e:
+    print(e)
+""")
+    code, out, err = Command(tmp_path, script=script, file_limit=len(full)).wait()
+    assert code == 0, err
+    assert re.fullmatch('The metrics in .* could not be written .*File too large.* --resume auto.*\n', out)
+    assert (tmp_path / name).read_bytes() == full
 
 
 def test_lines_of_a_run_are_in_its_log_at_once(tmp_path):
