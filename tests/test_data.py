@@ -1,4 +1,4 @@
-"""Data in memory: finding and decoding splits, and the cache."""
+"""Data: finding and decoding splits, the cache, limits of memory, and files that are broken or of other kinds."""
 import io
 import json
 import os

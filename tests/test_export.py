@@ -1,4 +1,4 @@
-"""The networks in other forms: TorchScript, fx, torch.export, torch.compile and ONNX, against eager mode."""
+"""The networks in other forms: TorchScript, fx, torch.compile, and files of all formats, against eager mode."""
 import shutil
 
 import onnxruntime

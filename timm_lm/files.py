@@ -1,4 +1,4 @@
-"""Files and folders that are written under a temporary name and renamed; their permissions, locks and digests."""
+"""Files and folders that are written under a temporary name and renamed; files of tensors, locks and digests."""
 import errno
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""The Hub client: how long it waits, and how its errors are explained."""
+"""The Hub client: how long it waits, where it shows progress, and how its errors are explained."""
 import importlib
 import sys
 from contextlib import contextmanager

@@ -220,7 +220,7 @@ def _unread_by_optimizer(opt: str) -> Tuple[str, ...]:
     return tuple(name for name, is_read in read.items() if not is_read)
 
 
-def replaced(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
+def overridden(values: Dict[str, Any]) -> Iterator[Tuple[Tuple[str, ...], str]]:
     """Options that others replace or turn off, and why; a recipe may have both, as a run records what it computed."""
     for taken, left_out in _INSTEAD.items():
         if values[taken] is not None:

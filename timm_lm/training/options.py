@@ -10,7 +10,7 @@ from timm_lm.parser import Parser
 from timm_lm.timm_data import SPLIT_NAMES, TRAIN_OR_TEST
 
 from .arguments import build_parser
-from .option_rules import ONLY_WITH, check_effect, check_options, replaced, usual_decay_epochs, without_effect
+from .option_rules import ONLY_WITH, check_effect, check_options, overridden, usual_decay_epochs, without_effect
 from .recipes import find_recipe, read_recipe
 
 
@@ -51,7 +51,7 @@ def parse_options(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         args.val_split = 'test'  # which timm takes for any other name, and validation is its default
     _unset_usual_decay(vars(args))
     check_options(args)
-    check_effect((*without_effect(vars(args)), *replaced(vars(args))), vars(args), given, defaults)
+    check_effect((*without_effect(vars(args)), *overridden(vars(args))), vars(args), given, defaults)
     if args.no_aug:
         args.hflip, args.vflip, args.pad_crop, args.reprob = 0., 0., 0, 0.
     for names, _ in without_effect(vars(args)):
